@@ -1,0 +1,1 @@
+"""Losses: the ArcFace margin and the sharded margin softmax."""

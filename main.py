@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""Train a face recognition backbone with an ArcFace classifier whose class centers are sharded over all processes.
+
+Reads from top to bottom: parse and check -> spawn one process per GPU -> train -> train_one_epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from data.augment import prepare_batch
+from data.folder import FaceFolder
+from data.loader import GlobalBatchSampler, build_train_loader
+from data.pairs import PairList
+from models import build_backbone, load_backbone
+from models.classifier import ArcFaceClassifier
+from models.sync_batchnorm import convert_sync_batchnorm
+from utils.checkpoint import FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
+from utils.distributed import ProcessPlan, Worker, broadcast_integer, is_first_process, launch, plan_processes
+from utils.errors import UserError, exit_on_user_error
+from utils.meters import TrainingLog
+from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
+from utils.options import EMBEDDING_SIZE, Options, parse_options
+from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
+from utils.verification import format_result
+from valid import validate
+
+
+class TrainingModel(nn.Module):
+    """Images and labels -> loss: what DistributedDataParallel wraps. Mixed precision covers the backbone only."""
+
+    def __init__(self, backbone: nn.Module, classifier: ArcFaceClassifier, autocast_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank): see ArcFaceClassifier."""
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            embedding = self.backbone(images)
+        return self.classifier(embedding, labels)
+
+
+def main() -> None:
+    options = parse_options()
+    plan = plan_processes(options)
+    if options.evaluate:
+        evaluate(options, plan)
+        return
+    check_batch(options, plan)
+    checkpoint = read_resumable(options) if options.resume else None
+    dataset = open_dataset(options, plan)
+    table = run_table(options, plan, dataset)
+    if is_first_process():
+        print(table, flush=True)
+    if options.plan:
+        return
+    os.makedirs(options.output, exist_ok=True)
+    del checkpoint  # checked; every process reads it for itself
+    launch(train, plan, options, dataset)
+
+
+def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
+    """Runs in every process, all of them together."""
+    checkpoint = read_resumable(options) if options.resume else None
+    global_batch = options.batch_size * worker.nodes
+    seed = checkpoint["seed"] if checkpoint else choose_seed(options, worker)
+    state, model = build_training(worker, options, seed, len(dataset), global_batch)
+    sampler = GlobalBatchSampler(
+        len(dataset), global_batch, options.accumulation_steps, worker.rank, worker.world_size, seed
+    )
+    position, steps_per_epoch = state.position, sampler.steps_per_epoch
+    if checkpoint:
+        load_checkpoint(state, checkpoint, options)
+    elif options.start_epoch:
+        position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
+    last_step = min(position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch,
+                    options.max_steps or float("inf"))
+    loader = build_train_loader(
+        dataset, sampler, workers=-(-options.workers // worker.processes_per_node),
+        pin_memory=worker.device.type == "cuda",
+    )
+    log = TrainingLog(worker, options.output, step=position.step, total_steps=last_step, epochs=options.epochs,
+                      global_batch=global_batch, print_freq=options.print_freq)
+    log.say(f"seed {seed}" + (f", going on from {options.resume} at step {position.step}" if checkpoint else ""))
+
+    while position.step < last_step:
+        sampler.set_position(position.epoch, position.step_in_epoch)
+        steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
+        train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log)
+        if position.step_in_epoch == steps_per_epoch:
+            position.epoch, position.step_in_epoch = position.epoch + 1, 0
+        log.flush()
+        if not options.no_save:
+            start = time.perf_counter()
+            save_checkpoint(state, options, worker)
+            log.pause(time.perf_counter() - start)
+    log.close()
+    if options.no_save:
+        log.say(f"done: {position.step} steps; nothing saved (--no-save)")
+    else:
+        log.say(f"done: {position.step} steps; {os.path.join(options.output, FILE_NAME)}")
+
+
+def train_one_epoch(
+    worker: Worker,
+    options: Options,
+    state: TrainState,
+    model: DistributedDataParallel,
+    loader: DataLoader,
+    steps: int,
+    steps_per_epoch: int,
+    log: TrainingLog,
+) -> None:
+    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in."""
+    model.train()
+    dtype = getattr(torch, options.precision)
+    position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
+    skipped_images = 0
+    batches = iter(loader)
+    for _ in range(steps):
+        lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
+                           milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
+        optimizers.set_learning_rate(lr)
+        losses, target_ranks = [], []
+        for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
+            images = prepare_batch(images.to(worker.device, non_blocking=True), dtype, augment=options.augment,
+                                   seed=state.seed, epoch=position.epoch, indices=indices)
+            labels = labels.to(worker.device, non_blocking=True)
+            last = micro_batch == micro_batches - 1
+            with contextlib.nullcontext() if last else model.no_sync():
+                loss, target_rank = model(images, labels)
+                state.scaler.scale(loss / micro_batches).backward()
+            losses.append(loss.detach())
+            target_ranks.append(target_rank)
+            skipped_images += skipped
+        state.scaler.step_all(optimizers.all)
+        optimizers.zero_grad()
+        position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
+        log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
+                target_rank=torch.cat(target_ranks))
+    log.count_skipped(skipped_images)
+
+
+def build_training(
+    worker: Worker, options: Options, seed: int, num_images: int, global_batch: int
+) -> tuple[TrainState, DistributedDataParallel]:
+    """Collective. Backbone, this rank's classes, optimizers: the same initial weights at every world size."""
+    torch.backends.cudnn.benchmark = True
+    group = init_model_parallel(worker.world_size) if options.enable_model_parallel else None
+    shard = (ClassShard(options.num_classes, worker.rank, worker.world_size) if options.enable_model_parallel
+             else ClassShard(options.num_classes, 0, 1))
+    torch.manual_seed(seed)
+    backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    if options.sync_bn:
+        backbone = convert_sync_batchnorm(backbone, worker.device.type)
+    classifier = ArcFaceClassifier(
+        EMBEDDING_SIZE, shard, scale=options.scale, margin=options.margin, easy_margin=options.easy_margin, seed=seed,
+        group=group, model_parallel_dim=options.model_parallel_dim or 1,
+    )
+    autocast_dtype = amp_dtype(options, worker.device.type) if options.enable_amp_mode else None
+    model = TrainingModel(backbone, classifier, autocast_dtype).to(worker.device, getattr(torch, options.precision))
+    let_ddp_ignore_shards(model)
+    optimizers = Optimizers(model, options)
+    scaler = SharedGradScaler(worker.device.type, enabled=autocast_dtype == torch.float16)
+    wrapped = DistributedDataParallel(model, device_ids=[worker.device] if worker.device.type == "cuda" else None)
+    return TrainState(backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch), wrapped
+
+
+def choose_seed(options: Options, worker: Worker) -> int:
+    """Collective. --seed, or one that rank 0 draws for all."""
+    if options.seed is not None:
+        return options.seed
+    return broadcast_integer(secrets.randbits(31), worker.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the processes start
+
+
+def check_batch(options: Options, plan: ProcessPlan) -> None:
+    """The batch must divide by processes and micro-batches, and leave BatchNorm at least two images. Raises UserError."""
+    parts = plan.processes_per_node * options.accumulation_steps
+    flag = f"--batch-size {options.batch_size}"
+    if options.batch_size % parts:
+        raise UserError(
+            f"{flag}: the images of one node must divide by {plan.processes_per_node} processes x "
+            f"{options.accumulation_steps} micro-batches (--accumulation-steps); give a multiple of {parts}, such as "
+            f"{-(-options.batch_size // parts) * parts}"
+        )
+    per_rank = options.batch_size // parts
+    if per_rank == 1 and (not options.sync_bn or plan.world_size == 1):
+        fix = f"give at least {2 * parts}" + (", or --sync-bn" if plan.world_size > 1 else "")
+        raise UserError(f"{flag}: leaves one image per process and micro-batch, of which BatchNorm has no statistics; {fix}")
+
+
+def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
+    """Scan and check the training images, once per node. Raises UserError."""
+    dataset = FaceFolder(options.data)
+    dataset.skip_bad = options.skip_bad_images
+    dropped = dataset.check_headers(options.skip_bad_images, progress=is_first_process())
+    if dropped and is_first_process():
+        print(f"skipped {dropped} bad images (--skip-bad-images)", flush=True)
+    identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
+    if identities > options.num_classes:
+        raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "
+                        f"give at least {identities}")
+    if len(dataset) < global_batch:
+        raise UserError(f"--batch-size {options.batch_size}: one step takes {global_batch} images over all nodes, and "
+                        f"{dataset.root} has {len(dataset)}; give a smaller batch")
+    return dataset
+
+
+def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
+    """What is about to run, a line each."""
+    with torch.device("meta"):
+        backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    backbone_parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
+    bytes_per_value = 8 if options.precision == "float64" else 4
+    center_mib = shard.size * EMBEDDING_SIZE * bytes_per_value / 2**20
+    global_batch = options.batch_size * plan.nodes
+    per_rank = global_batch // plan.world_size // options.accumulation_steps
+    steps_per_epoch = len(dataset) // global_batch
+    device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
+    precision = options.precision
+    if options.enable_amp_mode:
+        precision = f"mixed: backbone {str(amp_dtype(options, plan.device_type)).removeprefix('torch.')}, classifier float32"
+    rows = {
+        "device": f"{device}, {plan.backend}",
+        "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
+                     f"this is node {plan.node_rank}",
+        "backbone": f"{options.training_arch}, {backbone_parameters:,} parameters, embedding {EMBEDDING_SIZE}"
+                    + (", synchronised BatchNorm" if options.sync_bn else ""),
+        "classifier": f"{options.num_classes:,} classes, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
+                      + ("sharded over all processes" if options.enable_model_parallel else "a whole copy in every process"),
+        "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
+                         f"{3 * center_mib:,.0f} MiB with gradient and momentum",
+        "loss": f"ArcFace, scale {options.scale:g}, margin {options.margin:g} ({'easy' if options.easy_margin else 'hard'})",
+        "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",
+        "batch": f"{global_batch} = {plan.world_size} processes x {options.accumulation_steps} micro-batches x {per_rank}",
+        "schedule": f"{options.epochs} epochs x {steps_per_epoch:,} steps, learning rate {options.lr:g}, x 0.1 at epochs "
+                    + (", ".join(f"{milestone:g}" for milestone in options.lr_milestones) or "(never)")
+                    + (f", warm-up {options.warmup_epochs:g} epochs" if options.warmup_epochs else "")
+                    + (f", stop at step {options.max_steps:,}" if options.max_steps else ""),
+        "optimizer": f"SGD, momentum {options.momentum:g}, weight decay {options.weight_decay:g}"
+                     + (", ZeRO over the replicated parameters" if options.enable_zero_optim else ""),
+        "precision": precision,
+        "output": os.path.abspath(options.output) + (" (no checkpoints)" if options.no_save else ""),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def evaluate(options: Options, plan: ProcessPlan) -> None:
+    """--evaluate: the pair accuracy of the model of --resume, in this one process."""
+    pairs = PairList(options.imgs_root, options.pair_list)
+    backbone, arch = load_backbone(options.resume, options.arch)
+    print(f"{arch} of {options.resume}, {len(pairs.is_same)} pairs of {options.pair_list}", flush=True)
+    result = validate(
+        backbone, pairs, batch_size=options.batch_size, workers=options.workers,
+        device=torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu"),
+        flip=False, print_freq=options.print_freq,
+    )
+    print(format_result(result))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,159 @@
+"""Images -> L2-normalised embeddings, with any backbone on any device.
+
+Shapes: n images of a batch, N images in all, d embedding size.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data.augment import prepare_batch
+from utils.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device auto|cuda|cpu`: auto is the GPU if there is one; UserError for cuda if there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU on this machine; "
+                        "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def embed_images(
+    backbone: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    flip: bool = False,
+    progress: bool = True,
+    print_freq: int = 100,
+) -> np.ndarray:
+    """e / |e| with e = f(x), or with `flip` e = f(x) + f(mirrored x), for every x of the dataset: float32 (N, d).
+
+    backbone: f, in evaluation mode while this runs; it is moved to `device`, and computes in its parameters' dtype.
+    dataset: item i is (uint8 (3, 112, 112), label); the label is ignored. A UserError that reading an item raises ends
+    the work with that error, whatever the number of workers (reading processes; 0: this process reads).
+    progress: a bar on a terminal (stderr), else a line each `print_freq` batches and at the end (stdout).
+
+    An embedding without a direction (zero, NaN or infinite) becomes zero; a warning on stderr tells how many there are.
+    """
+    total = len(dataset)
+    if total == 0:
+        raise ValueError("there are no images to embed")
+    backbone.to(device)
+    dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
+    training = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    embeddings: np.ndarray | None = None
+    done = not_finite = zero = 0
+    report = _Progress(total, batch_size, print_freq, enabled=progress)
+    try:
+        with torch.no_grad():
+            for images in _uint8_batches(dataset, batch_size, workers):
+                x = prepare_batch(images.to(device), dtype, augment="none")
+                output = backbone(x)
+                if flip:
+                    output = output + backbone(x.flip(3))
+                # In float64, where no length of a float32 vector overflows or vanishes.
+                output = output.double()
+                length = torch.linalg.vector_norm(output, dim=1, keepdim=True)
+                unusable = ~torch.isfinite(length) | (length == 0)
+                unit = torch.where(unusable, 0, output / length).float().cpu().numpy()
+                if embeddings is None:
+                    embeddings = np.empty((total, unit.shape[1]), dtype=np.float32)
+                embeddings[done : done + len(unit)] = unit
+                done += len(unit)
+                zero += int((length == 0).sum())
+                not_finite += int((~torch.isfinite(length)).sum())
+                report.update(done)
+    except torch.OutOfMemoryError:
+        raise UserError(f"--batch-size {batch_size}: does not fit into the GPU's memory; use a smaller one") from None
+    finally:
+        report.close()
+        for module, mode in training.items():
+            module.training = mode
+    if zero or not_finite:
+        print(
+            f"warning: {zero + not_finite} of {total} embeddings are unusable "
+            f"({not_finite} NaN or infinite, {zero} zero); they are set to zero", file=sys.stderr,
+        )
+    return embeddings
+
+
+class _Progress:
+    """A bar on a terminal, else a line each `print_freq` batches and at the end."""
+
+    def __init__(self, total: int, batch_size: int, print_freq: int, enabled: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc="embedding", unit=" images", disable=not (enabled and terminal))
+        self.lines = enabled and not terminal
+        self.total, self.step = total, batch_size * print_freq
+        self.started = time.perf_counter()
+
+    def update(self, done: int) -> None:
+        self.bar.update(done - self.bar.n)
+        if self.lines and (done % self.step == 0 or done == self.total):
+            rate = done / (time.perf_counter() - self.started)
+            print(f"embedded {done}/{self.total} images, {rate:.1f} images/s", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _BatchReader(Dataset):
+    """Whole batches of `dataset`, uint8 (n, 3, 112, 112), or the UserError that one of their images raised.
+
+    As arrays, not tensors: those would travel through /dev/shm, where the default 64 MB of a container hold not two
+    batches of 1,024. The error as a value: raised in a worker, it would carry its traceback along.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> np.ndarray | UserError:
+        """The DataLoader's hook for a batch at once."""
+        try:
+            return np.stack([np.asarray(self.dataset[i][0]) for i in indices])
+        except UserError as error:
+            return error
+
+
+def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
+    loader = DataLoader(
+        _BatchReader(dataset), batch_size=batch_size, shuffle=False,
+        num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
+        collate_fn=_unchanged, worker_init_fn=_start_worker,
+    )
+    with warnings.catch_warnings():
+        # More workers than cores are the user's choice; they help on network disks.
+        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes in total")
+        batches = iter(loader)
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield torch.from_numpy(batch)
+
+
+def _unchanged(batch: np.ndarray | UserError) -> np.ndarray | UserError:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process alone answers it, and stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

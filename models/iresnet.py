@@ -1,0 +1,98 @@
+"""IResNet: images -> embedding. It knows neither classes nor ranks.
+
+The residual network of the face recognition field: ArcFace (Deng et al. 2019, https://arxiv.org/abs/1801.07698,
+section 3.1), with the block of Han et al. 2017 (https://arxiv.org/abs/1610.02915: BN first, BN last, nothing after
+the addition), 3x3 convolutions in the stem and in the shortcut's place a 1x1 convolution with stride. Module names,
+shapes, initial values and eps are those of the published weights, so that their state dicts load unchanged.
+
+Shapes: n images, c channels, h x h pixels, d embedding size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+# Residual blocks of layer1 .. layer4.
+BLOCK_COUNTS: dict[str, tuple[int, int, int, int]] = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
+}
+
+STAGE_CHANNELS = (64, 128, 256, 512)
+FINAL_MAP_SIZE = 7  # 112 pixels, halved by each of the four stages
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    """Convolution without bias (a BatchNorm always follows) that keeps the map's size at stride 1."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+
+class IBasicBlock(nn.Module):
+    """y = bn3(conv2(prelu(bn2(conv1(bn1(x)))))) + shortcut(x), (n, c_in, h, h) -> (n, c_out, h / stride, h / stride)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.prelu = nn.PReLU(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3, stride)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        out = self.bn3(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return out
+
+
+def stage(in_channels: int, out_channels: int, blocks: int) -> nn.Sequential:
+    """`blocks` residual blocks, of which the first halves the map: (n, c_in, h, h) -> (n, c_out, h / 2, h / 2)."""
+    first = IBasicBlock(in_channels, out_channels, stride=2)
+    return nn.Sequential(first, *(IBasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1)))
+
+
+class IResNet(nn.Module):
+    """Embedding = features(fc(flatten(bn2(layer4(layer3(layer2(layer1(prelu(bn1(conv1(images)))))))))).
+
+    Args:
+        block_counts: residual blocks of the four stages, one of BLOCK_COUNTS.
+        embedding_size: d.
+
+    The published networks have a dropout before `fc`; its rate is 0, so it is left out.
+    """
+
+    def __init__(self, block_counts: tuple[int, int, int, int], embedding_size: int = 512) -> None:
+        super().__init__()
+        self.embedding_size = embedding_size
+        self.conv1 = conv(3, STAGE_CHANNELS[0], 3)
+        self.bn1 = nn.BatchNorm2d(STAGE_CHANNELS[0])
+        self.prelu = nn.PReLU(STAGE_CHANNELS[0])
+        self.layer1 = stage(STAGE_CHANNELS[0], STAGE_CHANNELS[0], block_counts[0])
+        self.layer2 = stage(STAGE_CHANNELS[0], STAGE_CHANNELS[1], block_counts[1])
+        self.layer3 = stage(STAGE_CHANNELS[1], STAGE_CHANNELS[2], block_counts[2])
+        self.layer4 = stage(STAGE_CHANNELS[2], STAGE_CHANNELS[3], block_counts[3])
+        self.bn2 = nn.BatchNorm2d(STAGE_CHANNELS[3])
+        self.fc = nn.Linear(STAGE_CHANNELS[3] * FINAL_MAP_SIZE**2, embedding_size)
+        self.features = nn.BatchNorm1d(embedding_size)
+        # The embedding is L2-normalised afterwards: a learned gain per coordinate would only fight with that.
+        self.features.weight.requires_grad_(False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Convolutions normal(0, 0.1); BatchNorm weight 1, bias 0, `fc` and PReLU as torch makes them."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, mean=0.0, std=0.1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (n, 3, 112, 112) float in [-1, 1] -> embedding (n, d), not L2-normalised."""
+        x = self.prelu(self.bn1(self.conv1(images)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.features(self.fc(self.bn2(x).flatten(1)))

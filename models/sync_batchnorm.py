@@ -1,0 +1,56 @@
+"""BatchNorm over all ranks that also runs on the CPU, where torch.nn.SyncBatchNorm refuses to."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class CpuSyncBatchNorm(_BatchNorm):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, mean and (biased) variance over the batch of *all* ranks.
+
+    Two differentiable all-reduces of (channels,) in training mode; plain batch norm in evaluation mode. Every rank must
+    have a batch of the same size. Takes (n, channels, ...) of any number of dimensions.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if not self.training:
+            return super().forward(input)
+        world_size = dist.get_world_size()
+        dims = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        mean = all_reduce(input.mean(dims)) / world_size
+        centered = input - mean.view(shape)
+        # A second pass about the common mean: E[x^2] - mean^2 would cancel in float32.
+        variance = all_reduce(centered.square().mean(dims)) / world_size
+        with torch.no_grad():
+            count = input.numel() // input.shape[1] * world_size
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return centered * ((variance + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
+
+
+def convert_sync_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
+    """Replace every BatchNorm in `module` by one with statistics over all ranks; names and values stay."""
+    if device_type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
+            synced.weight, synced.bias = child.weight, child.bias  # the same objects: requires_grad stays as it is
+            synced.running_mean, synced.running_var = child.running_mean, child.running_var
+            synced.num_batches_tracked = child.num_batches_tracked
+            setattr(module, name, synced)
+        else:
+            convert_sync_batchnorm(child, device_type)
+    return module

@@ -1,0 +1,400 @@
+import io
+import os
+import pickle
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.folder import IMAGE_EXTENSIONS, FaceFolder, read_image
+from utils.errors import UserError
+
+REAL_FACES = os.environ.get("ARCFACE_REAL_FACES", "")
+
+
+def smooth_pixels(seed: int = 0, size: int = 112) -> np.ndarray:
+    """uint8 (size, size, 3): a picture that JPEG keeps well."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def smooth_image(seed: int = 0, size: int = 112) -> Image.Image:
+    return Image.fromarray(smooth_pixels(seed, size))
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def make_folder(root: Path, counts: dict[str, int]) -> Path:
+    for identity, count in counts.items():
+        (root / identity).mkdir(parents=True)
+        for k in range(count):
+            smooth_image(k).save(root / identity / f"{k:03d}.jpg")
+    return root
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+# read_image
+
+
+@pytest.mark.parametrize("format, extension", [("PNG", "png"), ("BMP", "bmp"), ("WEBP", "webp")])
+def test_lossless_formats_give_the_exact_pixels(tmp_path, format, extension):
+    path = tmp_path / f"face.{extension}"
+    path.write_bytes(encode(smooth_image(), format, **({"lossless": True} if format == "WEBP" else {})))
+    image = read_image(path)
+    assert image.shape == (3, 112, 112) and image.dtype == torch.uint8 and image.is_contiguous()
+    assert np.array_equal(image.permute(1, 2, 0), smooth_pixels())
+
+
+JPEG_KINDS = {
+    "baseline": lambda: encode(smooth_image(), "JPEG"),
+    "progressive": lambda: encode(smooth_image(), "JPEG", progressive=True),
+    "4:4:4": lambda: encode(smooth_image(), "JPEG", subsampling=0, quality=98),
+    "optimized": lambda: encode(smooth_image(), "JPEG", optimize=True),
+    "restart markers": lambda: encode(smooth_image(), "JPEG", restart_marker_blocks=4),
+    "stored as RGB": lambda: encode(smooth_image(), "JPEG", keep_rgb=True),
+    "big comment first": lambda: encode(smooth_image(), "JPEG", comment=b"c" * 60_000),
+    "Exif": lambda: encode(smooth_image(), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x00\x00" + bytes(20_000)),
+    "bytes after the end": lambda: encode(smooth_image(), "JPEG") + bytes(100),
+}
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+def test_jpeg_gives_what_pillow_gives(tmp_path, kind):
+    path = tmp_path / "face.jpg"
+    path.write_bytes(JPEG_KINDS[kind]())
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    assert np.array_equal(read_image(path).permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP"])
+def test_gray_becomes_three_equal_channels(tmp_path, format):
+    path = tmp_path / "gray"
+    path.write_bytes(encode(smooth_image().convert("L"), format, **({"quality": 95} if format == "JPEG" else {})))
+    image = read_image(path)
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+    assert np.abs(image[0].numpy().astype(int) - np.asarray(smooth_image().convert("L"))).max() <= 8
+
+
+def test_other_modes_become_rgb(tmp_path):
+    rgb = smooth_image()
+    opaque_rgba = rgb.convert("RGBA")
+    opaque_rgba.putalpha(10)  # nearly transparent: dropped, not blended
+    sixteen_bits = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 256 + 77)
+    palette = rgb.convert("P")
+    cases = {
+        "rgba": (encode(opaque_rgba, "PNG"), rgb),
+        "gray and alpha": (encode(rgb.convert("LA"), "PNG"), rgb.convert("L").convert("RGB")),
+        "palette": (encode(palette, "PNG"), palette.convert("RGB")),
+        "palette with transparency": (encode(palette, "PNG", transparency=bytes(range(256))), palette.convert("RGB")),
+        "black and white": (encode(rgb.convert("1"), "PNG"), rgb.convert("1").convert("RGB")),
+        "16-bit gray": (encode(sixteen_bits, "PNG"), rgb.convert("L").convert("RGB")),
+    }
+    for kind, (data, expected) in cases.items():
+        path = tmp_path / f"{kind}.png"
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image = read_image(path)
+        assert np.array_equal(image.permute(1, 2, 0), np.asarray(expected)), kind
+
+
+def test_cmyk_jpeg_has_the_right_colours(tmp_path):
+    path = tmp_path / "cmyk.jpg"
+    path.write_bytes(encode(smooth_image().convert("CMYK"), "JPEG", quality=98))
+    assert np.abs(read_image(path).permute(1, 2, 0).numpy().astype(int) - smooth_pixels()).mean() < 4
+
+
+BAD_FILES = {
+    "empty": (b"", "the file is empty"),
+    "text": (b"these are not the pixels you are looking for\n" * 50, "not a JPEG, PNG, BMP or WEBP image"),
+    "jpeg start only": (b"\xff\xd8\xff\xe0", "not a JPEG, PNG, BMP or WEBP image"),
+    "jpeg without frame": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(300), "not a JPEG, PNG, BMP or WEBP image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n", "not a JPEG, PNG, BMP or WEBP image"),
+    "gif": (encode(smooth_image(), "GIF"), "not a JPEG, PNG, BMP or WEBP image"),
+    "jpeg 250": (encode(smooth_image(size=250), "JPEG"), "the image is 250x250, not 112x112; align and resize"),
+    "gray jpeg 64": (encode(smooth_image(size=64).convert("L"), "JPEG"), "the image is 64x64, not 112x112"),
+    "png 113": (encode(smooth_image(size=113), "PNG"), "the image is 113x113, not 112x112"),
+    "jpeg 112x96": (encode(smooth_image().crop((0, 0, 112, 96)), "JPEG"), "the image is 112x96, not 112x112"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_give_one_line_that_names_them(tmp_path, kind):
+    path = tmp_path / "bad.jpg"
+    data, expected = BAD_FILES[kind]
+    path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(f"{path}: {expected}") and "\n" not in str(caught.value)
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(UserError, match="nowhere.jpg: cannot be read .No such file or directory"):
+        read_image(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match="cannot be read .Is a directory"):
+        read_image(tmp_path)
+
+
+TRUNCATED_KINDS = {
+    "baseline jpeg": lambda: encode(smooth_image(), "JPEG"),
+    "progressive jpeg": lambda: encode(smooth_image(), "JPEG", progressive=True),
+    "gray jpeg": lambda: encode(smooth_image().convert("L"), "JPEG"),
+    "bmp": lambda: encode(smooth_image(), "BMP"),
+    "webp": lambda: encode(smooth_image(), "WEBP"),
+    "png": lambda: encode(smooth_image(), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", TRUNCATED_KINDS)
+def test_truncated_files_are_errors_not_half_an_image(tmp_path, kind):
+    path = tmp_path / "cut"
+    data = TRUNCATED_KINDS[kind]()
+    path.write_bytes(data)
+    whole = read_image(path)
+    for keep in [*range(1, len(data), max(len(data) // 40, 1)), *range(len(data) - 64, len(data))]:
+        path.write_bytes(data[:keep])
+        try:
+            image = read_image(path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:  # the checksum of a PNG's end mark, which has no content
+            assert kind == "png" and len(data) - keep <= 4 and torch.equal(image, whole), keep
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_zeros_in_place_of_the_second_half_are_an_error(tmp_path, format):
+    path = tmp_path / "zeros"
+    data = encode(smooth_image(), format)
+    path.write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
+    with pytest.raises(UserError, match="damaged"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_random_damage_gives_an_image_or_a_user_error(tmp_path, format):
+    path = tmp_path / "damaged"
+    data = encode(smooth_image(), format)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for position in rng.integers(0, min(len(data), 2000), 4):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a header that claims gigapixels makes Pillow warn
+            try:
+                assert read_image(path).shape == (3, 112, 112)
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+# FaceFolder
+
+
+def test_labels_follow_sorted_identity_names(tmp_path):
+    make_folder(tmp_path, {"b": 2, "a": 3, "Z": 1})
+    folder = FaceFolder(tmp_path)
+    assert folder.root == str(tmp_path)
+    assert folder.identities == ["Z", "a", "b"]
+    assert len(folder) == 6
+    assert folder.labels.dtype == np.int64 and folder.labels.tolist() == [0, 1, 1, 1, 2, 2]
+    names = ["Z/000.jpg", "a/000.jpg", "a/001.jpg", "a/002.jpg", "b/000.jpg", "b/001.jpg"]
+    assert [folder.path(i) for i in range(6)] == [f"{tmp_path}/{name}" for name in names]
+    image, label = folder[3]
+    assert label == 1 and isinstance(label, int) and torch.equal(image, read_image(tmp_path / "a/002.jpg"))
+    with pytest.raises(IndexError):
+        folder[6]
+
+
+def test_train_directory_is_used_if_there_is_one(tmp_path):
+    make_folder(tmp_path / "train", {"a": 1, "b": 1})
+    make_folder(tmp_path / "lfw", {"c": 1})
+    folder = FaceFolder(str(tmp_path))
+    assert folder.root == str(tmp_path / "train") and folder.identities == ["a", "b"]
+    assert FaceFolder(tmp_path / "train").identities == ["a", "b"]
+
+
+def test_what_is_ignored(tmp_path):
+    kept = [f"a/{k}{extension}" for k, extension in enumerate(IMAGE_EXTENSIONS)] + ["b/X.JPG", "b/y.Png"]
+    ignored = ["a/.hidden.jpg", "a/notes.txt", "a/noextension", "a/.jpg", ".cache/1.jpg", "empty/readme.md", "top.jpg"]
+    for name in kept + ignored:
+        touch(tmp_path / name)
+    (tmp_path / "a" / "directory.jpg").mkdir()
+    (tmp_path / "nothing").mkdir()
+    folder = FaceFolder(tmp_path)
+    assert folder.identities == ["a", "b"]
+    assert [folder.path(i) for i in range(len(folder))] == [f"{tmp_path}/{name}" for name in kept]
+
+
+def test_links_are_followed(tmp_path):
+    make_folder(tmp_path / "elsewhere", {"a": 2})
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "linked").symlink_to(tmp_path / "elsewhere" / "a")
+    (tmp_path / "train" / "own").mkdir()
+    (tmp_path / "train" / "own" / "1.jpg").symlink_to(tmp_path / "elsewhere" / "a" / "000.jpg")
+    folder = FaceFolder(tmp_path)
+    assert folder.identities == ["linked", "own"] and folder.labels.tolist() == [0, 0, 1]
+    assert folder.check_headers(skip_bad=False, progress=False) == 0
+    assert torch.equal(folder[2][0], folder[0][0])
+
+
+def test_a_linked_train_directory_and_a_broken_link_to_an_image(tmp_path):
+    make_folder(tmp_path / "elsewhere", {"a": 2})
+    (tmp_path / "elsewhere" / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
+    folder = FaceFolder(tmp_path / "data")
+    assert len(folder) == 3
+    with pytest.raises(UserError, match="gone.jpg: cannot be read .No such file"):
+        folder.check_headers(skip_bad=False, progress=False)
+
+
+def test_unusual_file_names(tmp_path):
+    names = ["with space.jpg", "Gökçe.jpg", "line\nbreak.jpg", "x" * 240 + ".jpg", os.fsdecode(b"\xff\xfe.jpg")]
+    for name in names:
+        touch(tmp_path / "Zoë 1" / name)
+    folder = FaceFolder(tmp_path)
+    assert [folder.path(i) for i in range(len(names))] == [f"{tmp_path}/Zoë 1/{name}" for name in sorted(names)]
+
+
+def test_wrong_directories(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        FaceFolder(tmp_path / "nowhere")
+    touch(tmp_path / "flat" / "1.jpg")
+    with pytest.raises(UserError, match="flat: has no sub-directories"):
+        FaceFolder(tmp_path / "flat")
+    with pytest.raises(UserError, match="1.jpg: no such directory"):
+        FaceFolder(tmp_path / "flat" / "1.jpg")
+    touch(tmp_path / "deep" / "images" / "a" / "1.jpg")
+    with pytest.raises(UserError, match="deep: no images in its 1 sub-directories; expected"):
+        FaceFolder(tmp_path / "deep")
+
+
+def test_a_link_that_leads_to_itself(tmp_path):
+    make_folder(tmp_path, {"a": 1})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="loop: cannot be read"):
+        FaceFolder(tmp_path)
+
+
+def test_the_object_is_small_and_survives_pickling(tmp_path):
+    for identity in range(20):
+        for k in range(100):
+            touch(tmp_path / f"identity-{identity:02d}" / f"{k:06d}.jpg")
+    folder = FaceFolder(tmp_path)
+    data = pickle.dumps(folder)
+    assert len(data) < 2000 * (10 + 14) + 2000  # the names, 14 bytes beside each, and little more
+    copy = pickle.loads(data)
+    assert copy.identities == folder.identities and np.array_equal(copy.labels, folder.labels)
+    assert [copy.path(i) for i in range(2000)] == [folder.path(i) for i in range(2000)]
+
+
+# check_headers
+
+
+def add_bad_files(root: Path) -> list[str]:
+    """Seven files that a header tells; in the order of the folder."""
+    (root / "a" / "empty.jpg").touch()
+    (root / "a" / "text.jpg").write_text("hello " * 100)
+    smooth_image(size=100).save(root / "b" / "small.png")
+    smooth_image(size=128).save(root / "b" / "wide.jpg")
+    (root / "c").mkdir()
+    (root / "c" / "gone.jpg").symlink_to(root / "nowhere")
+    (root / "c" / "header.png").write_bytes(encode(smooth_image(), "PNG")[:20])
+    (root / "c" / "text.webp").write_text("RIFF")
+    return ["a/empty.jpg", "a/text.jpg", "b/small.png", "b/wide.jpg", "c/gone.jpg", "c/header.png", "c/text.webp"]
+
+
+def test_good_folder_passes_the_header_check(tmp_path, capsys):
+    make_folder(tmp_path, {"a": 2, "b": 1})
+    for name, data in (("gray.jpg", JPEG_KINDS["big comment first"]()), ("1.png", encode(smooth_image(), "PNG"))):
+        (tmp_path / "b" / name).write_bytes(data)
+    (tmp_path / "b" / "named.jpg").write_bytes(encode(smooth_image(), "WEBP"))  # the content counts, not the name
+    folder = FaceFolder(tmp_path)
+    assert folder.check_headers(skip_bad=False, progress=True) == 0
+    assert len(folder) == 6 and capsys.readouterr() == ("", "")
+
+
+def test_bad_headers_are_an_error(tmp_path):
+    make_folder(tmp_path, {"a": 2, "b": 2, "d": 1})
+    bad = add_bad_files(tmp_path)
+    folder = FaceFolder(tmp_path)
+    with pytest.raises(UserError) as caught:
+        folder.check_headers(skip_bad=False, progress=False)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/{bad[0]}: the file is empty")
+    assert "7 of 12 images are bad" in message and "--skip-bad-images" in message and "\n" not in message
+
+
+def test_bad_headers_are_dropped_on_request_and_labels_stay(tmp_path, capsys):
+    make_folder(tmp_path, {"a": 2, "b": 2, "d": 1})
+    add_bad_files(tmp_path)
+    folder = FaceFolder(tmp_path)
+    assert folder.identities == ["a", "b", "c", "d"] and not folder.skip_bad
+    assert folder.check_headers(skip_bad=True, progress=True) == 7
+    assert folder.skip_bad
+    assert folder.identities == ["a", "b", "c", "d"]
+    assert folder.labels.tolist() == [0, 0, 1, 1, 3]
+    kept = ["a/000.jpg", "a/001.jpg", "b/000.jpg", "b/001.jpg", "d/000.jpg"]
+    assert [folder.path(i) for i in range(5)] == [f"{tmp_path}/{name}" for name in kept]
+    assert all(image.shape == (3, 112, 112) for image, _ in folder)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "7 of 12 images are bad and skipped" in err and "a/empty.jpg" in err and "keep their label: 1" in err
+    assert folder.check_headers(skip_bad=True, progress=True) == 0
+    assert FaceFolder(tmp_path).check_headers(skip_bad=True, progress=False) == 7
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_of_bad_files_only(tmp_path):
+    touch(tmp_path / "a" / "1.jpg")
+    with pytest.raises(UserError, match="1 of 1 images is bad; --skip-bad-images"):
+        FaceFolder(tmp_path).check_headers(skip_bad=False, progress=False)
+    with pytest.raises(UserError, match="no image can be used.*1.jpg: the file is empty"):
+        FaceFolder(tmp_path).check_headers(skip_bad=True, progress=False)
+
+
+@pytest.mark.parametrize("slow_file_seconds", [0, 3600], ids=["threads", "loop"])
+def test_first_bad_file_is_named_and_all_are_counted_over_many_chunks(tmp_path, monkeypatch, slow_file_seconds):
+    monkeypatch.setattr("data.folder._HEADER_CHUNK", 7)
+    monkeypatch.setattr("data.folder._SLOW_FILE_SECONDS", slow_file_seconds)
+    make_folder(tmp_path, {"a": 30, "b": 30})
+    for name in ("a/017.jpg", "a/018.jpg", "b/000.jpg", "b/029.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    folder = FaceFolder(tmp_path)
+    with pytest.raises(UserError, match="a/017.jpg: .*4 of 60 images are bad"):
+        folder.check_headers(skip_bad=False, progress=False)
+    assert folder.check_headers(skip_bad=True, progress=False) == 4
+    assert len(folder) == 56 and len({folder.path(i) for i in range(56)}) == 56
+
+
+# Real faces
+
+
+@pytest.mark.skipif(not REAL_FACES, reason="ARCFACE_REAL_FACES names no folder of aligned faces")
+def test_real_faces_are_checked_fast_and_decode_as_pillow_does():
+    folder = FaceFolder(REAL_FACES)
+    started = time.perf_counter()
+    assert folder.check_headers(skip_bad=False, progress=False) == 0
+    seconds = time.perf_counter() - started
+    print(f"\n{len(folder) / seconds:,.0f} headers/s")
+    assert seconds < 2 + len(folder) / 5000
+    started = time.perf_counter()
+    sample = range(0, len(folder), max(len(folder) // 500, 1))
+    images = [folder[i][0] for i in sample]
+    print(f"{len(images) / (time.perf_counter() - started):,.0f} images/s decoded")
+    for i, image in zip(sample, images):
+        assert np.array_equal(image.permute(1, 2, 0), np.asarray(Image.open(folder.path(i)).convert("RGB")))

@@ -1,0 +1,338 @@
+import os
+import pickle
+import signal
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from data.augment import prepare_batch
+from data.folder import FaceFolder
+from data.loader import GlobalBatchSampler, TrainBatch, build_train_loader
+from utils.errors import UserError
+
+REAL_FACES = os.environ.get("ARCFACE_REAL_FACES", "")
+
+
+def sampler_of(num_samples=50, global_batch=12, micro_batches=1, rank=0, world_size=1, seed=0, at=(0, 0)):
+    sampler = GlobalBatchSampler(num_samples, global_batch, micro_batches, rank, world_size, seed)
+    sampler.set_position(*at)
+    return sampler
+
+
+def assembled(world_size: int, **options) -> list[list[int]]:
+    """The micro-batches of all ranks put together, in rank order."""
+    by_rank = [list(sampler_of(rank=rank, world_size=world_size, **options)) for rank in range(world_size)]
+    return [sum(parts, []) for parts in zip(*by_rank, strict=True)]
+
+
+class Pictures(Dataset):
+    """Image i is noise drawn from i, its label is i % 7."""
+
+    def __init__(self, length: int = 50) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        image = torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        return image, i % 7
+
+
+class AboutTheProcess(Pictures):
+    """The label tells about the process that reads it."""
+
+    def __init__(self, question) -> None:
+        super().__init__()
+        self.question = question
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(3, 112, 112, dtype=torch.uint8), int(self.question())
+
+
+def ignores_sigint() -> bool:
+    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def loader_of(dataset: Dataset, sampler: GlobalBatchSampler, workers: int = 0):
+    return build_train_loader(dataset, sampler, workers=workers, pin_memory=False)
+
+
+# The sampler
+
+
+def test_an_epoch_takes_every_sample_at_most_once_and_drops_the_incomplete_batch():
+    sampler = sampler_of(num_samples=50, global_batch=12)
+    batches = list(sampler)
+    assert sampler.steps_per_epoch == len(sampler) == len(batches) == 4
+    assert all(len(batch) == 12 and all(type(i) is int for i in batch) for batch in batches)
+    taken = sum(batches, [])
+    assert len(set(taken)) == 48 and set(taken) <= set(range(50))
+    whole = list(sampler_of(num_samples=48, global_batch=12))
+    assert sorted(sum(whole, [])) == list(range(48))
+
+
+def test_the_order_never_changes():
+    # Golden values: another order here breaks every resumed run.
+    order = list(sampler_of(num_samples=10, global_batch=5, seed=42, at=(3, 0)))
+    assert order == [[4, 3, 7, 2, 5], [1, 9, 8, 0, 6]]
+
+
+def test_order_depends_on_seed_and_epoch():
+    orders = [sum(sampler_of(seed=seed, at=(epoch, 0)), []) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))]
+    assert len({tuple(order) for order in orders}) == 5
+    assert sum(sampler_of(seed=1, at=(1, 0)), []) == orders[3]
+    # Two permutations of 50 agree in one place on average.
+    assert sum(a == b for a, b in zip(orders[0], orders[1])) < 8
+
+
+def test_shuffling_is_fair():
+    firsts = [next(iter(sampler_of(num_samples=10, global_batch=10, at=(epoch, 0))))[0] for epoch in range(2000)]
+    assert np.abs(np.bincount(firsts, minlength=10) - 200).max() < 60  # standard error 13
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_global_and_micro_batches_are_the_same_at_every_world_size(world_size, micro_batches):
+    options = dict(num_samples=200, global_batch=72, seed=3, at=(2, 0))
+    micro = assembled(world_size, micro_batches=micro_batches, **options)
+    assert micro == assembled(1, micro_batches=micro_batches, **options)
+    steps = [sum(micro[k : k + micro_batches], []) for k in range(0, len(micro), micro_batches)]
+    assert steps == list(sampler_of(**options))
+    rank = sampler_of(rank=world_size - 1, world_size=world_size, micro_batches=micro_batches, **options)
+    assert len(rank) == 2 * micro_batches and {len(part) for part in rank} == {72 // micro_batches // world_size}
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_position_gives_the_tail_of_the_epoch(step):
+    for options in ({}, dict(micro_batches=2, rank=1, world_size=3)):
+        full = list(sampler_of(at=(5, 0), **options))
+        sampler = sampler_of(at=(5, step), **options)
+        tail = list(sampler)
+        assert tail == full[step * options.get("micro_batches", 1) :]
+        assert len(sampler) == len(tail)  # iterating did not move the position
+        assert list(sampler) == tail
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(UserError, match="5 images are fewer than one global batch of 6; .*--batch-size"):
+        GlobalBatchSampler(5, 6, 1, 0, 1, 0)
+    with pytest.raises(UserError, match="global batch of 12 does not divide by 5 processes x 1 micro-batches"):
+        GlobalBatchSampler(50, 12, 1, 0, 5, 0)
+    with pytest.raises(UserError, match="--accumulation-steps"):
+        GlobalBatchSampler(50, 12, 4, 0, 2, 0)
+    assert GlobalBatchSampler(6, 6, 1, 0, 1, 0).steps_per_epoch == 1
+    with pytest.raises(AssertionError):
+        sampler_of(at=(0, 5))
+
+
+def test_millions_of_samples_cost_little():
+    samples = 5_800_000
+    sampler = sampler_of(num_samples=samples, global_batch=512, rank=7, world_size=8)
+    assert len(pickle.dumps(sampler)) < 1000
+    started = time.perf_counter()
+    order = iter(sampler)
+    assert len(next(order)) == 64
+    assert time.perf_counter() - started < 10  # about 0.3 s on a quiet core
+    del order
+    loader = loader_of(Pictures(samples), sampler)
+    tracemalloc.start()
+    for epoch in range(3):  # each left in the middle, as --max-steps does
+        sampler.set_position(epoch, 0)
+        next(iter(loader))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 4 * samples  # one int32 permutation, not two
+
+
+# The loader
+
+
+def test_batches_hold_what_the_sampler_asks_for():
+    dataset, sampler = Pictures(), sampler_of(micro_batches=2)
+    loader = loader_of(dataset, sampler)
+    assert len(loader) == 8
+    batches = list(loader)
+    assert len(batches) == 8
+    for batch, wanted in zip(batches, sampler):
+        images, labels, indices, skipped = batch
+        assert isinstance(batch, TrainBatch) and skipped == 0
+        assert images.shape == (6, 3, 112, 112) and images.dtype == torch.uint8
+        assert labels.dtype == indices.dtype == torch.int64
+        assert indices.tolist() == wanted and labels.tolist() == [i % 7 for i in wanted]
+        assert all(torch.equal(image, dataset[i][0]) for image, i in zip(images, wanted))
+
+
+def augmented_epoch(world_size: int, workers: int, micro_batches: int, at: tuple[int, int]) -> list[torch.Tensor]:
+    """Global micro-batches as the backbone gets them, all ranks put together, with labels and indices behind."""
+    by_rank = []
+    for rank in range(world_size):
+        sampler = sampler_of(rank=rank, world_size=world_size, micro_batches=micro_batches, seed=11, at=at)
+        parts = []
+        for images, labels, indices, _ in loader_of(Pictures(), sampler, workers):
+            inputs = prepare_batch(images, torch.float32, augment="standard", seed=11, epoch=at[0], indices=indices)
+            parts.append(torch.cat([inputs.flatten(1), labels[:, None], indices[:, None]], dim=1))
+        by_rank.append(parts)
+    return [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def expected_epoch() -> list[torch.Tensor]:
+    return augmented_epoch(world_size=1, workers=0, micro_batches=1, at=(1, 0))
+
+
+@pytest.mark.parametrize(
+    "world_size, workers, micro_batches",
+    [(1, 0, 1), (1, 1, 1), (1, 2, 1), (2, 0, 1), (2, 2, 1), (3, 0, 2), (3, 1, 1), (4, 0, 3), (4, 2, 1)],
+)
+def test_augmented_batches_do_not_depend_on_workers_and_world_size(expected_epoch, world_size, workers, micro_batches):
+    epoch = augmented_epoch(world_size, workers, micro_batches, at=(1, 0))
+    assert torch.equal(torch.cat(epoch), torch.cat(expected_epoch))
+
+
+def test_a_resumed_epoch_is_the_tail_of_the_whole_one(expected_epoch):
+    for workers, step in ((0, 1), (2, 3), (0, 4)):
+        tail = augmented_epoch(1, workers, 1, at=(1, step))
+        assert len(tail) == 4 - step
+        assert all(torch.equal(a, b) for a, b in zip(tail, expected_epoch[step:], strict=True))
+
+
+def test_another_epoch_is_another_one(expected_epoch):
+    assert not torch.equal(torch.cat(augmented_epoch(1, 0, 1, at=(2, 0))), torch.cat(expected_epoch))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_position_may_change_between_epochs_and_in_the_middle_of_one(workers):
+    sampler = sampler_of()
+    loader = loader_of(Pictures(), sampler, workers)
+    next(iter(loader))
+    for position in ((1, 0), (2, 3), (0, 0)):
+        sampler.set_position(*position)
+        assert [batch.indices.tolist() for batch in loader] == list(sampler)
+
+
+def test_workers_persist_take_one_thread_and_survive_sigint():
+    sampler = sampler_of()
+    loader = loader_of(AboutTheProcess(os.getpid), sampler, workers=2)
+    batches = iter(loader)
+    pids = set(next(batches).labels.tolist())
+    assert os.getpid() not in pids
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+    for batch in batches:
+        pids |= set(batch.labels.tolist())
+    assert len(pids) == 2
+    sampler.set_position(1, 0)
+    assert set(torch.cat([batch.labels for batch in loader]).tolist()) == pids
+    for question in (torch.get_num_threads, ignores_sigint):
+        labels = torch.cat([batch.labels for batch in loader_of(AboutTheProcess(question), sampler_of(), workers=1)])
+        assert (labels == 1).all()
+
+
+# Bad images
+
+
+def make_faces(root: Path, images: int) -> FaceFolder:
+    """Two identities; image i is of one gray level, 4·i."""
+    for i in range(images):
+        directory = root / ("a" if i < images // 2 else "b")
+        directory.mkdir(exist_ok=True)
+        Image.new("RGB", (112, 112), (4 * i,) * 3).save(directory / f"{i:02d}.png")
+    return FaceFolder(root)
+
+
+def truncate(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(60)
+
+
+def error_of(loader) -> Exception | None:
+    """What iterating raises. (`with pytest.raises(...) as caught` would keep the loader's workers alive: a cycle.)"""
+    try:
+        list(loader)
+    except Exception as error:
+        return error.with_traceback(None)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_bad_image_arrives_as_one_clean_line(tmp_path, workers):
+    faces = make_faces(tmp_path, 12)
+    truncate(faces.path(5))
+    assert faces.check_headers(skip_bad=False, progress=False) == 0
+    error = error_of(loader_of(faces, sampler_of(num_samples=12, global_batch=4), workers))
+    message = str(error)
+    assert type(error) is UserError and "\n" not in message and "worker" not in message
+    assert message.startswith(f"{faces.path(5)}: the image is damaged or truncated")
+    assert message.endswith("(--skip-bad-images trains without such files)")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_replaced_by_the_next_readable_ones(tmp_path, workers):
+    faces = make_faces(tmp_path, 12)
+    bad = {5: 7, 6: 7, 11: 0}  # the last one is replaced by the first
+    for i in bad:
+        truncate(faces.path(i))
+    faces.skip_bad = True
+    sampler = sampler_of(num_samples=12, global_batch=4)
+    total = 0
+    for batch, wanted in zip(loader_of(faces, sampler, workers), sampler, strict=True):
+        taken = [bad.get(i, i) for i in wanted]
+        assert batch.indices.tolist() == taken
+        assert batch.images[:, 0, 50, 50].tolist() == [4 * i for i in taken]
+        assert batch.labels.tolist() == [int(i >= 6) for i in taken]
+        assert batch.skipped == sum(i in bad for i in wanted)
+        total += batch.skipped
+    assert total == 3
+
+
+def test_skipping_gives_up_when_nothing_is_readable(tmp_path, monkeypatch):
+    faces = make_faces(tmp_path, 8)
+    for i in range(8):
+        truncate(faces.path(i))
+    faces.skip_bad = True
+    with pytest.raises(UserError, match="8 bad images in a row, the last one: .*png: the image is damaged"):
+        list(loader_of(faces, sampler_of(num_samples=8, global_batch=4)))
+    monkeypatch.setattr("data.loader._MAX_BAD_IN_A_ROW", 3)
+    with pytest.raises(UserError, match="3 bad images in a row"):
+        list(loader_of(faces, sampler_of(num_samples=8, global_batch=4)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_is_named(tmp_path, workers):
+    faces = make_faces(tmp_path, 8)
+    os.remove(faces.path(3))
+    with pytest.raises(UserError, match="03.png: cannot be read .No such file or directory"):
+        list(loader_of(faces, sampler_of(num_samples=8, global_batch=4), workers))
+
+
+# Real faces, a GPU
+
+
+@pytest.mark.skipif(not REAL_FACES, reason="ARCFACE_REAL_FACES names no folder of aligned faces")
+def test_real_faces_load_the_same_with_any_number_of_workers():
+    faces = FaceFolder(REAL_FACES)
+    epochs = []
+    for workers in (0, 2):
+        sampler = sampler_of(num_samples=len(faces), global_batch=64)
+        sampler.set_position(0, max(sampler.steps_per_epoch - 16, 0))
+        started = time.perf_counter()
+        epochs.append(list(loader_of(faces, sampler, workers)))
+        images = sum(len(batch.images) for batch in epochs[-1])
+        print(f"\n{workers} workers: {images / (time.perf_counter() - started):,.0f} images/s, their start included")
+    for a, b in zip(*epochs, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)
+        assert np.array_equal(a.labels, faces.labels[a.indices])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_pinned(workers):
+    loader = build_train_loader(Pictures(), sampler_of(), workers=workers, pin_memory=True)
+    for batch in loader:
+        assert isinstance(batch, TrainBatch) and batch.images.is_pinned() and batch.skipped == 0

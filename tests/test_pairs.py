@@ -1,0 +1,109 @@
+"""Pair lists: what is read, and one clear line for each way in which they can be wrong."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.pairs import PairImages, PairList
+from utils.errors import UserError
+
+GOOD = ["a/1.jpg a/2.jpg 1", "b/1.jpg b/2.jpg 1", "a/1.jpg b/1.jpg 0", "a/2.jpg b/1.jpg 0"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"):
+        path = tmp_path / "imgs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (112, 112), (10 * ord(name[0]) % 256, 20 * int(name[2]), 0)).save(path, quality=95)
+    return tmp_path
+
+
+def read(root: Path, lines: list[str] | bytes) -> PairList:
+    content = lines if isinstance(lines, bytes) else "\n".join(lines).encode()
+    (root / "pair.list").write_bytes(content)
+    return PairList(str(root / "imgs"), str(root / "pair.list"))
+
+
+def test_each_image_is_listed_once(root: Path) -> None:
+    pairs = read(root, GOOD)
+    assert pairs.paths == [str(root / "imgs" / name) for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")]
+    assert pairs.index1.tolist() == [0, 2, 0, 1] and pairs.index1.dtype == np.int64
+    assert pairs.index2.tolist() == [1, 3, 2, 2] and pairs.index2.dtype == np.int64
+    assert pairs.is_same.tolist() == [True, True, False, False] and pairs.is_same.dtype == bool
+    assert len(pairs) == 4
+
+
+def test_blank_lines_windows_line_ends_tabs_and_a_byte_order_mark(root: Path) -> None:
+    pairs = read(root, b"\xef\xbb\xbf" + "\r\n".join(["", *GOOD, "  ", ""]).replace(" ", "\t").encode())
+    assert pairs.index1.tolist() == [0, 2, 0, 1]
+    assert pairs.paths[0].endswith("imgs/a/1.jpg")
+
+
+def test_paths_need_not_be_utf8(root: Path) -> None:
+    try:
+        os.rename(root / "imgs" / "a", os.fsencode(root / "imgs") + b"/\xe9")
+    except OSError:
+        pytest.skip("this file system holds UTF-8 names only")
+    pairs = read(root, "\n".join(GOOD).encode().replace(b"a/", b"\xe9/"))
+    assert PairImages(pairs)[0][0].shape == (3, 112, 112)
+
+
+def test_images(root: Path) -> None:
+    images = PairImages(read(root, GOOD))
+    assert len(images) == 4
+    image, label = pickle.loads(pickle.dumps(images))[3]
+    assert image.shape == (3, 112, 112) and str(image.dtype) == "torch.uint8" and label == 0
+    np.testing.assert_allclose(image[:, 50, 50], [10 * ord("b") % 256, 40, 0], atol=6)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([*GOOD, "a/1.jpg a/2.jpg"], r"pair\.list:5: expected 'path1 path2 0\|1', got 'a/1\.jpg a/2\.jpg'"),
+        (["", "a/1.jpg a/2.jpg 1 1", *GOOD], r"pair\.list:2: expected"),
+        ([*GOOD[:2], "x", *GOOD[2:]], r"pair\.list:3: expected .* got 'x'"),
+        ([GOOD[0], "a/1.jpg b/1.jpg 2"], r"pair\.list:2: the label must be 0 or 1, got '2' in 'a/1\.jpg b/1\.jpg 2'"),
+        ([GOOD[0], "a/1.jpg b/1.jpg -1"], r"pair\.list:2: the label must be 0 or 1"),
+        ([GOOD[0], "a/1.jpg b/1.jpg yes"], r"pair\.list:2: the label must be 0 or 1"),
+        ([*GOOD, "a/1.jpg a/3.jpg 1"], r"pair\.list:5: there is no image .*imgs/a/3\.jpg; check --imgs-root"),
+        (["c/1.jpg d/1.jpg 1", *GOOD], r"pair\.list:1: there is no image .*c/1\.jpg \(2 of 6 images are missing\)"),
+        (["a b/1.jpg 1", *GOOD], r"pair\.list:1: there is no image .*imgs/a; check"),
+        (GOOD[:2], r"pair\.list: 2 same \(label 1\) and 0 different \(label 0\) pairs"),
+        (GOOD[2:], r"pair\.list: 0 same \(label 1\) and 2 different"),
+        ([*GOOD[:2], GOOD[3]], r"pair\.list: 2 same .* 1 different .* at least 2 of each"),
+        ([], r"pair\.list: the pair list is empty"),
+        (["", "  "], r"pair\.list: the pair list is empty"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", r"pair\.list:1: expected .* got '.*PNG'"),
+        (b"a\x00 b 1\n", r"pair\.list:1: not text: 'a\\x00 b 1'"),
+        (["a/1.jpg " * 100], r"pair\.list:1: expected .{1,200}\.\.\.'$"),
+    ],
+)
+def test_bad_lists(root: Path, lines: list[str] | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read(root, lines)
+    assert "\n" not in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_missing_list_and_directory(root: Path) -> None:
+    with pytest.raises(UserError, match=r"--pair-list .*nothing: cannot be read \(No such file"):
+        PairList(str(root / "imgs"), str(root / "nothing"))
+    with pytest.raises(UserError, match=r"--pair-list .*imgs: cannot be read \(Is a directory"):
+        PairList(str(root / "imgs"), str(root / "imgs"))
+    (root / "pair.list").write_text("\n".join(GOOD))
+    with pytest.raises(UserError, match=r"--imgs-root .*nothing: no such directory"):
+        PairList(str(root / "nothing"), str(root / "pair.list"))
+
+
+def test_a_bad_image_is_named_when_it_is_read(root: Path) -> None:
+    (root / "imgs/a/2.jpg").write_bytes(b"no image")
+    images = PairImages(read(root, GOOD))
+    assert images[0][1] == 0
+    with pytest.raises(UserError, match=r"imgs/a/2\.jpg"):
+        images[1]

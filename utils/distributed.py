@@ -1,0 +1,342 @@
+"""Processes: planned before they start, started, joined into one group, and stopped together; collectives with gradients.
+
+One process per GPU. A process group is always made, a group of one as well, so that the training code has one path.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.options import Options
+
+# torch 2.14 renamed these two and warns of the old names, which are all that 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class ProcessPlan:
+    """Which processes the run consists of. Made in the parent, the same on every node but for `node_rank`."""
+
+    launcher: str  # "spawn", "torchrun" or "single"
+    nodes: int
+    node_rank: int
+    processes_per_node: int
+    device_type: str  # "cuda" or "cpu"
+    gpu: int | None  # the GPU of a single process
+    backend: str
+    init_method: str
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes_per_node
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among all: rank of world_size (W), and its device."""
+
+    rank: int
+    world_size: int
+    processes_per_node: int
+    device: torch.device
+
+    @property
+    def nodes(self) -> int:
+        return self.world_size // self.processes_per_node
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints and writes."""
+        return self.rank == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the processes start
+
+
+def plan_processes(options: Options) -> ProcessPlan:
+    """Decide launcher, processes, device and backend. Raises UserError for what this machine cannot do."""
+    device_type = _device_type(options)
+    backend = options.dist_backend or ("nccl" if device_type == "cuda" else "gloo")
+    if backend == "nccl" and device_type == "cpu":
+        raise UserError("--dist-backend nccl: works on GPUs only, and this run is on the CPU; use gloo")
+    if _started_by_torchrun():
+        return _plan_torchrun(options, device_type, backend)
+
+    nodes, node_rank = options.world_size, options.rank
+    if options.dist_url == "env://":
+        nodes = int(_environment("WORLD_SIZE", "--world-size -1")) if nodes == -1 else nodes
+        node_rank = int(_environment("RANK", "--rank -1")) if node_rank == -1 else node_rank
+    processes = 1
+    if options.multiprocessing_distributed:
+        gpus = torch.cuda.device_count() if device_type == "cuda" else 0
+        processes = options.nproc_per_node or max(gpus, 1)
+        if device_type == "cuda" and processes > gpus:
+            raise UserError(f"--nproc-per-node {processes}: only {gpus} GPUs are visible; give at most {gpus}")
+    single = nodes * processes == 1
+    if not single:
+        _check_rendezvous(options.dist_url, node_rank)
+    return ProcessPlan(
+        launcher="spawn" if options.multiprocessing_distributed else "single",
+        nodes=nodes, node_rank=node_rank, processes_per_node=processes,
+        device_type=device_type, gpu=options.gpu, backend=backend, init_method=options.dist_url,
+    )
+
+
+def _device_type(options: Options) -> str:
+    wants_gpu = options.device == "cuda" or options.gpu is not None
+    if options.device == "cpu" or not (torch.cuda.is_available() or wants_gpu):
+        return "cpu"
+    if not torch.cuda.is_available():
+        flag = "--device cuda" if options.device == "cuda" else f"--gpu {options.gpu}"
+        raise UserError(f"{flag}: PyTorch sees no GPU on this machine; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
+    if options.gpu is not None and options.gpu >= torch.cuda.device_count():
+        raise UserError(f"--gpu {options.gpu}: the visible GPUs are 0 to {torch.cuda.device_count() - 1}")
+    return "cuda"
+
+
+def _started_by_torchrun() -> bool:
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
+
+
+def _plan_torchrun(options: Options, device_type: str, backend: str) -> ProcessPlan:
+    """torchrun has started the processes already: its variables say all, --multiprocessing-distributed adds nothing."""
+    for flag, given in (
+        (f"--nproc-per-node {options.nproc_per_node}", options.nproc_per_node is not None),
+        (f"--world-size {options.world_size}", options.world_size not in (1, -1)),
+        (f"--rank {options.rank}", options.rank not in (0, -1)),
+        (f"--gpu {options.gpu}", options.gpu is not None),
+    ):
+        if given:
+            raise UserError(f"{flag}: torchrun decides the processes of this run; drop the flag, or start without torchrun")
+    processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if world_size % processes:
+        raise UserError(f"torchrun started {world_size} processes, {processes} of them on this node: all nodes need as many")
+    if device_type == "cuda" and processes > torch.cuda.device_count():
+        raise UserError(f"torchrun --nproc-per-node {processes}: only {torch.cuda.device_count()} GPUs are visible")
+    return ProcessPlan(
+        launcher="torchrun",
+        nodes=world_size // processes, node_rank=int(os.environ["RANK"]) // processes, processes_per_node=processes,
+        device_type=device_type, gpu=None, backend=backend, init_method="env://",
+    )
+
+
+def _environment(name: str, flag: str) -> str:
+    if name not in os.environ:
+        raise UserError(f"{flag} with --dist-url env://: the environment variable {name} is not set")
+    return os.environ[name]
+
+
+def _check_rendezvous(url: str, node_rank: int) -> None:
+    """The address must be complete, and on node 0, which listens there, the port must be free."""
+    if url == "env://":
+        host, port = _environment("MASTER_ADDR", "--dist-url"), int(_environment("MASTER_PORT", "--dist-url"))
+    else:
+        try:
+            host, port = urlsplit(url).hostname, urlsplit(url).port
+        except ValueError:
+            host, port = None, None
+        if not host or not port:
+            raise UserError(f"--dist-url {url}: give tcp://<address of node 0>:<free port>, such as tcp://127.0.0.1:8000")
+    if node_rank != 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(f"--dist-url {url}: cannot listen on port {port} ({error.strerror}); another run may be using "
+                            f"it: give a free port, such as tcp://{host}:{port + 1}") from None
+
+
+def is_first_process() -> bool:
+    """True in the one process of a node that speaks before the group exists (torchrun starts several)."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 if _started_by_torchrun() else True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting and stopping
+
+
+def launch(work: Callable[..., None], plan: ProcessPlan, *args: Any) -> None:
+    """Run `work(worker, *args)` in every process of this node, within a process group of all nodes.
+
+    If one fails, all are stopped, its error alone is shown, last, and this process exits: 2 for a user's mistake, else 1.
+    """
+    if plan.launcher != "spawn":
+        try:
+            _run(int(os.environ["LOCAL_RANK"]) if plan.launcher == "torchrun" else 0, work, plan, args)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)  # not sys.exit: see _child
+        return
+    # The messages of C++ threads that lose their peer would bury the one error that matters.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    reports = tempfile.mkdtemp(prefix="arcface-errors-")
+    try:
+        context = mp.spawn(_child, args=(work, plan, args, reports), nprocs=plan.processes_per_node, join=False)
+        try:
+            while not context.join():
+                pass
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
+            _exit_with_first_error(failure, plan, reports)
+        except KeyboardInterrupt:
+            for process in context.processes:
+                process.join(timeout=5)
+                process.kill()
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+    finally:
+        shutil.rmtree(reports, ignore_errors=True)
+
+
+def _child(local_rank: int, work: Callable[..., None], plan: ProcessPlan, args: tuple, reports: str) -> None:
+    try:
+        _run(local_rank, work, plan, args)
+    except BaseException as error:
+        # The moment of failure tells the cause from the failures that follow from it: peers that lose their connection.
+        report = {
+            "time": time.time(),
+            "rank": plan.node_rank * plan.processes_per_node + local_rank,
+            "user": isinstance(error, UserError),
+            "interrupted": isinstance(error, KeyboardInterrupt),
+            "message": str(error),
+            "traceback": traceback.format_exc(),
+        }
+        path = os.path.join(reports, str(local_rank))
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(report, file)
+        os.replace(path + ".part", path)
+        for loader_worker in multiprocessing.active_children():
+            loader_worker.terminate()
+        # Not sys.exit: an orderly exit may wait for ever for a collective that the others never join.
+        os._exit(1)
+
+
+def _exit_with_first_error(failure: mp.ProcessExitedException, plan: ProcessPlan, reports: str) -> NoReturn:
+    found = []
+    for name in os.listdir(reports):
+        if not name.endswith(".part"):
+            with open(os.path.join(reports, name), encoding="utf-8") as file:
+                found.append(json.load(file))
+    signal_name = getattr(failure, "signal_name", None)
+    if signal_name or not found:
+        rank = plan.node_rank * plan.processes_per_node + failure.error_index
+        how = f"was killed by {signal_name}" if signal_name else f"ended: {failure.msg}"
+        hint = " (out of memory? see dmesg)" if signal_name == "SIGKILL" else ""
+        print(f"error: rank {rank} (process {failure.error_pid}) {how}{hint}; all ranks of this node were stopped",
+              file=sys.stderr)
+        sys.exit(1)
+    first = min(found, key=lambda report: report["time"])
+    if first["interrupted"]:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    if first["user"]:
+        print(f"error: {first['message']}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{first['traceback']}error: rank {first['rank']} of {plan.world_size} failed as shown above; "
+          "all ranks of this node were stopped", file=sys.stderr)
+    sys.exit(1)
+
+
+def _run(local_rank: int, work: Callable[..., None], plan: ProcessPlan, args: tuple) -> None:
+    worker = _join_group(local_rank, plan)
+    work(worker, *args)
+    # Only after success: after a failure the others may never come, and tearing down would wait for them.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _join_group(local_rank: int, plan: ProcessPlan) -> Worker:
+    """Collective. Set up this process (device, threads) and make the process group."""
+    rank = plan.node_rank * plan.processes_per_node + local_rank
+    if plan.device_type == "cuda":
+        device = torch.device("cuda", plan.gpu if plan.gpu is not None else local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))
+    common = dict(backend=plan.backend, world_size=plan.world_size, rank=rank,
+                  device_id=device if plan.backend == "nccl" else None)
+    try:
+        if plan.world_size == 1 and plan.launcher != "torchrun":
+            dist.init_process_group(store=dist.HashStore(), **common)  # a group of one needs no port
+        else:
+            dist.init_process_group(init_method=plan.init_method, **common)
+    except dist.DistNetworkError as error:
+        raise UserError(f"--dist-url {plan.init_method}: rank {rank} cannot meet the others there "
+                        f"({str(error).splitlines()[0]})") from error
+    return Worker(rank=rank, world_size=plan.world_size, processes_per_node=plan.processes_per_node, device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Collective over the group. The sum over its ranks, as a new tensor without a graph; `group` None: this process alone."""
+    if group is None:
+        return tensor
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Collective over the group. (n, ...) of every rank -> (n * W, ...) in rank order, without a graph."""
+    gathered = rows.new_empty(rows.shape[0] * dist.get_world_size(group), *rows.shape[1:])
+    _all_gather(gathered, rows.detach().contiguous(), group=group)
+    return gathered
+
+
+class GatherRows(torch.autograd.Function):
+    """Collective over the group, both ways. `GatherRows.apply(rows (n, d), group) -> (n * W, d)` in rank order.
+
+    Backward sums the ranks' parts of the gradient and gives each rank that of its own rows, times W: the rows come from
+    a backbone under DistributedDataParallel, which averages gradients over the W ranks, where the gradient of a loss that is
+    already the mean over all rows is their sum. Without the factor the backbone would learn W times too slowly.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_rows(rows, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        world_size = dist.get_world_size(ctx.group)
+        mine = grad.new_empty(grad.shape[0] // world_size, *grad.shape[1:])
+        _reduce_scatter(mine, grad.contiguous(), group=ctx.group)
+        return mine * world_size, None
+
+
+def broadcast_integer(value: int, device: torch.device) -> int:
+    """Collective. Rank 0's value, below 2**63, on every rank."""
+    tensor = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor)

@@ -1,0 +1,162 @@
+"""What a run reports: metrics.jsonl, TensorBoard, a progress bar or lines. Rank 0 writes; all ranks average."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.distributed import Worker
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class TrainingLog:
+    """Losses and accuracies, kept on the device until somebody reads them.
+
+    Args:
+        worker: this process.
+        output: directory of metrics.jsonl and tensorboard/.
+        step: steps already done: of the lines that an earlier run left, those after it are removed. 0: a fresh run, and an
+            older metrics.jsonl is put aside.
+        total_steps, epochs: for the bar, the ETA and the lines.
+        global_batch: images per step, of all ranks.
+        print_freq: steps between reports.
+    """
+
+    def __init__(self, worker: Worker, output: str, *, step: int, total_steps: int, epochs: int, global_batch: int,
+                 print_freq: int) -> None:
+        self._worker, self._print_freq = worker, print_freq
+        self._total_steps, self._epochs, self._global_batch = total_steps, epochs, global_batch
+        self._pending: list[dict] = []
+        self._pending_values: list[Tensor] = []
+        self._hits: list[tuple[float, float]] = []  # top-1, top-5 of the steps since the last report
+        self._first_step = self._window_step = step
+        self._window_start = time.perf_counter()
+        self._window_paused = 0.0
+        self._bar = None
+        if worker.is_main:
+            self._path = os.path.join(output, METRICS_FILE)
+            _keep_lines_until(self._path, step)
+            self._file = open(self._path, "a", encoding="utf-8")
+            from torch.utils.tensorboard import SummaryWriter  # a second of start-up that only rank 0 needs
+
+            self._tensorboard = SummaryWriter(os.path.join(output, "tensorboard"), purge_step=step + 1)
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def add(self, *, step: int, epoch: int, lr: float, loss: Tensor, target_rank: Tensor) -> None:
+        """Collective every print_freq steps. `loss` scalar and `target_rank` (M,) of this rank, on the device; step from 1."""
+        hits = [(target_rank < k).double().mean() for k in (1, 5)]
+        self._pending.append({"step": step, "epoch": epoch, "loss": None, "lr": lr})
+        self._pending_values.append(torch.stack([loss.detach().double(), *hits]))
+        if self._bar is not None:
+            self._bar.update(1)
+        if step % self._print_freq == 0:
+            self.flush(report=True)
+
+    def flush(self, report: bool = False) -> None:
+        """Collective. Write the steps so far: the ranks' mean of each loss. Every rank's share of a global batch is equal."""
+        if not self._pending:
+            return
+        values = torch.stack(self._pending_values)
+        dist.all_reduce(values)
+        rows = (values / self._worker.world_size).tolist()
+        for line, (loss, top1, top5) in zip(self._pending, rows):
+            line["loss"] = loss
+            self._hits.append((top1, top5))
+        if report:
+            self._report(self._pending[-1])
+        if self._worker.is_main:
+            for line in self._pending:
+                self._file.write(json.dumps(line) + "\n")
+                for name in line.keys() - {"step", "epoch"}:
+                    self._tensorboard.add_scalar(name, line[name], line["step"])
+            self._file.flush()
+        self._pending, self._pending_values = [], []
+
+    def _report(self, line: dict) -> None:
+        """Add the figures of the window since the last report to `line`, and show them."""
+        now = time.perf_counter()
+        seconds = now - self._window_start - self._window_paused
+        steps = line["step"] - self._window_step
+        line["top1"] = 100 * sum(top1 for top1, _ in self._hits) / len(self._hits)
+        line["top5"] = 100 * sum(top5 for _, top5 in self._hits) / len(self._hits)
+        line["images_per_second"] = steps * self._global_batch / seconds
+        line["memory_mib"] = _peak_memory_mib(self._worker.device)
+        remaining = (self._total_steps - line["step"]) * seconds / steps
+        self._hits, self._window_step, self._window_start, self._window_paused = [], line["step"], now, 0.0
+        if not self._worker.is_main:
+            return
+        figures = (f"loss {line['loss']:.4f}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.4g}  "
+                   f"{line['images_per_second']:.1f} images/s  memory {line['memory_mib']:.0f} MiB")
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {line['epoch'] + 1}/{self._epochs}", refresh=False)
+            self._bar.set_postfix_str(figures)
+        else:
+            print(f"epoch {line['epoch'] + 1}/{self._epochs}  step {line['step']}/{self._total_steps}  {figures}  "
+                  f"eta {_hours(remaining)}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0 without tearing the progress bar."""
+        if self._worker.is_main:
+            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+
+    def count_skipped(self, images: int) -> None:
+        """Collective. Tell how many bad images all ranks have replaced since the last time, if any."""
+        total = torch.tensor(images, device=self._worker.device)
+        dist.all_reduce(total)
+        if total:
+            self.say(f"replaced {int(total)} images that could not be decoded (--skip-bad-images)")
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` (of saving, say) out of the images per second."""
+        self._window_paused += seconds
+
+    def close(self) -> None:
+        """Collective."""
+        self.flush()
+        if self._worker.is_main:
+            self._file.close()
+            self._tensorboard.close()
+            if self._bar is not None:
+                self._bar.close()
+
+
+def _keep_lines_until(path: str, step: int) -> None:
+    """Make `path` ready to append the line of `step` + 1: later lines and a torn last one go; a fresh run starts empty."""
+    if not os.path.exists(path):
+        return
+    if step == 0:
+        number = 1
+        while os.path.exists(f"{path}.{number}"):
+            number += 1
+        os.replace(path, f"{path}.{number}")
+        return
+    with open(path, encoding="utf-8") as file, open(path + ".part", "w", encoding="utf-8") as kept:
+        for line in file:
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.write(line)
+            except (json.JSONDecodeError, TypeError, KeyError):
+                continue
+    os.replace(path + ".part", path)
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process, MiB: the GPU's, or the resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def _hours(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

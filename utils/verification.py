@@ -1,0 +1,190 @@
+"""Face verification by the LFW protocol: numpy in, numbers out.
+
+Shapes: P pairs, d embedding size, K folds, T thresholds.
+
+Protocol: Huang et al., "Labeled Faces in the Wild", 2007 (ten folds, the threshold from the other nine), with the
+validation rate of Schroff et al., "FaceNet", 2015 (section 4), as computed by the evaluation scripts in common use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+
+THRESHOLD_STEP = 0.01  # of the accuracy and the ROC; squared L2 distances of unit vectors lie in 0..4
+VAL_THRESHOLD_STEP = 0.001
+TARGET_FAR = 1e-3
+
+
+@dataclass(frozen=True)
+class VerificationResult:
+    """What `evaluate` finds. Rates and accuracies are fractions, 0..1; all numbers are finite."""
+
+    accuracy: float  # mean over the folds
+    accuracy_std: float  # population standard deviation over the folds
+    val: float  # validation rate: share of the same pairs accepted at the threshold of FAR = 1e-3, mean over the folds
+    val_std: float
+    far: float  # the false accept rate measured there: where it is far above 1e-3, val means little
+    auc: float
+    eer: float
+    thresholds: np.ndarray  # (T,) squared L2 distance, 0, 0.01, ..., 3.99
+    tpr: np.ndarray  # (T,) true positive rate at each threshold, mean over the folds
+    fpr: np.ndarray  # (T,) false positive rate
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The attributes by name, arrays as lists: only what strict JSON can hold."""
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else float(value)
+            for name, value in vars(self).items()
+        }
+
+
+def evaluate(
+    embeddings1: np.ndarray, embeddings2: np.ndarray, is_same: np.ndarray, folds: int = 10
+) -> VerificationResult:
+    """For each fold: t = first argmax over 0, 0.01, ..., 3.99 of the accuracy of (distance < t) on the other folds;
+    accuracy = share of the fold's pairs with (distance < t) == is_same; distance = |e1/|e1| - e2/|e2||^2.
+
+    embeddings1, embeddings2: (P, d) floats, the two images of each pair, of any length. is_same: (P,) bool or 0/1.
+
+    Folds: the pairs of each label are split, in their order, into `folds` contiguous parts whose sizes differ by at
+    most one (the first parts are the longer ones). Lists in the official order (fold by fold) and lists sorted by label
+    thus give the same folds. Where a label has fewer pairs than `folds`, there are as many folds as it has pairs.
+
+    val: per fold, the threshold at which the false accept rate on the other folds reaches 1e-3, interpolated linearly
+    on the grid 0, 0.001, ..., 3.999 (on a flat stretch of exactly 1e-3: its last grid point; 0 if it is never reached);
+    val and far are the shares of the fold's same and different pairs below it.
+    auc: trapezoids under the points (fpr, tpr) of the grid, as published: nothing is added beyond the last point.
+    eer: the false positive rate where fpr = 1 - tpr, on straight lines between these points, continued to (1, 1).
+
+    A pair with an embedding that has no direction (zero, NaN or infinite) counts as decided wrongly at every threshold.
+
+    Raises UserError where there are fewer than two same or two different pairs; ValueError for arrays that do not fit.
+    """
+    embeddings1, embeddings2 = np.asarray(embeddings1), np.asarray(embeddings2)
+    is_same = _as_bool(is_same)
+    if embeddings1.ndim != 2 or embeddings1.shape != embeddings2.shape or len(embeddings1) != len(is_same):
+        raise ValueError(
+            f"evaluate takes (P, d), (P, d) and (P,), not {embeddings1.shape}, {embeddings2.shape} and {is_same.shape}"
+        )
+    folds = usable_folds(is_same, folds)
+    distance = _squared_distance(embeddings1, embeddings2)
+    undecidable = np.isnan(distance)
+    distance[undecidable] = np.where(is_same[undecidable], np.inf, -np.inf)  # never accepted, always accepted
+
+    # The sorted distances of each fold: how many are below a threshold is then a binary search.
+    same = [np.sort(part) for part in np.array_split(distance[is_same], folds)]
+    different = [np.sort(part) for part in np.array_split(distance[~is_same], folds)]
+    same_size, different_size = _sizes(same), _sizes(different)
+
+    thresholds = np.arange(0, 4, THRESHOLD_STEP)
+    true_accepts, false_accepts = _counts_below(same, thresholds), _counts_below(different, thresholds)
+    correct = true_accepts + different_size[:, None] - false_accepts
+    best = np.argmax(correct.sum(axis=0) - correct, axis=1)
+    accuracy = correct[np.arange(folds), best] / (same_size + different_size)
+    tpr = np.mean(true_accepts / same_size[:, None], axis=0)
+    fpr = np.mean(false_accepts / different_size[:, None], axis=0)
+
+    val, far = _validation_rate(same, different)
+    return VerificationResult(
+        accuracy=float(np.mean(accuracy)),
+        accuracy_std=float(np.std(accuracy)),
+        val=float(np.mean(val)),
+        val_std=float(np.std(val)),
+        far=float(np.mean(far)),
+        auc=float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1])) / 2),
+        eer=_equal_error_rate(tpr, fpr),
+        thresholds=thresholds,
+        tpr=tpr,
+        fpr=fpr,
+    )
+
+
+def usable_folds(is_same: np.ndarray, folds: int = 10) -> int:
+    """min(folds, same pairs, different pairs): each fold needs one pair of each label.
+
+    Raises UserError where that is less than two: a threshold cannot be chosen on other folds then.
+    """
+    if folds < 2:
+        raise ValueError(f"folds is {folds}: at least 2 are needed, to choose the threshold on the others")
+    same = int(np.count_nonzero(is_same))
+    different = len(is_same) - same
+    if min(same, different) < 2:
+        raise UserError(
+            f"{same} same (label 1) and {different} different (label 0) pairs: the protocol needs at least 2 of each"
+        )
+    return min(folds, same, different)
+
+
+def format_result(result: VerificationResult) -> str:
+    """The four lines that the published validation script prints."""
+    return "\n".join((
+        "Accuracy: %2.5f+-%2.5f" % (result.accuracy, result.accuracy_std),
+        "Validation rate: %2.5f+-%2.5f @ FAR=%2.5f" % (result.val, result.val_std, result.far),
+        "Area Under Curve (AUC): %1.3f" % result.auc,
+        "Equal Error Rate (EER): %1.3f" % result.eer,
+    ))
+
+
+def _as_bool(is_same: np.ndarray) -> np.ndarray:
+    is_same = np.asarray(is_same)
+    if is_same.ndim != 1 or not np.isin(is_same, (0, 1)).all():
+        raise ValueError("is_same must be (P,) of bool, or of 0 and 1")
+    return is_same.astype(bool)
+
+
+def _squared_distance(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
+    """|e1/|e1| - e2/|e2||^2: float64 (P,), NaN where an embedding has no direction."""
+    distance = np.empty(len(embeddings1))
+    # In blocks that stay in the cache: half the time of whole arrays, and no float64 copies of them.
+    rows = max(1, 2**16 // max(1, embeddings1.shape[1]))
+    for start in range(0, len(distance), rows):
+        block = slice(start, start + rows)
+        difference = _unit_rows(embeddings1[block]) - _unit_rows(embeddings2[block])
+        distance[block] = np.einsum("ij,ij->i", difference, difference)
+    return distance
+
+
+def _unit_rows(embeddings: np.ndarray) -> np.ndarray:
+    """float64, each row divided by its length; NaN in a row that is zero or not finite."""
+    embeddings = embeddings.astype(np.float64)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        length = np.sqrt(np.einsum("ij,ij->i", embeddings, embeddings))
+        length[~np.isfinite(length)] = np.nan
+        return embeddings / length[:, None]
+
+
+def _sizes(parts: list[np.ndarray]) -> np.ndarray:
+    return np.array([len(part) for part in parts])
+
+
+def _counts_below(parts: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+    """int64 (K, T): how many of each fold's sorted distances are < each threshold."""
+    return np.stack([np.searchsorted(part, thresholds, side="left") for part in parts])
+
+
+def _validation_rate(same: list[np.ndarray], different: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Per fold (val, far), each float64 (K,), from the sorted distances of the folds."""
+    thresholds = np.arange(0, 4, VAL_THRESHOLD_STEP)
+    false_accepts = _counts_below(different, thresholds)
+    sizes = _sizes(different)
+    far_elsewhere = (false_accepts.sum(axis=0) - false_accepts) / (sizes.sum() - sizes)[:, None]  # (K, T), rising
+    chosen = [np.interp(TARGET_FAR, far, thresholds) if far[-1] >= TARGET_FAR else 0.0 for far in far_elsewhere]
+    val = [np.searchsorted(part, t, side="left") / len(part) for part, t in zip(same, chosen)]
+    far = [np.searchsorted(part, t, side="left") / len(part) for part, t in zip(different, chosen)]
+    return np.array(val), np.array(far)
+
+
+def _equal_error_rate(tpr: np.ndarray, fpr: np.ndarray) -> float:
+    """The fpr at which fpr + tpr = 1; both rise along the curve, which ends in (1, 1)."""
+    tpr, fpr = np.append(tpr, 1.0), np.append(fpr, 1.0)
+    excess = fpr + tpr - 1
+    after = int(np.argmax(excess >= 0))
+    if after == 0:  # decided at threshold 0 already: every different pair is undecidable
+        return float(fpr[0])
+    step = -excess[after - 1] / (excess[after] - excess[after - 1])
+    return float(fpr[after - 1] + step * (fpr[after] - fpr[after - 1]))
