@@ -31,7 +31,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 
 
 class IBasicBlock(nn.Module):
-    """y = bn3(conv2(prelu(bn2(conv1(bn1(x)))))) + shortcut(x), (n, c_in, h, h) -> (n, c_out, h / stride, h / stride)."""
+    """y = bn3(conv2(prelu(bn2(conv1(bn1(x)))))) + shortcut(x), (n, c_in, h, h) -> (n, c_out, h/s, h/s)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

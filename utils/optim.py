@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, Optimizer
 
 from utils.options import Options
@@ -46,8 +45,12 @@ class Optimizers:
         # Parameter names beside each optimizer: momentum is saved by name, so that it does not matter who held it.
         self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
         parameters = [parameter for _, parameter in replicated]
+        self._zero: Optimizer | None = None
         if options.enable_zero_optim:
-            self._named.append((ZeroRedundancyOptimizer(parameters, optimizer_class=SGD, **settings), replicated))
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # here: seconds of start-up that few need
+
+            self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=SGD, **settings)
+            self._named.append((self._zero, replicated))
         else:
             self._named.append((SGD(parameters, **settings), replicated))
         if sharded:
@@ -70,7 +73,7 @@ class Optimizers:
         """Collective with ZeRO. Momentum by parameter name: what is replicated on rank 0 at least, a shard on its rank."""
         found: dict[str, Tensor] = {}
         for optimizer, named in self._named:
-            if isinstance(optimizer, ZeroRedundancyOptimizer):
+            if optimizer is self._zero:
                 optimizer.consolidate_state_dict(to=0)
                 if dist.get_rank() != 0:
                     continue
