@@ -25,7 +25,9 @@ from models import build_backbone, load_backbone
 from models.classifier import ArcFaceClassifier
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint import FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
-from utils.distributed import ProcessPlan, Worker, broadcast_integer, is_first_process, launch, plan_processes
+from utils.distributed import (
+    ProcessPlan, Worker, broadcast_integer, is_first_process, launch, plan_processes, require_same_on_all_ranks,
+)
 from utils.errors import UserError, exit_on_user_error
 from utils.meters import TrainingLog
 from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
@@ -70,6 +72,7 @@ def main() -> None:
 
 def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
     """Runs in every process, all of them together."""
+    require_same_on_all_ranks(worker, {"images": len(dataset), "identities": len(dataset.identities)})
     checkpoint = read_resumable(options) if options.resume else None
     global_batch = options.batch_size * worker.nodes
     seed = checkpoint["seed"] if checkpoint else choose_seed(options, worker)
@@ -205,10 +208,7 @@ def check_batch(options: Options, plan: ProcessPlan) -> None:
 def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
     """Scan and check the training images, once per node. Raises UserError."""
     dataset = FaceFolder(options.data)
-    dataset.skip_bad = options.skip_bad_images
-    dropped = dataset.check_headers(options.skip_bad_images, progress=is_first_process())
-    if dropped and is_first_process():
-        print(f"skipped {dropped} bad images (--skip-bad-images)", flush=True)
+    dataset.check_headers(options.skip_bad_images, progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
     if identities > options.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "

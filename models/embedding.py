@@ -134,15 +134,14 @@ class _BatchReader(Dataset):
 
 
 def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
-    loader = DataLoader(
-        _BatchReader(dataset), batch_size=batch_size, shuffle=False,
-        num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
-        collate_fn=_unchanged, worker_init_fn=_start_worker,
-    )
     with warnings.catch_warnings():
         # More workers than cores are the user's choice; they help on network disks.
         warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes in total")
-        batches = iter(loader)
+        batches = iter(DataLoader(
+            _BatchReader(dataset), batch_size=batch_size, shuffle=False,
+            num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
+            collate_fn=_unchanged, worker_init_fn=_start_worker,
+        ))
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch

