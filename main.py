@@ -202,7 +202,9 @@ def check_batch(options: Options, plan: ProcessPlan) -> None:
     per_rank = options.batch_size // parts
     if per_rank == 1 and (not options.sync_bn or plan.world_size == 1):
         fix = f"give at least {2 * parts}" + (", or --sync-bn" if plan.world_size > 1 else "")
-        raise UserError(f"{flag}: leaves one image per process and micro-batch, of which BatchNorm has no statistics; {fix}")
+        raise UserError(
+            f"{flag}: leaves one image per process and micro-batch, of which BatchNorm has no statistics; {fix}"
+        )
 
 
 def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
@@ -221,9 +223,9 @@ def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
 
 def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
     """What is about to run, a line each."""
-    with torch.device("meta"):
-        backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
-    backbone_parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    backbone_parameters = sum(
+        parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()
+    )
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
     bytes_per_value = 8 if options.precision == "float64" else 4
     center_mib = shard.size * EMBEDDING_SIZE * bytes_per_value / 2**20
@@ -233,7 +235,8 @@ def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
     device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
     precision = options.precision
     if options.enable_amp_mode:
-        precision = f"mixed: backbone {str(amp_dtype(options, plan.device_type)).removeprefix('torch.')}, classifier float32"
+        autocast = str(amp_dtype(options, plan.device_type)).removeprefix("torch.")
+        precision = f"mixed: backbone {autocast}, classifier float32"
     rows = {
         "device": f"{device}, {plan.backend}",
         "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
@@ -241,14 +244,16 @@ def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
         "backbone": f"{options.training_arch}, {backbone_parameters:,} parameters, embedding {EMBEDDING_SIZE}"
                     + (", synchronised BatchNorm" if options.sync_bn else ""),
         "classifier": f"{options.num_classes:,} classes, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
-                      + ("sharded over all processes" if options.enable_model_parallel else "a whole copy in every process"),
+                      + ("sharded over all processes" if options.enable_model_parallel else "a copy in every process"),
         "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
                          f"{3 * center_mib:,.0f} MiB with gradient and momentum",
-        "loss": f"ArcFace, scale {options.scale:g}, margin {options.margin:g} ({'easy' if options.easy_margin else 'hard'})",
+        "loss": f"ArcFace, scale {options.scale:g}, margin {options.margin:g} "
+                f"({'easy' if options.easy_margin else 'hard'})",
         "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",
-        "batch": f"{global_batch} = {plan.world_size} processes x {options.accumulation_steps} micro-batches x {per_rank}",
-        "schedule": f"{options.epochs} epochs x {steps_per_epoch:,} steps, learning rate {options.lr:g}, x 0.1 at epochs "
-                    + (", ".join(f"{milestone:g}" for milestone in options.lr_milestones) or "(never)")
+        "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
+                 f"{per_rank}",
+        "schedule": f"{options.epochs} epochs x {steps_per_epoch:,} steps, learning rate {options.lr:g}, "
+                    + "x 0.1 at epochs " + (", ".join(f"{milestone:g}" for milestone in options.lr_milestones) or "(never)")
                     + (f", warm-up {options.warmup_epochs:g} epochs" if options.warmup_epochs else "")
                     + (f", stop at step {options.max_steps:,}" if options.max_steps else ""),
         "optimizer": f"SGD, momentum {options.momentum:g}, weight decay {options.weight_decay:g}"

@@ -6,13 +6,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from torch import nn
 from data.pairs import PairImages, PairList
 from models import ARCHS, build_backbone, load_backbone
 from models.embedding import choose_device, embed_images
-from utils.errors import UserError, exit_on_user_error
+from utils.errors import Parser, UserError, exit_on_user_error
 from utils.verification import TARGET_FAR, VerificationResult, evaluate, format_result, usable_folds
 
 FOLDS = 10
@@ -110,17 +108,9 @@ def validate(
     return result
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python3 valid.py --help)")
-
-
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse and check all that can be checked without opening a file. Raises UserError."""
-    parser = _Parser(
-        prog="valid.py", allow_abbrev=False,
-        description="Pair accuracy of a face recognition backbone by the LFW protocol.",
-    )
+    parser = Parser("valid.py", "Pair accuracy of a face recognition backbone by the LFW protocol.")
     group = parser.add_argument_group("pairs")
     group.add_argument("--imgs-root", metavar="DIR", help="the images of the pairs, aligned, 112x112")
     group.add_argument("--pair-list", metavar="FILE",

@@ -108,7 +108,7 @@ def build_train_loader(
         collate_fn=_unchanged,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_loader_worker,
         pin_memory=pin_memory,
     )
 
@@ -165,7 +165,7 @@ def _unchanged(batch: TrainBatch | str) -> TrainBatch | str:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def start_loader_worker(worker: int) -> None:
     """Ctrl-C reaches the whole process group; the main process alone answers it, and stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -91,8 +91,8 @@ def _shard_logits(
     margin: float,
     easy_margin: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's logits (N, C_r), its share of l_iy and of cos_iy (N,) (0 where another rank owns the target), and the
-    cosines (N, C_r) without a graph. No host synchronisation: ownership is a mask, never a list of rows.
+    """This rank's logits (N, C_r), its share of l_iy and of cos_iy (N,) (0 where another rank owns the target), and
+    the cosines (N, C_r) without a graph. No host synchronisation: ownership is a mask, never a list of rows.
     """
     cosine = embedding @ F.normalize(centers).t()
     if shard.size == 0:
@@ -143,5 +143,5 @@ class _MergeShards(torch.autograd.Function):
 def _target_rank(cosine: Tensor, target_cosine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Collective over the group. (N,) int64: the number of classes whose cosine is above the target's."""
     target = all_reduce_sum(target_cosine, group)
-    # "not <=" rather than ">": a NaN on either side must count against the hit. The target equals itself, so it does not.
+    # "not <=" rather than ">": a NaN on either side must count against the hit. The target equals itself: no count.
     return all_reduce_sum((~(cosine <= target.unsqueeze(1))).sum(dim=1), group)

@@ -63,7 +63,7 @@ def load_backbone(path: str, arch: str | None = None) -> tuple[nn.Module, str]:
     """
     if arch is not None and arch not in ARCHS:
         raise UserError(f"--arch {arch} is unknown; choose one of {', '.join(ARCHS)}")
-    content = _read(path)
+    content = read_torch_file(path)
     weights = _find_weights(path, content)
     found = _nearest_arch(path, weights)
     if arch is not None and arch != found:
@@ -79,7 +79,7 @@ def load_backbone(path: str, arch: str | None = None) -> tuple[nn.Module, str]:
     return backbone.eval(), found
 
 
-def _read(path: str) -> object:
+def read_torch_file(path: str) -> object:
     """The file's content by torch.load, plain values and tensors only, or a UserError that says what is wrong."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a directory; give a checkpoint file")

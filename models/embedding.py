@@ -5,7 +5,6 @@ Shapes: n images of a batch, N images in all, d embedding size.
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 import warnings
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.augment import prepare_batch
+from data.loader import start_loader_worker
 from utils.errors import UserError
 
 
@@ -66,17 +66,13 @@ def embed_images(
                 output = backbone(x)
                 if flip:
                     output = output + backbone(x.flip(3))
-                # In float64, where no length of a float32 vector overflows or vanishes.
-                output = output.double()
-                length = torch.linalg.vector_norm(output, dim=1, keepdim=True)
-                unusable = ~torch.isfinite(length) | (length == 0)
-                unit = torch.where(unusable, 0, output / length).float().cpu().numpy()
+                unit, length = _unit_rows(output)
                 if embeddings is None:
                     embeddings = np.empty((total, unit.shape[1]), dtype=np.float32)
                 embeddings[done : done + len(unit)] = unit
                 done += len(unit)
-                zero += int((length == 0).sum())
-                not_finite += int((~torch.isfinite(length)).sum())
+                zero += np.count_nonzero(length == 0)
+                not_finite += np.count_nonzero(~np.isfinite(length))
                 report.update(done)
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {batch_size}: does not fit into the GPU's memory; use a smaller one") from None
@@ -90,6 +86,15 @@ def embed_images(
             f"({not_finite} NaN or infinite, {zero} zero); they are set to zero", file=sys.stderr,
         )
     return embeddings
+
+
+def _unit_rows(output: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(n, d) -> float32 (n, d), its rows divided by their lengths, or zero where that cannot be; the lengths (n,)."""
+    output = output.double()  # where no length of a float32 vector overflows or vanishes
+    length = torch.linalg.vector_norm(output, dim=1)
+    usable = torch.isfinite(length) & (length > 0)
+    unit = torch.where(usable[:, None], output / length[:, None], 0)
+    return unit.float().cpu().numpy(), length.cpu().numpy()
 
 
 class _Progress:
@@ -140,7 +145,7 @@ def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[
         batches = iter(DataLoader(
             _BatchReader(dataset), batch_size=batch_size, shuffle=False,
             num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
-            collate_fn=_unchanged, worker_init_fn=_start_worker,
+            collate_fn=_unchanged, worker_init_fn=start_loader_worker,
         ))
     for batch in batches:
         if isinstance(batch, UserError):
@@ -150,9 +155,3 @@ def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[
 
 def _unchanged(batch: np.ndarray | UserError) -> np.ndarray | UserError:
     return batch
-
-
-def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process alone answers it, and stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)

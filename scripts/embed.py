@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.folder import IMAGE_EXTENSIONS, read_image  # noqa: E402
 from models import ARCHS, load_backbone  # noqa: E402
 from models.embedding import choose_device, embed_images  # noqa: E402
-from utils.errors import UserError, exit_on_user_error  # noqa: E402
+from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -142,17 +140,9 @@ def write(embeddings: np.ndarray, paths: list[str], output: str, list_path: str)
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python3 scripts/embed.py --help)")
-
-
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse and check all that can be checked without opening a file. Raises UserError."""
-    parser = _Parser(
-        prog="embed.py", description="Face images -> L2-normalised embeddings; two images -> their similarity.",
-        allow_abbrev=False,
-    )
+    parser = Parser("embed.py", "Face images -> L2-normalised embeddings; two images -> their similarity.")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR",
                         help="aligned 112x112 images, or directories of them (searched at any depth)")
     parser.add_argument("--resume", metavar="PATH", help="checkpoint.pth.tar, or a published backbone's weights")

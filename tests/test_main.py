@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -188,15 +189,37 @@ def test_an_image_that_cannot_be_decoded_stops_all_ranks(faces, tmp_path, worker
     assert "replaced 1 images" in output
 
 
-def test_a_killed_rank_stops_all_within_seconds(faces, tmp_path):
+def start_long_run(faces: Path, output: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A run of two ranks that has done two steps, and the process numbers of its ranks."""
     process = start("main.py", faces, *SHORT, *processes(2), "--max-steps", 1000, "--epochs", 1000, "-p", 1, "--no-save",
-                    "--output", tmp_path, PYTHONUNBUFFERED="1")
+                    "--output", output, PYTHONUNBUFFERED="1")
     for line in process.stdout:
         if " step 2/" in line:
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    return process, [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_no_rank_outlives_its_parent(faces, tmp_path):
+    process, ranks = start_long_run(faces, tmp_path)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_running(rank) for rank in ranks):
+        assert time.monotonic() < deadline, "a rank goes on without its parent"
+        time.sleep(0.1)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie has ended
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_rank_stops_all_within_seconds(faces, tmp_path):
+    process, ranks = start_long_run(faces, tmp_path)
+    os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
     output = finish(process, status=1, timeout=60)
     assert time.monotonic() - killed < 30

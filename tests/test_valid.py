@@ -76,7 +76,7 @@ def script(cwd: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     return subprocess.run(
-        [sys.executable, *argv], cwd=cwd, env=environment, text=True, capture_output=True, timeout=120
+        [sys.executable, *argv], cwd=cwd, env=environment, text=True, capture_output=True, timeout=300
     )
 
 

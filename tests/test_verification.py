@@ -329,7 +329,7 @@ def test_six_thousand_pairs_take_well_under_a_third_of_a_second() -> None:
     first, second = faces(rng, is_same, size=512)
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         evaluate(first, second, is_same)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert min(seconds) < 0.3

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models import _read as read_torch_file
+from models import read_torch_file
 from models.classifier import ArcFaceClassifier
 from utils.distributed import Worker, broadcast_integer
 from utils.errors import UserError

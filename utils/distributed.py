@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -215,6 +216,7 @@ def launch(work: Callable[..., None], plan: ProcessPlan, *args: Any) -> None:
 
 
 def _child(local_rank: int, work: Callable[..., None], plan: ProcessPlan, args: tuple, reports: str) -> None:
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         _run(local_rank, work, plan, args)
     except BaseException as error:
@@ -235,6 +237,13 @@ def _child(local_rank: int, work: Callable[..., None], plan: ProcessPlan, args: 
             loader_worker.terminate()
         # Not sys.exit: an orderly exit may wait for ever for a collective that the others never join.
         os._exit(1)
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Do not outlive the parent: the signal that torch asks for is ignored in a job started with `nohup ... &`."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _exit_with_first_error(failure: mp.ProcessExitedException, plan: ProcessPlan, reports: str) -> NoReturn:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Something the user gave cannot work. The message names the flag or file, the value, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake on the command line is a UserError too: one line instead of the whole usage."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        # No abbreviations: a flag that is added later must not change what an old command means.
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

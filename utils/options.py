@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
-from typing import NoReturn
 
-from utils.errors import UserError
+from utils.errors import Parser, UserError
 
 EMBEDDING_SIZE = 512
 
@@ -66,11 +65,6 @@ class Options:
         return self.arch or "iresnet50"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python3 main.py --help)")
-
-
 def _number_list(text: str) -> tuple[float, ...]:
     """'10,16,21' -> (10.0, 16.0, 21.0); '' and 'none' -> (). One argument, so that it cannot swallow the positional."""
     if text.strip() in ("", "none"):
@@ -82,10 +76,8 @@ def _number_list(text: str) -> tuple[float, ...]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="main.py",
-        description="Large-scale parallel ArcFace training: one process per GPU, class centers sharded over them.",
-        allow_abbrev=False,
+    parser = Parser(
+        "main.py", "Large-scale parallel ArcFace training: one process per GPU, class centers sharded over them."
     )
     group = parser.add_argument_group("data")
     group.add_argument("data", metavar="DIR", nargs="?",
