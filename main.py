@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import secrets
+import tempfile
 import time
 
 import torch
@@ -58,15 +59,17 @@ def main() -> None:
         evaluate(options, plan)
         return
     check_batch(options, plan)
-    checkpoint = read_resumable(options) if options.resume else None
+    if options.resume:
+        read_resumable(options)  # only to check it: every process reads it for itself
     dataset = open_dataset(options, plan)
     table = run_table(options, plan, dataset)
     if is_first_process():
         print(table, flush=True)
     if options.plan:
         return
-    os.makedirs(options.output, exist_ok=True)
-    del checkpoint  # checked; every process reads it for itself
+    make_output(options)
+    if plan.nodes > 1:
+        print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.init_method}", flush=True)
     launch(train, plan, options, dataset)
 
 
@@ -219,6 +222,16 @@ def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
         raise UserError(f"--batch-size {options.batch_size}: one step takes {global_batch} images over all nodes, and "
                         f"{dataset.root} has {len(dataset)}; give a smaller batch")
     return dataset
+
+
+def make_output(options: Options) -> None:
+    """--output must be a directory that can be written: better found out now than after an epoch. Raises UserError."""
+    try:
+        os.makedirs(options.output, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
 def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:

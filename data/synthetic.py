@@ -293,7 +293,8 @@ def _draw_hair_in_front(
     inner, outer, ends = 0.86 * face.face_width, 0.74 * face.face_width, 0.25 * temple + 0.75 * min(sideburn, -8.0)
     part = face.hair_part
     below = [(inner, ends), (outer, temple), (part + 9, face.hair_line + 0.5),
-             (part, face.hair_line - face.hair_part_height), (part - 7, face.hair_line), (-outer, temple), (-inner, ends)]
+             (part, face.hair_line - face.hair_part_height), (part - 7, face.hair_line), (-outer, temple),
+             (-inner, ends)]
     jitter = rng.normal(0, 0.35 * face.hair_wave + 0.3 * view.hair_ruffle, len(below)).tolist()
     below = [(x, max(y + j, -45.0)) for (x, y), j in zip(below, jitter)]
     crown, hairline = _curve(above, closed=False), _curve(below, closed=False)
@@ -560,7 +561,8 @@ def write_identity_set(
 ) -> None:
     """Write `directory/<identity>/<image>.jpg` for the identities first_identity .. first_identity + identities - 1."""
     everyone = range(first_identity, first_identity + identities)
-    _write_all(Path(directory), [(identity, image) for identity in everyone for image in range(images_per_identity)], seed)
+    images = [(identity, image) for identity in everyone for image in range(images_per_identity)]
+    _write_all(Path(directory), images, seed)
 
 
 def sample_pairs(

@@ -1,5 +1,6 @@
 # Sourced by demo.sh and test.sh: `setup_environment FILE...` makes a virtual environment with these requirements files
-# and sets PYTHON to its interpreter. It lies in $ARCFACE_VENV, or .venv; nothing is installed again until a file changes.
+# and sets PYTHON to its interpreter. It lies in $ARCFACE_VENV, or .venv; nothing is installed again until a file
+# changes.
 
 setup_environment() {
     local venv="${ARCFACE_VENV:-.venv}" wanted
@@ -8,13 +9,18 @@ setup_environment() {
         exit 2
     fi
     if [ ! -x "$venv/bin/python3" ]; then
+        if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+            echo "error: $venv holds something else than a virtual environment; set ARCFACE_VENV to a new directory" >&2
+            exit 2
+        fi
         echo "+ python3 -m venv $venv"
         if ! python3 -m venv "$venv"; then
             rm -rf "$venv"
-            echo "error: python3 cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
+            echo "error: python3 cannot make virtual environments; Debian, Ubuntu: apt-get install python3-venv" >&2
             exit 2
         fi
     fi
+    unset PYTHONPATH PYTHONHOME  # torchvision fails at import beside another torch than its own
     PYTHON="$(cd "$venv/bin" && pwd)/python3"
     wanted="$(cat "$@" | sha256sum)"
     if ! grep -qsxF "$wanted" "$venv/installed-requirements"; then

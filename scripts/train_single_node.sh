@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on all GPUs of this machine with sharded class centers. Settings come from the environment, more flags of main.py
-# as arguments:
+# Train on all GPUs of this machine with sharded class centers. Settings come from the environment, more flags of
+# main.py as arguments:
 #     DATA=data/ms1m NUM_CLASSES=85744 bash scripts/train_single_node.sh --enable-amp-mode
 set -euo pipefail
 

@@ -223,7 +223,7 @@ def test_a_killed_rank_stops_all_within_seconds(faces, tmp_path):
     killed = time.monotonic()
     output = finish(process, status=1, timeout=60)
     assert time.monotonic() - killed < 30
-    assert re.search(r"error: rank 1 \(process \d+\) was killed by SIGKILL", output.rstrip().splitlines()[-1])
+    assert re.search(r"error: rank 1 \(process \d+\) was ended by SIGKILL", output.rstrip().splitlines()[-1])
 
 
 @pytest.mark.skipif("ARCFACE_REAL_FACES" not in os.environ, reason="ARCFACE_REAL_FACES names no folder of real faces")

@@ -136,6 +136,12 @@ def test_bad_batches_are_answered(answer, faces):
     assert "one image per process" in answer(faces, "-b", 1)
 
 
+def test_an_output_that_cannot_be_written_is_answered(answer, faces, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--output" in answer(faces, "-b", 8, "--output", tmp_path / "file")
+    assert "--output" in answer(faces, "-b", 8, "--output", tmp_path / "file" / "below")
+
+
 def test_a_port_in_use_is_answered(answer, faces):
     import socket
 

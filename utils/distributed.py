@@ -203,8 +203,8 @@ def launch(work: Callable[..., None], plan: ProcessPlan, *args: Any) -> None:
         try:
             while not context.join():
                 pass
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
-            _exit_with_first_error(failure, plan, reports)
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
+            _exit_with_first_error(context.processes, plan, reports)
         except KeyboardInterrupt:
             for process in context.processes:
                 process.join(timeout=5)
@@ -246,27 +246,32 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _exit_with_first_error(failure: mp.ProcessExitedException, plan: ProcessPlan, reports: str) -> NoReturn:
+def _exit_with_first_error(processes: list, plan: ProcessPlan, reports: str) -> NoReturn:
+    """All processes have ended, at least one of them badly: tell the cause, and nothing that followed from it."""
     found = []
     for name in os.listdir(reports):
         if not name.endswith(".part"):
             with open(os.path.join(reports, name), encoding="utf-8") as file:
                 found.append(json.load(file))
-    signal_name = getattr(failure, "signal_name", None)
-    if signal_name or not found:
-        rank = plan.node_rank * plan.processes_per_node + failure.error_index
-        how = f"was killed by {signal_name}" if signal_name else f"ended: {failure.msg}"
-        hint = " (out of memory? see dmesg)" if signal_name == "SIGKILL" else ""
-        print(f"error: rank {rank} (process {failure.error_pid}) {how}{hint}; all ranks of this node were stopped",
-              file=sys.stderr)
-        sys.exit(1)
-    first = min(found, key=lambda report: report["time"])
-    if first["interrupted"]:
+    first = min(found, key=lambda report: report["time"], default=None)
+    if first and first["interrupted"]:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    if first["user"]:
+    if first and first["user"]:
         print(f"error: {first['message']}", file=sys.stderr)
         sys.exit(2)
+    # A process that something killed left no report, and those of the others say that they lost it. SIGTERM is ours.
+    for local_rank, process in enumerate(processes):
+        if process.exitcode not in (0, -signal.SIGTERM) and (process.exitcode < 0 or not found):
+            rank = plan.node_rank * plan.processes_per_node + local_rank
+            name = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit status {process.exitcode}"
+            hint = " (out of memory? see dmesg)" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} (process {process.pid}) was ended by {name}{hint}; "
+                  "all ranks of this node were stopped", file=sys.stderr)
+            sys.exit(1)
+    if first is None:
+        print("error: the ranks of this node were ended by SIGTERM", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     print(f"{first['traceback']}error: rank {first['rank']} of {plan.world_size} failed as shown above; "
           "all ranks of this node were stopped", file=sys.stderr)
     sys.exit(1)

@@ -1,0 +1,142 @@
+"""Drawn faces, their pair lists, the command line around them, and the pictures of plot.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run
+from PIL import Image
+
+from data.synthetic import draw_face, sample_pairs, write_identity_set, write_pairs
+from utils.errors import UserError
+
+SMALL = ("--identities", 3, "--images", 4, "--pairs", 12, "--pair-identities", 3)
+
+
+def pixels(identity: int, image: int, seed: int = 0) -> np.ndarray:
+    return np.asarray(draw_face(identity, image, seed), dtype=np.int16)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_drawing_depends_on_seed_identity_and_image_alone() -> None:
+    face = draw_face(3, 5, seed=1)
+    assert face.size == (112, 112) and face.mode == "RGB"
+    first = pixels(3, 5, seed=1)
+    pixels(8, 2)  # drawing another one in between changes nothing
+    np.testing.assert_array_equal(first, pixels(3, 5, seed=1))
+    for other in (pixels(4, 5, seed=1), pixels(3, 6, seed=1), pixels(3, 5, seed=2)):
+        assert np.abs(first - other).mean() > 10
+
+
+def test_a_drawing_is_neither_black_nor_white_nor_flat() -> None:
+    for number in range(20):
+        face = pixels(number, number)
+        assert 10 < face.mean() < 245 and face.std() > 10
+
+
+def test_identity_set_has_the_identities_asked_for(tmp_path: Path) -> None:
+    write_identity_set(tmp_path, identities=3, images_per_identity=2, first_identity=5)
+    names = sorted(contents(tmp_path))
+    assert names == [f"{identity:06d}/{image:03d}.jpg" for identity in (5, 6, 7) for image in (0, 1)]
+    with Image.open(tmp_path / names[0]) as image:
+        assert image.size == (112, 112) and image.format == "JPEG"
+
+
+def test_processes_draw_what_one_process_draws(tmp_path: Path) -> None:
+    write_identity_set(tmp_path, identities=20, images_per_identity=11)  # enough images to be shared out
+    name = "000017/003.jpg"
+    write_identity_set(tmp_path / "one", identities=1, images_per_identity=4, first_identity=17)
+    assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize("count", [2, 40, 41])
+def test_pairs_are_balanced_different_and_right(count: int) -> None:
+    pairs = sample_pairs(count, identities=6, images_per_identity=5, seed=3)
+    assert len(pairs) == len({(one, other) for one, other, _ in pairs}) == count
+    assert sum(same for _, _, same in pairs) == (count + 1) // 2
+    for one, other, same in pairs:
+        assert one != other and (one[0] == other[0]) == bool(same)
+    assert pairs == sample_pairs(count, identities=6, images_per_identity=5, seed=3)
+
+
+@pytest.mark.parametrize("pairs, identities, images", [(1, 5, 5), (100, 2, 3), (10, 1, 20), (2, 5, 1)])
+def test_more_pairs_than_there_are_is_an_error(pairs: int, identities: int, images: int) -> None:
+    with pytest.raises(UserError, match=f"{pairs} pairs asked for"):
+        sample_pairs(pairs, identities, images)
+
+
+def test_pair_list_names_the_images_that_are_there(tmp_path: Path) -> None:
+    write_pairs(tmp_path, pairs=20, identities=4, images_per_identity=4, first_identity=7)
+    lines = [line.split() for line in (tmp_path / "pair.list").read_text().splitlines()]
+    assert len(lines) == 20
+    named = {path for *paths, _ in lines for path in paths}
+    assert named == contents(tmp_path / "imgs").keys()
+    assert {int(path.split("/")[0]) for path in named} <= {7, 8, 9, 10}
+    for one, other, label in lines:
+        assert (one.split("/")[0] == other.split("/")[0]) == (label == "1")
+
+
+def test_synthesize_keeps_its_own_set_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    run("scripts/synthesize.py", out, *SMALL)
+    made = contents(out)
+    train, unseen = ({path.name for path in (out / part).iterdir()} for part in ("train", "lfw/imgs"))
+    assert len(train) == 3 and unseen and not train & unseen
+    assert list(tmp_path.iterdir()) == [out]  # nothing half-made beside it
+
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert "already" in run("scripts/synthesize.py", out, *SMALL)
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+    assert "error:" in run("scripts/synthesize.py", out, *SMALL, "--seed", 1, status=2)
+    assert contents(out) == made
+    run("scripts/synthesize.py", out, *SMALL, "--seed", 1, "--force")
+    assert contents(out).keys() & made.keys() and contents(out) != made
+
+
+def test_synthesize_touches_no_other_directory(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    message = run("scripts/synthesize.py", tmp_path, *SMALL, "--force", status=2)
+    assert message.count("\n") == 1 and str(tmp_path) in message
+    assert contents(tmp_path) == {"mine.txt": b"mine"}
+
+
+def test_plot_training_curve_with_a_torn_last_line(tmp_path: Path) -> None:
+    rows = [{"step": step, "epoch": 0, "loss": 10 / step, "lr": 0.1} for step in range(1, 60)]
+    rows[9] |= {"top1": 1.0, "top5": 4.0}
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 60, "lo')
+    run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.width > 600
+
+    metrics.write_text("no\n" + json.dumps(rows[0]) + "\n")
+    message = run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "other.png", status=2)
+    assert message.count("\n") == 1 and "line 1" in message
+
+
+def test_plot_roc_of_two_results(tmp_path: Path) -> None:
+    rates = np.linspace(0, 1, 50)
+    for name, power in (("good", 0.2), ("poor", 0.9)):
+        result = {"accuracy": 0.8, "auc": 0.9, "fpr": rates.tolist(), "tpr": (rates**power).tolist()}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    run("scripts/plot.py", "--roc", f"{tmp_path / 'good.json'}=trained", "--roc", tmp_path / "poor.json",
+        "--output", tmp_path / "roc.png")
+    with Image.open(tmp_path / "roc.png") as picture:
+        assert picture.width > 600
+
+
+@pytest.mark.parametrize("arguments", [
+    ("--output", "x.png"), ("--metrics", "absent.jsonl", "--output", "x.png"), ("--roc", "absent.json", "--output", "x.png"),
+    ("--metrics", "a", "--roc", "b", "--output", "x.png"), ("--metrics", "a", "--output", "x.exe"),
+])
+def test_plot_explains_mistakes_in_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    message = run("scripts/plot.py", *arguments, status=2, cwd=tmp_path)
+    assert message.startswith("error:") and message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
