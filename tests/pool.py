@@ -76,7 +76,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: multiprocessing.connect
     import torch  # only here: the parent of the pool need not have it loaded when it starts the processes
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:

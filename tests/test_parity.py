@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from unittest import mock
 
 import main
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tiny import TinyBackbone
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -26,23 +28,6 @@ from utils.sharding import ClassShard, initial_centers
 
 SEED, STEPS, BATCH, IMAGES = 5, 3, 24, 80
 SETTINGS = dict(lr=0.3, momentum=0.9, weight_decay=1e-3, scale=8.0, margin=0.5)
-
-
-class TinyBackbone(nn.Module):
-    """Images (n, 3, 112, 112) -> (n, 512), with or without BatchNorm: small enough for hundreds of steps a second."""
-
-    embedding_size = 512
-
-    def __init__(self, batch_norm: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, stride=2, bias=not batch_norm)
-        self.bn = nn.BatchNorm2d(6) if batch_norm else nn.Identity()
-        self.prelu = nn.PReLU(6)
-        self.fc = nn.Linear(6 * 6 * 6, 512, bias=not batch_norm)  # before BatchNorm its gradient is 0
-        self.features = nn.BatchNorm1d(512) if batch_norm else nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.features(self.fc(self.prelu(self.bn(self.conv(F.avg_pool2d(images, 8)))).flatten(1)))
 
 
 class RandomFaces(Dataset):
@@ -90,10 +75,10 @@ def run_training(rank: int, world_size: int, num_classes: int, batch_norm: bool,
          "--lr", str(SETTINGS["lr"]), "--momentum", str(SETTINGS["momentum"]), "--wd", str(SETTINGS["weight_decay"]),
          "--scale", str(SETTINGS["scale"]), "--margin", str(SETTINGS["margin"]), *flags]
     )
-    main.build_backbone = lambda arch, embedding_size: TinyBackbone(batch_norm)
     worker = Worker(rank, world_size, world_size, torch.device("cpu"))
     dataset = RandomFaces(num_classes)
-    state, model = main.build_training(worker, options, SEED, len(dataset), BATCH)
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm)):
+        state, model = main.build_training(worker, options, SEED, len(dataset), BATCH)
     sampler = GlobalBatchSampler(len(dataset), BATCH, options.accumulation_steps, rank, world_size, SEED)
     sampler.set_position(0, 0)
     loader = build_train_loader(dataset, sampler, workers=0, pin_memory=False)
@@ -258,9 +243,9 @@ def scaler_steps(rank: int, world_size: int, flags: list[str]) -> tuple[list[np.
     """Two steps with the fp16 scaler; in the first one, only the last rank's own shard overflows."""
     options = parse_options(["unused", "--num-classes", "5", "--batch-size", str(BATCH), "--enable-model-parallel",
                              "--enable-amp-mode", "--amp-dtype", "fp16", *flags])
-    main.build_backbone = lambda arch, embedding_size: TinyBackbone(False)
     worker = Worker(rank, world_size, world_size, torch.device("cpu"))
-    state, model = main.build_training(worker, options, SEED, IMAGES, BATCH)
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
+        state, model = main.build_training(worker, options, SEED, IMAGES, BATCH)
     assert state.scaler.is_enabled()
     state.scaler.scale(torch.ones(()))  # makes the scale tensor
     weights, scales = [], []

@@ -1,0 +1,95 @@
+"""main.py's `train` in the pooled processes: whole runs, from images on disk to metrics.jsonl and checkpoints.
+
+With a tiny backbone: PyTorch's float64 convolutions on a CPU are a hundred times slower than what is tested here.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import main
+import pytest
+import torch
+from commands import read_metrics
+from tiny import TinyBackbone
+
+from data.folder import FaceFolder
+from utils.checkpoint import read_resumable
+from utils.distributed import Worker
+from utils.options import parse_options
+
+MODES = {
+    "base": [],
+    "base, ZeRO": ["--enable-zero-optim"],
+    "sharded": ["--enable-model-parallel"],
+    "sharded, ZeRO": ["--enable-model-parallel", "--enable-zero-optim"],
+}
+
+
+def train(rank: int, world_size: int, argv: list[str]) -> None:
+    """What `main.py <argv>` does in each of its processes."""
+    options = parse_options(argv)
+    main.make_output(options)
+    if options.resume:
+        read_resumable(options)
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        main.train(Worker(rank, world_size, world_size, torch.device("cpu")), options, FaceFolder(options.data))
+
+
+def losses(output) -> list[float]:
+    return [line["loss"] for line in read_metrics(output)]
+
+
+TRACE = ["-b", "12", "--num-classes", "11", "--max-steps", "20", "--precision", "float64", "--sync-bn",
+         "--seed", "3", "--no-save", "-j", "0", "-p", "7", "--lr", "0.05", "--epochs", "9"]
+
+
+@pytest.fixture(scope="module")
+def one_process_trace(pools, faces, tmp_path_factory) -> list[float]:
+    output = tmp_path_factory.mktemp("trace")
+    pools(1).run(train, [str(faces), *TRACE, "--output", str(output)])
+    return losses(output)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_traces_agree(pools, faces, tmp_path, one_process_trace, mode, world_size):
+    if (mode, world_size) == ("base", 1):
+        pytest.skip("is the trace that the others are compared with")
+    pools(world_size).run(train, [str(faces), *TRACE, *MODES[mode], "--output", str(tmp_path)])
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["loss"] for line in lines] == pytest.approx(one_process_trace, rel=1e-6)
+    assert len(set(one_process_trace)) == 20
+    assert [line["step"] for line in lines if "top1" in line] == [7, 14]
+
+
+RESUME = ["-b", "12", "--num-classes", "11", "-j", "0", "--epochs", "2", "--lr-milestones", "1"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resume_continues_the_run(pools, faces, tmp_path, mode):
+    """Stopped inside an epoch and resumed, at the same world size: the same losses to the bit."""
+    flags = [str(faces), *RESUME, *MODES[mode]]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pools(2).run(train, [*flags, "--seed", "5", "--output", str(whole), "--no-save"])
+    pools(2).run(train, [*flags, "--seed", "5", "--output", str(parts), "--max-steps", "3"])
+    with (parts / "metrics.jsonl").open("a") as file:  # steps that the checkpoint does not know, and a torn line
+        file.write('{"step": 4, "epoch": 0, "loss": 1.0, "lr": 1.0}\n{"step": 5, "epo')
+    # The seed comes from the checkpoint.
+    pools(2).run(train, [*flags, "--output", str(parts), "--resume", str(parts / "checkpoint.pth.tar")])
+    keys = ("step", "epoch", "loss", "lr")
+    whole, parts = ([[line[key] for key in keys] for line in read_metrics(output)] for output in (whole, parts))
+    assert parts == whole
+    assert len(whole) == 8 and whole[3][3] == pytest.approx(0.1) and whole[4][3] == pytest.approx(0.01)
+
+
+def test_resume_at_another_world_size_and_mode(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, "--sync-bn", "--precision", "float64"]
+    whole = tmp_path / "whole"
+    pools(3).run(train, [*flags, "--enable-model-parallel", "--seed", "5", "--output", str(tmp_path), "--max-steps", "3"])
+    pools(1).run(train, [*flags, "--seed", "5", "--output", str(whole), "--no-save"])
+    pools(2).run(train, [*flags, "--enable-zero-optim", "--output", str(tmp_path), "--resume",
+                         str(tmp_path / "checkpoint.pth.tar"), "--max-steps", "6"])
+    pools(1).run(train, [*flags, "--output", str(tmp_path), "--resume", str(tmp_path / "checkpoint.pth.tar")])
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-6)
