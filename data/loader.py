@@ -6,6 +6,8 @@ that a rank takes at a time.
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -108,7 +110,9 @@ def build_train_loader(
         collate_fn=_unchanged,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=start_loader_worker,
+        worker_init_fn=functools.partial(start_loader_worker, os.getpid()),
+        # Within a spawned rank the default is to spawn: every loading process would import the whole program again.
+        multiprocessing_context="fork" if workers > 0 else None,
         pin_memory=pin_memory,
     )
 
@@ -165,7 +169,10 @@ def _unchanged(batch: TrainBatch | str) -> TrainBatch | str:
     return batch
 
 
-def start_loader_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process alone answers it, and stops its workers."""
+def start_loader_worker(parent: int, worker: int) -> None:
+    """In every loading process: `parent` is the process that reads from it, `worker` its number."""
+    if os.getppid() != parent:  # it has died already, and torch's own watch would take another for it
+        os._exit(1)
+    # Ctrl-C reaches the whole process group; the main process alone answers it, and stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -5,6 +5,8 @@ Shapes: n images of a batch, N images in all, d embedding size.
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 import time
 import warnings
@@ -145,7 +147,7 @@ def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[
         batches = iter(DataLoader(
             _BatchReader(dataset), batch_size=batch_size, shuffle=False,
             num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
-            collate_fn=_unchanged, worker_init_fn=start_loader_worker,
+            collate_fn=_unchanged, worker_init_fn=functools.partial(start_loader_worker, os.getpid()),
         ))
     for batch in batches:
         if isinstance(batch, UserError):
