@@ -28,11 +28,13 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_single_node_commands_then_valid(faces, tmp_path, name):
-    output = run("main.py", *PUBLISHED[name].format(data=faces).split(), *SHORT, cwd=tmp_path)
-    for word in ("mobilefacenet", "48 of 8 identities", "seed", "done: 2 steps"):
-        assert re.search(word.replace(" of ", r"[\w ,]* of "), output), output
-    lines = read_metrics(tmp_path)
-    assert [line["step"] for line in lines] == [1, 2]
+    # bf16 without hardware for it is slow on a CPU
+    shorter = ["-b", "4", "--max-steps", "1"] if "AMP" in name else []
+    output = run("main.py", *PUBLISHED[name].format(data=faces).split(), *SHORT, *shorter, cwd=tmp_path)
+    steps = 1 if "AMP" in name else 2
+    for words in ("mobilefacenet", "48 of 8 identities", "seed", f"done: {steps} steps"):
+        assert words in output, output
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, steps + 1))
     if name == "sharded":
         output = run("valid.py", "--batch-size", 1024, "-workers", 2, "--imgs-root", faces / "lfw/imgs", "--pair-list",
                      faces / "lfw/pair.list", "--resume", "checkpoint.pth.tar", "--json", "result.json", cwd=tmp_path)
