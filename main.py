@@ -56,7 +56,8 @@ def main() -> None:
     options = parse_options()
     plan = plan_processes(options)
     if options.evaluate:
-        evaluate(options, plan)
+        if is_first_process():
+            evaluate(options, plan)
         return
     check_batch(options, plan)
     if options.resume:
@@ -75,7 +76,7 @@ def main() -> None:
 
 def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
     """Runs in every process, all of them together."""
-    require_same_on_all_ranks(worker, {"images": len(dataset), "identities": len(dataset.identities)})
+    require_same_on_all_ranks(worker, shared_facts(options, dataset))
     checkpoint = read_resumable(options) if options.resume else None
     global_batch = options.batch_size * worker.nodes
     seed = checkpoint["seed"] if checkpoint else choose_seed(options, worker)
@@ -94,10 +95,11 @@ def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
         dataset, sampler, workers=-(-options.workers // worker.processes_per_node),
         pin_memory=worker.device.type == "cuda",
     )
-    log = TrainingLog(worker, options.output, step=position.step, total_steps=last_step, epochs=options.epochs,
+    log = TrainingLog(worker, options.output, fresh=checkpoint is None, step=position.step, total_steps=last_step, epochs=options.epochs,
                       global_batch=global_batch, print_freq=options.print_freq)
     log.say(f"seed {seed}" + (f", going on from {options.resume} at step {position.step}" if checkpoint else ""))
 
+    saved = False
     while position.step < last_step:
         sampler.set_position(position.epoch, position.step_in_epoch)
         steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
@@ -109,11 +111,9 @@ def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
             start = time.perf_counter()
             save_checkpoint(state, options, worker)
             log.pause(time.perf_counter() - start)
+            saved = True
     log.close()
-    if options.no_save:
-        log.say(f"done: {position.step} steps; nothing saved (--no-save)")
-    else:
-        log.say(f"done: {position.step} steps; {os.path.join(options.output, FILE_NAME)}")
+    log.say(f"done: {position.step} steps; " + (os.path.join(options.output, FILE_NAME) if saved else "nothing saved"))
 
 
 def train_one_epoch(
@@ -181,6 +181,14 @@ def build_training(
     return TrainState(backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch), wrapped
 
 
+def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
+    """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
+    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
+    return {**flags, "--resume given": bool(options.resume), "number of images": len(dataset),
+            "number of identities": len(dataset.identities)}
+
+
 def choose_seed(options: Options, worker: Worker) -> int:
     """Collective. --seed, or one that rank 0 draws for all."""
     if options.seed is not None:
@@ -211,7 +219,7 @@ def check_batch(options: Options, plan: ProcessPlan) -> None:
 
 
 def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
-    """Scan and check the training images, once per node. Raises UserError."""
+    """Scan and check the training images, once per node (under torchrun: in each process). Raises UserError."""
     dataset = FaceFolder(options.data)
     dataset.check_headers(options.skip_bad_images, progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
@@ -230,6 +238,8 @@ def make_output(options: Options) -> None:
         os.makedirs(options.output, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output):
             pass
+        if os.path.isdir(os.path.join(options.output, FILE_NAME)):
+            raise IsADirectoryError(0, f"{FILE_NAME} is a directory there")
     except OSError as error:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 

@@ -148,6 +148,7 @@ def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[
             _BatchReader(dataset), batch_size=batch_size, shuffle=False,
             num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
             collate_fn=_unchanged, worker_init_fn=functools.partial(start_loader_worker, os.getpid()),
+            multiprocessing_context="fork" if workers > 0 else None,  # Python 3.14's default would import all again
         ))
     for batch in batches:
         if isinstance(batch, UserError):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.distributed import AllReduceSum
 
 
 class CpuSyncBatchNorm(_BatchNorm):
@@ -24,19 +25,23 @@ class CpuSyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
+        # Out of autocast, in the parameters' precision: fp16 squares overflow above 256.
+        with torch.autocast("cpu", enabled=False):
+            return self._normalise(input.to(self.weight.dtype)).to(input.dtype)
+
+    def _normalise(self, input: Tensor) -> Tensor:
         world_size = dist.get_world_size()
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        mean = all_reduce(input.mean(dims)) / world_size
+        mean = AllReduceSum.apply(input.mean(dims)) / world_size
         centered = input - mean.view(shape)
         # A second pass about the common mean: E[x^2] - mean^2 would cancel in float32.
-        variance = all_reduce(centered.square().mean(dims)) / world_size
+        variance = AllReduceSum.apply(centered.square().mean(dims)) / world_size
         with torch.no_grad():
             count = input.numel() // input.shape[1] * world_size
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            unbiased = variance * (count / (count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         return centered * ((variance + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
 
 

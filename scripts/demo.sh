@@ -6,7 +6,7 @@
 set -euo pipefail
 
 demo="$(realpath -m "${DEMO_DIR:-$(dirname "${BASH_SOURCE[0]}")/../demo}")"
-IDENTITIES=200 IMAGES=20 PAIRS=600 PAIR_IDENTITIES=60
+IDENTITIES=150 IMAGES=20 PAIRS=600 PAIR_IDENTITIES=60
 EPOCHS=1
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -9,6 +9,11 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+# The suite is about processes on the CPU, and must not depend on how many GPUs there are. With ARCFACE_TEST_CUDA=1 the
+# tests that ask for a GPU see it.
+if os.environ.get("ARCFACE_TEST_CUDA") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 from pool import Pool  # noqa: E402
 
 from data.synthetic import write_identity_set, write_pairs  # noqa: E402

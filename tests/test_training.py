@@ -14,8 +14,10 @@ from commands import read_metrics
 from tiny import TinyBackbone
 
 from data.folder import FaceFolder
+from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint import read_resumable
 from utils.distributed import Worker
+from utils.errors import UserError
 from utils.options import parse_options
 
 MODES = {
@@ -93,3 +95,49 @@ def test_resume_at_another_world_size_and_mode(pools, faces, tmp_path):
                          str(tmp_path / "checkpoint.pth.tar"), "--max-steps", "6"])
     pools(1).run(train, [*flags, "--output", str(tmp_path), "--resume", str(tmp_path / "checkpoint.pth.tar")])
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-6)
+
+
+def train_with_other_flags(rank: int, world_size: int, argv: list[str], on_rank_1: list[str]) -> str:
+    try:
+        train(rank, world_size, argv + (on_rank_1 if rank == 1 else []))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_different_flags_on_two_nodes_are_an_error(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, "--output", str(tmp_path)]
+    first, second = pools(2).run(train_with_other_flags, flags, ["--lr", "0.3"])
+    assert "--lr is 0.3 on rank 1 and 0.1 on rank 0" in second
+    assert "another node" in first
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_class_centers_are_named(pools, faces, tmp_path, damage):
+    flags = [str(faces), *RESUME, "--enable-model-parallel", "--output", str(tmp_path)]
+    pools(2).run(train, [*flags, "--max-steps", "1"])
+    shard = sorted(tmp_path.glob("checkpoint-shards/*/*.distcp"))[0]
+    shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:100])
+    errors = pools(2).run(train_with_other_flags, [*flags, "--resume", str(tmp_path / "checkpoint.pth.tar")], [])
+    assert all("class centers" in error and "damaged" in error for error in errors)
+
+
+def test_a_fresh_start_at_a_later_epoch_begins_a_new_metrics_file(pools, faces, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    pools(1).run(train, [str(faces), *RESUME, "--start-epoch", "1", "--output", str(tmp_path), "--no-save"])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [5, 6, 7, 8]
+
+
+def sync_batch_norm_in_half(rank: int, world_size: int) -> float:
+    torch.manual_seed(0)
+    images = 300 * torch.randn(8, 4, 5, 5)
+    synced = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), "cpu")
+    with torch.autocast("cpu", torch.float16):
+        out = synced(images.half().chunk(world_size)[rank])
+    assert out.dtype == torch.float16 and synced[0].running_var.isfinite().all()
+    expected = torch.nn.BatchNorm2d(4)(images).chunk(world_size)[rank]
+    return float((out.float() - expected).abs().max())
+
+
+def test_synchronised_batch_norm_does_not_overflow_in_half(pools):
+    assert max(pools(2).run(sync_batch_norm_in_half)) < 0.01

@@ -79,8 +79,9 @@ def read_resumable(options: Options) -> dict[str, Any]:
     state = read_torch_file(path)
     if not isinstance(state, dict) or "position" not in state or "shards" not in state:
         raise UserError(f"--resume {path}: holds no training state, only weights perhaps; give a {FILE_NAME} that main.py wrote")
-    if state["format_version"] != FORMAT_VERSION:
-        raise UserError(f"--resume {path}: has format version {state['format_version']}, this program reads {FORMAT_VERSION}")
+    version = state.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"--resume {path}: has format version {version}, this program reads {FORMAT_VERSION}")
     for flag, mine, its in (
         ("--arch", options.training_arch, state["arch"]),
         ("--num-classes", options.num_classes, state["num_classes"]),
@@ -146,7 +147,7 @@ def save_checkpoint(state: TrainState, options: Options, worker: Worker) -> None
         parent = os.path.join(options.output, SHARDS_DIRECTORY)
         for name in os.listdir(parent):
             if name != os.path.basename(directory):
-                shutil.rmtree(os.path.join(parent, name))
+                shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
     dist.barrier()
 
 
@@ -163,10 +164,12 @@ def load_checkpoint(state: TrainState, contents: dict[str, Any], options: Option
     if contents["shards"]["has_momentum"]:
         momentum[CENTERS_NAME] = torch.zeros_like(weight)
     # In place: the DTensors are views of `weight` and of the momentum.
-    dcp.load(
-        _class_tensors(state.classifier, weight, momentum.get(CENTERS_NAME)),
-        checkpoint_id=_shards_path(options.resume, contents),
-    )
+    shards = _shards_path(options.resume, contents)
+    try:
+        dcp.load(_class_tensors(state.classifier, weight, momentum.get(CENTERS_NAME)), checkpoint_id=shards)
+    except dcp.CheckpointException as failures:  # on all ranks: which of them could not read what
+        first = str(next(iter(failures.failures.values()))[0]).splitlines()[0]
+        raise UserError(f"--resume {options.resume}: its class centers in {shards} are damaged ({first})") from failures
     state.optimizers.load_momentum(momentum)
 
     position, sampler = contents["position"], contents["sampler"]

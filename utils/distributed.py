@@ -89,8 +89,10 @@ def plan_processes(options: Options) -> ProcessPlan:
 
     nodes, node_rank = options.world_size, options.rank
     if options.dist_url == "env://":
-        nodes = int(_environment("WORLD_SIZE", "--world-size -1")) if nodes == -1 else nodes
-        node_rank = int(_environment("RANK", "--rank -1")) if node_rank == -1 else node_rank
+        nodes = _environment_number("WORLD_SIZE", "--world-size -1") if nodes == -1 else nodes
+        node_rank = _environment_number("RANK", "--rank -1") if node_rank == -1 else node_rank
+        if not 0 <= node_rank < nodes:
+            raise UserError(f"RANK is {node_rank} with WORLD_SIZE {nodes}: nodes are numbered from 0 to {nodes - 1}")
     processes = 1
     if options.multiprocessing_distributed:
         gpus = torch.cuda.device_count() if device_type == "cuda" else 0
@@ -151,10 +153,17 @@ def _environment(name: str, flag: str) -> str:
     return os.environ[name]
 
 
+def _environment_number(name: str, flag: str) -> int:
+    text = _environment(name, flag)
+    if not text.isdigit():
+        raise UserError(f"{flag} with --dist-url env://: the environment variable {name} is {text!r}, not a number")
+    return int(text)
+
+
 def _check_rendezvous(url: str, node_rank: int) -> None:
     """The address must be complete, and on node 0, which listens there, the port must be free."""
     if url == "env://":
-        host, port = _environment("MASTER_ADDR", "--dist-url"), int(_environment("MASTER_PORT", "--dist-url"))
+        host, port = _environment("MASTER_ADDR", "--dist-url"), _environment_number("MASTER_PORT", "--dist-url")
     else:
         try:
             host, port = urlsplit(url).hostname, urlsplit(url).port
@@ -260,9 +269,11 @@ def _exit_with_first_error(processes: list, plan: ProcessPlan, reports: str) -> 
     if first and first["user"]:
         print(f"error: {first['message']}", file=sys.stderr)
         sys.exit(2)
-    # A process that something killed left no report, and those of the others say that they lost it. SIGTERM is ours.
+    # A process that was killed or crashed left no report, and those of the others say that they lost it. SIGTERM is
+    # ours, and SIGABRT is how NCCL answers another rank's failure.
+    crashes = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
     for local_rank, process in enumerate(processes):
-        if process.exitcode not in (0, -signal.SIGTERM) and (process.exitcode < 0 or not found):
+        if process.exitcode in crashes or not found and process.exitcode not in (0, -signal.SIGTERM):
             rank = plan.node_rank * plan.processes_per_node + local_rank
             name = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit status {process.exitcode}"
             hint = " (out of memory? see dmesg)" if name == "SIGKILL" else ""
@@ -302,9 +313,9 @@ def _join_group(local_rank: int, plan: ProcessPlan) -> Worker:
             dist.init_process_group(store=dist.HashStore(), **common)  # a group of one needs no port
         else:
             dist.init_process_group(init_method=plan.init_method, **common)
-    except dist.DistNetworkError as error:
-        raise UserError(f"--dist-url {plan.init_method}: rank {rank} cannot meet the others there "
-                        f"({str(error).splitlines()[0]})") from error
+    except dist.DistError as error:
+        raise UserError(f"--dist-url {plan.init_method}: rank {rank} cannot meet the others there; is the address that of "
+                        f"node 0, and were all {plan.nodes} nodes started? ({str(error).splitlines()[0]})") from error
     return Worker(rank=rank, world_size=plan.world_size, processes_per_node=plan.processes_per_node, device=device)
 
 
@@ -356,14 +367,31 @@ def broadcast_integer(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def require_same_on_all_ranks(worker: Worker, counts: dict[str, int]) -> None:
-    """Collective. Raise UserError where nodes see different data: they would take different steps, and wait for ever."""
-    mine = torch.tensor(list(counts.values()), dtype=torch.int64, device=worker.device)
-    of_rank_0 = mine.clone()
-    dist.broadcast(of_rank_0, src=0)
-    differs = (mine != of_rank_0).any().to(torch.int64)
-    dist.all_reduce(differs, op=dist.ReduceOp.MAX)
-    if differs:
-        seen = ", ".join(f"{value} {name}" for name, value in counts.items())
-        expected = ", ".join(f"{value} {name}" for name, value in zip(counts, of_rank_0.tolist()))
-        raise UserError(f"rank {worker.rank} sees {seen}, rank 0 sees {expected}: give every node the same data")
+def require_same_on_all_ranks(worker: Worker, facts: dict[str, object]) -> None:
+    """Collective. Raise UserError, naming the first difference, unless every rank gives the facts that rank 0 gives.
+
+    Nodes that differ in them would train something else than they were asked to, without a word, or wait for ever.
+    """
+    of_rank_0 = [facts]
+    dist.broadcast_object_list(of_rank_0, src=0, device=worker.device)
+    mine = {name: value for name, value in facts.items() if value != of_rank_0[0].get(name)}
+    differing = torch.tensor(len(mine), device=worker.device)
+    dist.all_reduce(differing)
+    if mine:
+        name, value = next(iter(mine.items()))
+        raise UserError(f"{name} is {value} on rank {worker.rank} and {of_rank_0[0].get(name)} on rank 0: "
+                        "give every node the same flags and the same data")
+    if differing:
+        raise UserError("another node has other flags or other data than rank 0; see its output")
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Collective over all ranks, both ways: the sum of the ranks' tensors, for a loss that is the sum of all ranks'."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor, dist.group.WORLD)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return all_reduce_sum(grad, dist.group.WORLD)

@@ -25,13 +25,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError becomes one line on stderr and exit status 2.
+    """Run `main`; a UserError becomes one line on stderr and exit status 2; Ctrl-C one word and 130.
 
     Under torchrun all processes of a node make the same mistake: the first one tells it.
     """
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

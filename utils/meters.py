@@ -24,15 +24,15 @@ class TrainingLog:
     Args:
         worker: this process.
         output: directory of metrics.jsonl and tensorboard/.
-        step: steps already done: of the lines that an earlier run left, those after it are removed. 0: a fresh run, and an
-            older metrics.jsonl is put aside.
+        fresh: a new run, for which an older metrics.jsonl is put aside; else the run of the lines that are there goes on.
+        step: steps already done; lines after it are removed.
         total_steps, epochs: for the bar, the ETA and the lines.
         global_batch: images per step, of all ranks.
         print_freq: steps between reports.
     """
 
-    def __init__(self, worker: Worker, output: str, *, step: int, total_steps: int, epochs: int, global_batch: int,
-                 print_freq: int) -> None:
+    def __init__(self, worker: Worker, output: str, *, fresh: bool, step: int, total_steps: int, epochs: int,
+                 global_batch: int, print_freq: int) -> None:
         self._worker, self._print_freq = worker, print_freq
         self._total_steps, self._epochs, self._global_batch = total_steps, epochs, global_batch
         self._pending: list[dict] = []
@@ -44,7 +44,7 @@ class TrainingLog:
         self._bar = None
         if worker.is_main:
             self._path = os.path.join(output, METRICS_FILE)
-            _keep_lines_until(self._path, step)
+            _put_aside(self._path) if fresh else _keep_lines_until(self._path, step)
             self._file = open(self._path, "a", encoding="utf-8")
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up that only rank 0 needs
 
@@ -130,15 +130,18 @@ class TrainingLog:
                 self._bar.close()
 
 
-def _keep_lines_until(path: str, step: int) -> None:
-    """Make `path` ready to append the line of `step` + 1: later lines and a torn last one go; a fresh run starts empty."""
-    if not os.path.exists(path):
-        return
-    if step == 0:
+def _put_aside(path: str) -> None:
+    """Rename an older file to path.1, path.2, ..."""
+    if os.path.exists(path):
         number = 1
         while os.path.exists(f"{path}.{number}"):
             number += 1
         os.replace(path, f"{path}.{number}")
+
+
+def _keep_lines_until(path: str, step: int) -> None:
+    """Make `path` ready to append the line of `step` + 1: later lines and a torn last one go."""
+    if not os.path.exists(path):
         return
     with open(path, encoding="utf-8") as file, open(path + ".part", "w", encoding="utf-8") as kept:
         for line in file:
