@@ -7,11 +7,13 @@ Reads from top to bottom: parse and check -> spawn one process per GPU -> train 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import secrets
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,9 @@ from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.loader import GlobalBatchSampler, build_train_loader
 from data.pairs import PairList
+from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, load_backbone
-from models.classifier import ArcFaceClassifier
+from models.classifier import ArcFaceClassifier, automatic_memory_mib
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint import FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
 from utils.distributed import (
@@ -60,6 +63,7 @@ def main() -> None:
             evaluate(options, plan)
         return
     check_batch(options, plan)
+    check_fused_update(options, plan)
     if options.resume:
         read_resumable(options)  # only to check it: every process reads it for itself
     dataset = open_dataset(options, plan)
@@ -161,11 +165,16 @@ def build_training(
 ) -> tuple[TrainState, DistributedDataParallel]:
     """Collective. Backbone, this rank's classes, optimizers: the same initial weights at every world size."""
     torch.backends.cudnn.benchmark = True
-    group = init_model_parallel(worker.world_size) if options.enable_model_parallel else None
-    shard = (ClassShard(options.num_classes, worker.rank, worker.world_size) if options.enable_model_parallel
-             else ClassShard(options.num_classes, 0, 1))
+    # The fused update takes the classifier away from DistributedDataParallel: with one process, make it a group of one.
+    sharded = options.enable_model_parallel or options.fuse_classifier_update
+    group = init_model_parallel(worker.world_size) if sharded else None
+    shard = ClassShard(options.num_classes, worker.rank, worker.world_size) if sharded else ClassShard(options.num_classes, 0, 1)
     torch.manual_seed(seed)
     backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    if options.channels_last:
+        backbone = backbone.to(memory_format=torch.channels_last)
+    if options.compile:
+        backbone.compile()
     if options.sync_bn:
         backbone = convert_sync_batchnorm(backbone, worker.device.type)
     classifier = ArcFaceClassifier(
@@ -176,9 +185,27 @@ def build_training(
     model = TrainingModel(backbone, classifier, autocast_dtype).to(worker.device, getattr(torch, options.precision))
     let_ddp_ignore_shards(model)
     optimizers = Optimizers(model, options)
+    classifier.loss = classifier_loss(options, worker, classifier, autocast_dtype, optimizers)
     scaler = SharedGradScaler(worker.device.type, enabled=autocast_dtype == torch.float16)
     wrapped = DistributedDataParallel(model, device_ids=[worker.device] if worker.device.type == "cuda" else None)
     return TrainState(backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch), wrapped
+
+
+def classifier_loss(
+    options: Options, worker: Worker, classifier: ArcFaceClassifier, autocast_dtype: torch.dtype | None, optimizers: Optimizers
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The margin softmax that --classifier, --classifier-memory-mib and --fuse-classifier-update ask for."""
+    if options.classifier == "torchshard":
+        return margin_softmax_torchshard
+    memory_mib = options.classifier_memory_mib
+    if memory_mib is None:
+        memory_mib = automatic_memory_mib(classifier.weight, worker.processes_per_node, options.fuse_classifier_update)
+    return functools.partial(
+        margin_softmax,
+        memory_mib=memory_mib,
+        operands=autocast_dtype if worker.device.type == "cuda" else None,  # a CPU only loses by it
+        update=optimizers.of_shard if options.fuse_classifier_update else None,
+    )
 
 
 def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
@@ -216,6 +243,18 @@ def check_batch(options: Options, plan: ProcessPlan) -> None:
         raise UserError(
             f"{flag}: leaves one image per process and micro-batch, of which BatchNorm has no statistics; {fix}"
         )
+
+
+def check_fused_update(options: Options, plan: ProcessPlan) -> None:
+    """What --fuse-classifier-update cannot serve on this machine. Raises UserError."""
+    if not options.fuse_classifier_update:
+        return
+    if not options.enable_model_parallel and plan.world_size > 1:
+        raise UserError(f"--fuse-classifier-update: a classifier that {plan.world_size} processes have a copy of each needs the "
+                        "mean of their gradients before a step; add --enable-model-parallel, or drop it")
+    if options.enable_amp_mode and amp_dtype(options, plan.device_type) == torch.float16:
+        raise UserError("--fuse-classifier-update with fp16: whether the loss scale overflowed is known only after all gradients "
+                        "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
 
 def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
@@ -259,7 +298,8 @@ def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
     precision = options.precision
     if options.enable_amp_mode:
         autocast = str(amp_dtype(options, plan.device_type)).removeprefix("torch.")
-        precision = f"mixed: backbone {autocast}, classifier float32"
+        operands = f"{autocast} products summed in float32" if plan.device_type == "cuda" else "float32"
+        precision = f"mixed: backbone {autocast}, classifier {operands}"
     rows = {
         "device": f"{device}, {plan.backend}",
         "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
@@ -269,7 +309,8 @@ def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
         "classifier": f"{options.num_classes:,} classes, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy in every process"),
         "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
-                         f"{3 * center_mib:,.0f} MiB with gradient and momentum",
+                         + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update
+                            else f"{3 * center_mib:,.0f} MiB with gradient and momentum"),
         "loss": f"ArcFace, scale {options.scale:g}, margin {options.margin:g} "
                 f"({'easy' if options.easy_margin else 'hard'})",
         "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ class ArcFaceClassifier(nn.Module):
         seed: of the initial centers, which depend neither on rank nor on world size.
         group: the model-parallel group.
         model_parallel_dim: the dimension of the shards as torchshard registers it, 1 or -1.
-        loss: `margin_softmax`, or `margin_softmax_torchshard`, the reference.
+        loss: `margin_softmax`, perhaps with some of its own arguments bound, or `margin_softmax_torchshard`.
     """
 
     def __init__(
@@ -73,3 +74,21 @@ class ArcFaceClassifier(nn.Module):
     def extra_repr(self) -> str:
         return (f"classes={self.shard.num_classes}, shard=[{self.shard.start}, {self.shard.stop}), "
                 f"scale={self.scale}, margin={self.margin}, easy_margin={self.easy_margin}")
+
+
+def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) -> float:
+    """MiB of this process for kept probabilities: a quarter of the memory that class centers, gradient and momentum leave.
+
+    It comes from the machine's whole memory, not from what is free now: a run that is resumed must compute as before.
+
+    Args:
+        centers: the class centers (C_r, d), on the device.
+        processes: that share the CPU's memory. A GPU is one process's own.
+        fused_update: there is no gradient.
+    """
+    if centers.is_cuda:
+        total = torch.cuda.get_device_properties(centers.device).total_memory
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    taken = (2 if fused_update else 3) * centers.numel() * centers.element_size()
+    return max(0, total - taken) / 4 / 2**20

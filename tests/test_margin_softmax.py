@@ -89,6 +89,178 @@ def test_without_a_group(implementation):
     np.testing.assert_array_equal(got_rank, rank)
 
 
+def random_case(generator: np.random.Generator) -> dict:
+    """Shapes, settings and inputs in float64; targets at all angles, also at cos = +-1 exactly."""
+    rows, classes, size = int(generator.integers(1, 65)), int(generator.integers(2, 501)), int(generator.integers(2, 33))
+    embedding, centers = generator.standard_normal((rows, size)), generator.standard_normal((classes, size))
+    centers *= np.exp(generator.normal(size=(classes, 1)))
+    label = generator.integers(0, classes, rows)
+    for row in range(0, rows, 3):
+        cosine = (1.0, -1.0, *generator.uniform(-0.99, 0.99, 2))[row % 4]
+        if abs(cosine) == 1:  # along an axis, so that no rounding decides what 1/sin(theta) is
+            centers[label[row]] = np.eye(size)[row % size] * 2.0 ** (row % 3)
+    for row in range(0, rows, 3):
+        cosine = (1.0, -1.0, *generator.uniform(-0.99, 0.99, 2))[row % 4]
+        direction = centers[label[row]] / np.linalg.norm(centers[label[row]])
+        other = embedding[row] - (embedding[row] @ direction) * direction
+        embedding[row] = cosine * direction + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
+    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+    return dict(
+        embedding=torch.from_numpy(embedding), centers=torch.from_numpy(centers), label=torch.from_numpy(label),
+        scale=float(generator.choice([1.0, 16.0, 64.0, 300.0])), margin=float(generator.choice([0.0, 0.3, 0.5, 1.5])),
+        easy=bool(generator.integers(0, 2)), chunk=int(generator.integers(1, classes + 1)),
+        memory_mib=float(generator.choice([0, 1e9, rows * classes * 4 / 2**20])),  # none, all, some
+    )
+
+
+def true_gradients(case: dict) -> tuple[float, torch.Tensor, torch.Tensor, float]:
+    """Loss, gradients of embeddings and centers, and the largest slope of the margin."""
+    embedding, centers = case["embedding"].clone().requires_grad_(), case["centers"].clone().requires_grad_()
+    cosine = embedding @ F.normalize(centers).t()
+    rows = torch.arange(len(embedding))
+    target = cosine[rows, case["label"]]
+    phi, slope = (value.detach() for value in arcface_margin(target, case["margin"], case["easy"]))
+    logits = case["scale"] * cosine.index_put((rows, case["label"]), phi + slope * (target - target.detach()))
+    # Written as cross_entropy would be, but with the target left out of the sum, which float64 needs near p = 1.
+    others = logits.masked_fill(F.one_hot(case["label"], cosine.shape[1]).bool(), -torch.inf).logsumexp(1)
+    loss = torch.logaddexp(others - logits[rows, case["label"]], torch.zeros(())).mean()
+    loss.backward()
+    return loss.item(), embedding.grad, centers.grad, slope.max().item()
+
+
+def check_random_cases(rank: int, world_size: int, first_seed: int, count: int) -> int:
+    """Each rank compares its part."""
+    group = init_model_parallel(world_size)
+    for seed in range(first_seed, first_seed + count):
+        case = random_case(np.random.default_rng(seed))
+        loss, embedding_grad, centers_grad, slope = true_gradients(case)
+        shard = ClassShard(len(case["centers"]), rank, world_size)
+        rows = slice(shard.start, shard.stop)
+        for dtype in (torch.float64, torch.float32):
+            embedding = case["embedding"].to(dtype, copy=True).requires_grad_()
+            centers = case["centers"][rows].to(dtype, copy=True).requires_grad_()
+            got, _ = margin_softmax(
+                embedding, case["label"], centers, shard=shard, group=group, scale=case["scale"], margin=case["margin"],
+                easy_margin=case["easy"], chunk=case["chunk"], memory_mib=case["memory_mib"],
+            )
+            got.backward()
+            dist.all_reduce(embedding.grad)
+            pairs = [(got.detach(), torch.tensor(loss, dtype=torch.float64)), (embedding.grad, embedding_grad), (centers.grad, centers_grad[rows])]
+            for mine, true in pairs:
+                if dtype == torch.float64:
+                    # At cos = 1 the slope is 7e7, and what is left of it in the centers' gradient, 0, is its rounding error.
+                    allowed = 1e-10 * true.norm() + 1e-15 * case["scale"] * slope
+                    assert (mine - true).norm() <= allowed, (seed, float((mine - true).norm()), float(allowed))
+                else:
+                    assert mine.isfinite().all() and mine.norm() <= 2 * case["scale"] / torch.finfo(dtype).eps**0.5, seed
+    return count
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_random_shapes_equal_float64_truth(pools, world_size):
+    assert pools(world_size).run(check_random_cases, 1000 * world_size, 60) == [60] * world_size
+
+
+@pytest.mark.parametrize("easy", [True, False])
+@pytest.mark.parametrize("memory_mib", [0, 1e9])
+def test_float32_equals_float64_away_from_the_poles(easy, memory_mib):
+    generator = torch.Generator().manual_seed(3)
+    centers = torch.randn(400, 64, generator=generator, dtype=torch.float64)
+    label = torch.randint(400, (48,), generator=generator)
+    # Targets of all angles up to |cos| = 0.99.
+    direction = F.normalize(centers[label])
+    other = torch.randn(48, 64, generator=generator, dtype=torch.float64)
+    other = F.normalize(other - (other * direction).sum(1, keepdim=True) * direction)
+    cosine = torch.linspace(-0.99, 0.99, 48, dtype=torch.float64)[:, None]
+    embedding = cosine * direction + (1 - cosine**2).sqrt() * other
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        x, w = embedding.to(dtype, copy=True).requires_grad_(), centers.to(dtype, copy=True).requires_grad_()
+        loss, _ = margin_softmax(x, label, w, shard=ClassShard(400, 0, 1), group=None, scale=64.0, margin=0.5,
+                                 easy_margin=easy, chunk=37, memory_mib=memory_mib)
+        loss.backward()
+        results[dtype] = loss.detach(), x.grad, w.grad
+    for mine, true in zip(results[torch.float32], results[torch.float64]):
+        assert (mine - true).norm() <= 1e-5 * true.norm()
+
+
+@pytest.mark.parametrize("memory_mib", [0, 1e9])
+def test_backward_twice_gives_the_same(memory_mib):
+    embedding, label, centers = inputs(11)
+    embedding.requires_grad_(), centers.requires_grad_()
+    loss, _ = margin_softmax(embedding, label, centers, shard=ClassShard(11, 0, 1), group=None, chunk=4,
+                             memory_mib=memory_mib, **settings(True))
+    first = torch.autograd.grad(loss, [embedding, centers], retain_graph=True)
+    second = torch.autograd.grad(2 * loss, [embedding, centers])
+    for once, twice in zip(first, second):
+        torch.testing.assert_close(2 * once, twice, rtol=1e-12, atol=0)
+
+
+def test_loss_alone_without_a_graph():
+    embedding, label, centers = inputs(11)
+    with torch.no_grad():
+        loss, _ = margin_softmax(embedding, label, centers.requires_grad_(), shard=ClassShard(11, 0, 1), group=None,
+                                 memory_mib=1e9, **settings(True))
+    assert not loss.requires_grad and loss.item() == pytest.approx(truth(11, True)[0], rel=1e-12)
+
+
+def fused_updates(rank: int, world_size: int, num_classes: int, fused: bool, momentum: float) -> tuple[np.ndarray, ...]:
+    """Weights, momentum and embedding gradient after four steps of SGD with a changing learning rate."""
+    group = init_model_parallel(world_size)
+    shard = ClassShard(num_classes, rank, world_size)
+    embedding, label, centers = inputs(num_classes)
+    weight = torch.nn.Parameter(centers[shard.start:shard.stop].clone())
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum, weight_decay=0.01)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
+        x = embedding.roll(step, 0).requires_grad_()
+        loss, _ = margin_softmax(x, label, weight, shard=shard, group=group, chunk=2, memory_mib=0 if step % 2 else 1e9,
+                                 update=optimizer if fused else None, **settings(True))
+        loss.backward()
+        assert (weight.grad is None) == fused
+        optimizer.step()
+        optimizer.zero_grad()
+    return weight.detach().numpy(), optimizer.state[weight].get("momentum_buffer", torch.zeros(0)).numpy(), x.grad.numpy()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_fused_update_equals_the_optimizer(pools, world_size, momentum):
+    for num_classes in (2, 11):
+        plain = pools(world_size).run(fused_updates, num_classes, False, momentum)
+        for mine, true in zip(pools(world_size).run(fused_updates, num_classes, True, momentum), plain):
+            for one, other in zip(mine, true):
+                np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_fused_update_refuses_a_second_backward():
+    embedding, label, centers = inputs(11)
+    weight = torch.nn.Parameter(centers)
+    loss, _ = margin_softmax(embedding.requires_grad_(), label, weight, shard=ClassShard(11, 0, 1), group=None,
+                             update=torch.optim.SGD([weight], lr=0.1), **settings(True))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory_mib", [0, 1e9])
+@pytest.mark.parametrize(("operands", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_low_precision_operands_are_near(operands, tolerance, memory_mib):
+    generator = torch.Generator().manual_seed(1)
+    centers = torch.randn(5000, 128, generator=generator)
+    label = torch.randint(5000, (32,), generator=generator)
+    embedding = F.normalize(F.normalize(centers[label]) + 0.1 * torch.randn(32, 128, generator=generator))
+    results = {}
+    for kind in (None, operands):
+        x, w = embedding.clone().requires_grad_(), centers.clone().requires_grad_()
+        loss, _ = margin_softmax(x, label, w, shard=ClassShard(5000, 0, 1), group=None, operands=kind, chunk=700,
+                                 memory_mib=memory_mib, scale=64.0, margin=0.5, easy_margin=True)
+        loss.backward()
+        results[kind] = loss.detach(), x.grad, w.grad
+    for mine, true in zip(results[operands], results[None]):
+        assert mine.dtype == torch.float32 and 0 < (mine - true).norm() <= tolerance * true.norm()
+
+
 def rank_with_nan(rank: int, world_size: int, where: str):
     group = init_model_parallel(world_size)
     shard = ClassShard(8, rank, world_size)

@@ -86,7 +86,11 @@ def run_training(rank: int, world_size: int, num_classes: int, batch_norm: bool,
     gradients, zero_grad = [], state.optimizers.zero_grad
 
     def keep_then_zero() -> None:
-        gradients.append({name: parameter.grad.numpy().copy() for name, parameter in model.module.named_parameters()})
+        gradients.append({
+            name: parameter.grad.numpy().copy()
+            for name, parameter in model.module.named_parameters()
+            if parameter.grad is not None or not options.fuse_classifier_update
+        })
         zero_grad()
 
     state.optimizers.zero_grad = keep_then_zero
@@ -168,6 +172,8 @@ def assert_equal(outcomes: list[Outcome], truth: Outcome, sharded: bool, toleran
         assert outcome.losses == pytest.approx(truth.losses, rel=tolerance)
     for step in range(STEPS):
         for name, true in truth.gradients[step].items():
+            if name == "classifier.weight" and name not in outcomes[0].gradients[step]:
+                continue  # --fuse-classifier-update: there is none; the weights below tell
             close(whole(name, [outcome.gradients[step][name] for outcome in outcomes]), true, f"step {step}, gradient of {name}")
     for name, true in truth.weights.items():
         if not name.endswith("num_batches_tracked"):
@@ -192,6 +198,14 @@ MODES = {
     "sharded, ZeRO, accumulation": [*SHARDED, "--enable-zero-optim", "--accumulation-steps", "2"],
     "sharded, hard margin": [*SHARDED, "--no-easy-margin"],
 }
+CLASSIFIERS = {
+    "base, torchshard classifier": ["--classifier", "torchshard"],
+    "sharded, torchshard classifier": [*SHARDED, "--classifier", "torchshard"],
+    "sharded, probabilities computed again": [*SHARDED, "--classifier-memory-mib", "0"],
+    "sharded, fused update": [*SHARDED, "--fuse-classifier-update"],
+    "sharded, fused update, ZeRO": [*SHARDED, "--fuse-classifier-update", "--enable-zero-optim"],
+}
+MODES |= CLASSIFIERS
 _truths: dict[tuple, Outcome] = {}
 
 
@@ -204,7 +218,7 @@ def truth_for(num_classes: int, batch_norm: bool, flags: list[str]) -> Outcome:
 
 
 # 2 leaves shards empty at 3 and 4; 5 gives 2, 2, 1, 0 at 4; 12 divides by all; 13 by none.
-CASES = [(mode, num_classes) for mode in MODES for num_classes in (5, 12)]
+CASES = [(mode, num_classes) for mode in MODES for num_classes in ((5,) if mode in CLASSIFIERS else (5, 12))]
 CASES += [(mode, num_classes) for mode in ("base", "sharded") for num_classes in (2, 13)]
 
 
@@ -214,6 +228,11 @@ def test_equals_single_process_in_float64(pools, mode, world_size, num_classes):
     flags = [*MODES[mode], "--precision", "float64"]
     outcomes = pools(world_size).run(run_training, num_classes, False, flags)
     assert_equal(outcomes, truth_for(num_classes, False, flags), "--enable-model-parallel" in flags, 1e-9, num_classes)
+
+
+def test_fused_update_with_one_process_and_no_model_parallel(pools):
+    flags = ["--fuse-classifier-update", "--precision", "float64"]
+    assert_equal(pools(1).run(run_training, 12, False, flags), truth_for(12, False, flags), True, 1e-9, 12)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

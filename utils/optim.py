@@ -55,6 +55,7 @@ class Optimizers:
             self._named.append((SGD(parameters, **settings), replicated))
         if sharded:
             self._named.append((SGD([parameter for _, parameter in sharded], **settings), sharded))
+        self.of_shard: SGD | None = self._named[-1][0] if sharded else None
 
     @property
     def all(self) -> list[Optimizer]:

@@ -58,6 +58,11 @@ class Options:
     amp_dtype: str | None
     enable_zero_optim: bool
     precision: str
+    classifier: str
+    classifier_memory_mib: int | None
+    fuse_classifier_update: bool
+    compile: bool
+    channels_last: bool
 
     @property
     def training_arch(self) -> str:
@@ -163,6 +168,20 @@ def build_parser() -> argparse.ArgumentParser:
                        help="share the optimizer state of replicated parameters out over the ranks (ZeRO stage 1)")
     group.add_argument("--precision", choices=("float32", "float64"), default="float32",
                        help="float64 computes everything in it, for verification (default: %(default)s)")
+
+    group = parser.add_argument_group("speed and memory")
+    group.add_argument("--classifier", choices=("fused", "torchshard"), default="fused",
+                       help="fused: walks the classes in chunks and never holds the logits; torchshard: the reference, "
+                            "put together from torchshard's functions, to compare with (default: %(default)s)")
+    group.add_argument("--classifier-memory-mib", type=int, default=None, metavar="MIB",
+                       help="of each process, to keep probabilities for the backward pass; those that do not fit are computed "
+                            "again, all of them with 0 (default: a quarter of what the class centers leave of the memory)")
+    group.add_argument("--fuse-classifier-update", action="store_true",
+                       help="the optimizer's step of the class centers within the backward pass: their gradient is never "
+                            "stored, 8 bytes per value instead of 12")
+    group.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    group.add_argument("--channels-last", action="store_true",
+                       help="NHWC memory layout of the backbone: faster with half precision on GPUs")
     return parser
 
 
@@ -194,6 +213,7 @@ def _check_ranges(o: Options) -> None:
         ("--warmup-epochs", o.warmup_epochs, 0),
         ("--wd", o.weight_decay, 0),
         ("--seed", o.seed, 0),
+        ("--classifier-memory-mib", o.classifier_memory_mib, 0),
     ):
         _require(value is None or (value >= minimum and math.isfinite(value)),
                  f"{flag} {value}: give a number of at least {minimum}")
@@ -234,6 +254,16 @@ def _check_combinations(o: Options) -> None:
              f"--amp-dtype {o.amp_dtype}: has no effect alone; add --enable-amp-mode, or drop it")
     _require(not (o.enable_amp_mode and o.precision == "float64"),
              "--enable-amp-mode with --precision float64: choose one of them")
+    _require(o.classifier_memory_mib is None or o.classifier == "fused",
+             f"--classifier-memory-mib {o.classifier_memory_mib}: has no effect with --classifier {o.classifier}; drop one of them")
+    if o.fuse_classifier_update:
+        _require(o.classifier == "fused", f"--fuse-classifier-update with --classifier {o.classifier}: drop one of them")
+        _require(o.accumulation_steps == 1,
+                 f"--fuse-classifier-update with --accumulation-steps {o.accumulation_steps}: every micro-batch would make a step "
+                 "of its own; drop one of them")
+        _require(o.enable_model_parallel or not o.enable_zero_optim,
+                 "--fuse-classifier-update with --enable-zero-optim: ZeRO makes the step of a replicated classifier; add "
+                 "--enable-model-parallel, or drop one of them")
     _require(o.nproc_per_node is None or o.multiprocessing_distributed,
              f"--nproc-per-node {o.nproc_per_node}: add --multiprocessing-distributed, which starts the processes")
     _require(o.gpu is None or not o.multiprocessing_distributed,
