@@ -22,7 +22,7 @@ def start(*command: object, cwd: Path | None = None, **environment: str) -> subp
     )
 
 
-def finish(process: subprocess.Popen, status: int = 0, timeout: float = 300) -> str:
+def finish(process: subprocess.Popen, status: int = 0, timeout: float = 900) -> str:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

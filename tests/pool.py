@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT = 240.0
+TIMEOUT = 900.0
 
 
 class Pool:
