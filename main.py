@@ -179,7 +179,8 @@ def build_training(
         backbone = convert_sync_batchnorm(backbone, worker.device.type)
     classifier = ArcFaceClassifier(
         EMBEDDING_SIZE, shard, scale=options.scale, margin=options.margin, easy_margin=options.easy_margin, seed=seed,
-        group=group, model_parallel_dim=options.model_parallel_dim or 1,
+        device=worker.device, dtype=getattr(torch, options.precision), group=group,
+        model_parallel_dim=options.model_parallel_dim or 1,
     )
     autocast_dtype = amp_dtype(options, worker.device.type) if options.enable_amp_mode else None
     model = TrainingModel(backbone, classifier, autocast_dtype).to(worker.device, getattr(torch, options.precision))

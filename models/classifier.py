@@ -28,6 +28,7 @@ class ArcFaceClassifier(nn.Module):
         shard: the classes this rank owns.
         scale, margin, easy_margin: ArcFace's s, m (radians) and the margin's range.
         seed: of the initial centers, which depend neither on rank nor on world size.
+        device, dtype: where and as what the centers are made: in place, since twice a shard may not fit.
         group: the model-parallel group.
         model_parallel_dim: the dimension of the shards as torchshard registers it, 1 or -1.
         loss: `margin_softmax`, perhaps with some of its own arguments bound, or `margin_softmax_torchshard`.
@@ -42,6 +43,8 @@ class ArcFaceClassifier(nn.Module):
         margin: float,
         easy_margin: bool,
         seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         group: dist.ProcessGroup | None,
         model_parallel_dim: int = 1,
         loss: Callable[..., tuple[Tensor, Tensor]] = margin_softmax,
@@ -50,7 +53,7 @@ class ArcFaceClassifier(nn.Module):
         self.shard, self.group = shard, group
         self.scale, self.margin, self.easy_margin = scale, margin, easy_margin
         self.loss = loss
-        self.weight = nn.Parameter(initial_centers(shard, embedding_size, seed))
+        self.weight = nn.Parameter(initial_centers(shard, embedding_size, seed, device, dtype))
         if group is not None:
             register_parallel_dim(self.weight, model_parallel_dim)
 

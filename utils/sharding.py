@@ -6,6 +6,7 @@ to leave sharded parameters alone, and `parallel_cross_entropy`, the reference t
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,22 +81,28 @@ def parallel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return _torchshard_cross_entropy(logits, label)
 
 
-def initial_centers(shard: ClassShard, embedding_size: int, seed: int) -> Tensor:
-    """Rows [start, stop) of the initial class centers: float32 (C_r, d) on the CPU, each row uniform on the unit sphere.
+def initial_centers(
+    shard: ClassShard, embedding_size: int, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows [start, stop) of the initial class centers: (C_r, d) on the device, each row uniform on the unit sphere.
 
     Row c depends on (seed, c, d) only: any number of ranks starts from the same classifier, and no rank draws or holds
-    more than its shard and one block of `CENTER_BLOCK` rows.
+    more than its shard and, per thread, one block of `CENTER_BLOCK` rows.
     """
-    centers = torch.empty(shard.size, embedding_size)
-    for block in range(shard.start // CENTER_BLOCK, -(-shard.stop // CENTER_BLOCK)):
+    centers = torch.empty(shard.size, embedding_size, device=device, dtype=dtype)
+
+    def draw(block: int) -> None:
         first = block * CENTER_BLOCK
         low, high = max(shard.start, first), min(shard.stop, first + CENTER_BLOCK)
-        if low >= high:
-            continue
         # Philox is keyed by (seed, block): torch's CPU generator would use 32 bits only, too few to keep blocks apart.
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, block], dtype=np.uint64)))
         # The whole block is drawn, also where less is needed: a row depends on nothing but its own place.
-        rows = torch.from_numpy(generator.standard_normal((CENTER_BLOCK, embedding_size), dtype=np.float32))
-        rows = rows[low - first:high - first]
-        centers[low - shard.start:high - shard.start] = rows / rows.norm(dim=1, keepdim=True)
+        rows = generator.standard_normal((CENTER_BLOCK, embedding_size), dtype=np.float32)[low - first:high - first]
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        centers[low - shard.start:high - shard.start] = torch.from_numpy(rows)
+
+    # NumPy draws without holding the interpreter: one thread would take minutes for tens of millions of classes.
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        for _ in pool.map(draw, range(shard.start // CENTER_BLOCK, -(-shard.stop // CENTER_BLOCK)) if shard.size else ()):
+            pass
     return centers

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# What a machine with an NVIDIA GPU is to be checked for, in under 8 minutes: the CUDA tests, the two benchmarks at sizes that
+# fill the chip, 200 steps of IResNet-50 in each precision, and the largest number of classes that trains on one GPU.
+#     bash scripts/gpu_check.sh                      # rows and logs go to scripts/results/
+#     bash scripts/gpu_check.sh --out DIR
+# Runs with $PYTHON, else with a python3 that has torch and torchshard, else in a virtual environment that it makes.
+# A part that fails does not stop the others; the exit status tells that one did.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=scripts/results
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --out) out="${2:?--out: give a directory}"; shift 2 ;;
+        *) echo "error: $1: unknown; the only flag is --out DIR" >&2; exit 2 ;;
+    esac
+done
+PYTHON="${PYTHON:-python3}"
+if ! "$PYTHON" -c 'import torch, torchvision, torchshard, pytest' 2>/dev/null; then
+    source scripts/setup.sh
+    setup_environment requirements.txt tests/requirements.txt
+fi
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: PyTorch sees no GPU here: check nvidia-smi and CUDA_VISIBLE_DEVICES" >&2
+    exit 2
+fi
+mkdir -p "$out"
+out="$(realpath "$out")"
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+started=$SECONDS
+failed=()
+
+# part NAME SECONDS COMMAND...: its output goes to the screen and to NAME.log
+part() {
+    local name="$1" limit="$2"
+    shift 2
+    printf '\n== %s (%d s)\n+ %s\n' "$name" $((SECONDS - started)) "$*"
+    if ! timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"; then
+        echo "!! $name failed or ran out of its $limit s"
+        failed+=("$name")
+    fi
+}
+
+"$PYTHON" -c 'import torch; p = torch.cuda.get_device_properties(0)
+print(p.name, f"{p.total_memory / 2**30:.0f} GiB, L2 {p.L2_cache_size / 2**20:.0f} MiB, torch", torch.__version__)' | tee "$out/gpu.txt"
+
+part cuda-tests 200 env ARCFACE_TEST_CUDA=1 "$PYTHON" -m pytest -q tests/test_cuda.py --maxfail=5
+
+# The classifier. torchshard's form takes part where its ten (N, C) matrices fit; the benchmark says where they do not.
+for size in "85744 512" "85744 1024" "1000000 512" "1000000 1024" "4000000 1024"; do
+    read -r classes batch <<< "$size"
+    part "bench-classifier-$classes-$batch" 60 "$PYTHON" scripts/bench_classifier.py --classes "$classes" --batch "$batch" \
+        --steps 10 --operands bf16 --csv "$out/classifier_cuda.csv"
+done
+part bench-classifier-1000000-1024-recompute 60 "$PYTHON" scripts/bench_classifier.py --classes 1000000 --batch 1024 --steps 10 \
+    --operands bf16 --impl fused --classifier-memory-mib 0 --csv "$out/classifier_cuda.csv"
+
+# The largest that fits: centers and momentum, 4096 bytes a class, in nine tenths of the memory.
+largest="$("$PYTHON" -c 'import torch; print(int(torch.cuda.mem_get_info()[0] * 0.9) // 4096 // 1000000 * 1000000)')"
+part "bench-classifier-largest" 60 "$PYTHON" scripts/bench_classifier.py --classes "$largest" --batch 512 --steps 3 \
+    --operands bf16 --impl fused --update --csv "$out/classifier_cuda.csv"
+
+# The whole step, beside the published script's way.
+part bench-step-bf16 90 "$PYTHON" scripts/bench_step.py -a iresnet50 --classes 85744 --batch 256 --precision bf16 --channels-last \
+    --steps 20 --csv "$out/step_cuda.csv"
+part bench-step-fp32 90 "$PYTHON" scripts/bench_step.py -a iresnet50 --classes 85744 --batch 256 --precision fp32 \
+    --steps 12 --csv "$out/step_cuda.csv"
+
+# Training, from images on disk: images/s and loss are in the logs.
+"$PYTHON" scripts/synthesize.py "$scratch/faces" --identities 128 --images 16 --pairs 20 --pair-identities 4 > /dev/null
+train=("$PYTHON" main.py "$scratch/faces" -a iresnet50 --enable-model-parallel --num-classes 85744 -b 256 -j 8 --max-steps 200 \
+    --epochs 100 --lr 0.02 --print-freq 50 --no-save --seed 0 --device cuda)
+part train-fp32 100 "${train[@]}" --output "$scratch/fp32"
+part train-bf16 60 "${train[@]}" --enable-amp-mode --amp-dtype bf16 --channels-last --output "$scratch/bf16"
+part train-fp16 60 "${train[@]}" --enable-amp-mode --amp-dtype fp16 --channels-last --output "$scratch/fp16"
+part train-largest 120 "$PYTHON" main.py "$scratch/faces" -a iresnet50 --enable-model-parallel --fuse-classifier-update \
+    --classifier-memory-mib 0 --num-classes "$largest" -b 64 -j 8 --max-steps 3 --print-freq 1 --no-save --seed 0 --device cuda \
+    --enable-amp-mode --amp-dtype bf16 --output "$scratch/largest"
+
+printf '\n== done in %d s: %s\n' $((SECONDS - started)) "$out"
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi
