@@ -14,6 +14,10 @@ import pytest
 import torch
 from commands import finish, free_port, read_metrics, run, start
 
+from utils.checkpoint import read_resumable
+from utils.errors import UserError
+from utils.options import parse_options
+
 # The published commands, run as written but for the data and what makes them short.
 SHORT = ["-a", "mobilefacenet", "-b", "8", "--max-steps", "2", "--num-classes", "50"]
 PUBLISHED = {
@@ -80,8 +84,11 @@ def test_torchrun(faces, tmp_path):
     assert output.count("torchrun decides the processes") == 1
 
 
-def test_checkpoint_contents_and_a_resume_that_does_not_fit(faces, tmp_path):
+def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     run("main.py", faces, *SHORT, "--output", tmp_path)
+    assert len(read_metrics(tmp_path)) == 2
+    assert (tmp_path / "metrics.jsonl.1").read_text() == '{"step": 1}\n'
     path = tmp_path / "checkpoint.pth.tar"
     contents = torch.load(path, weights_only=True)
     assert contents["arch"] == "mobilefacenet" and contents["num_classes"] == 50 and contents["embedding_size"] == 512
@@ -89,23 +96,16 @@ def test_checkpoint_contents_and_a_resume_that_does_not_fit(faces, tmp_path):
     assert not any("classifier" in name for name in contents["state_dict"])  # the classifier lies in the shards alone
     assert len(list((tmp_path / "checkpoint-shards").iterdir())) == 1
     for flags, words in (
-        (["--num-classes", 51], "--num-classes 50"),
+        (["--num-classes", "51"], "--num-classes 50"),
         (["--arch", "iresnet18"], "--arch mobilefacenet"),
-        (["--seed", contents["seed"] + 1], "drop --seed"),
+        (["--seed", str(contents["seed"] + 1)], "drop --seed"),
     ):
-        output = run("main.py", faces, *SHORT, *flags, "--resume", path, status=2)
-        assert output.count("\n") == 1 and words in output
+        with pytest.raises(UserError, match=words):
+            read_resumable(parse_options([str(faces), *SHORT, *flags, "--resume", str(path)]))
     for shard in (tmp_path / "checkpoint-shards").iterdir():
         (shard / ".metadata").unlink()
-    assert "class centers are missing" in run("main.py", faces, *SHORT, "--resume", path, status=2)
-
-
-def test_an_older_metrics_file_is_put_aside(faces, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    run("main.py", faces, *SHORT, "--no-save", "--output", tmp_path)
-    assert len(read_metrics(tmp_path)) == 2
-    assert (tmp_path / "metrics.jsonl.1").read_text() == '{"step": 1}\n'
-    assert not (tmp_path / "checkpoint.pth.tar").exists()
+    with pytest.raises(UserError, match="class centers are missing"):
+        read_resumable(parse_options([str(faces), *SHORT, "--resume", str(path)]))
 
 
 def truncate_one_image(source: Path, target: Path) -> Path:
@@ -125,6 +125,8 @@ def test_an_image_that_cannot_be_decoded_stops_all_ranks(faces, tmp_path, worker
     output = run("main.py", *flags, status=2)
     assert output.rstrip().splitlines()[-1].startswith(f"error: {image}")
     assert output.count(str(image)) == 1 and "Traceback" not in output
+    if workers == 0:
+        return
     output = run("main.py", *flags[:-2], "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--skip-bad-images", "--output", tmp_path)
     assert "replaced 1 images" in output
 

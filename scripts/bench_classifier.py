@@ -1,0 +1,425 @@
+#!/usr/bin/env python3
+"""Step time and memory of the sharded classifier, in all its implementations, beside the machine's own GEMM floor.
+
+    python3 scripts/bench_classifier.py --classes 85744 --batch 128 --world-size 2
+
+A step is what the classifier does in a training step, on random embeddings: gather the rows of all ranks, forward, backward,
+reduce-scatter of the rows' gradient and, with --update, the optimizer step of the class centers. All implementations take
+turns on the same inputs, each turn started by all processes together; a turn's time is that of the slowest of them.
+
+GEMM floor: the 6 * N * C_r * d floating-point operations of the three matrix products, at the rate at which this machine does
+them in the shapes of a walk over chunks of K classes, (K, d)(d, N), (N, K)(K, d) and (K, N)(N, d), measured in turns with the
+implementations. Extra memory: the peak of a step above all that a process holds between steps (centers, momentum), less the
+gradient of the centers where there is one.
+
+Shapes: N rows (the global batch), n = N / W of each rank, C classes, C_r on this rank, d the embedding size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+# The script's own directory is on sys.path, the repository's root is not.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from losses.margin_softmax import margin_softmax, margin_softmax_torchshard  # noqa: E402
+from models.classifier import automatic_memory_mib  # noqa: E402
+from utils.distributed import GatherRows, Worker, all_gather_rows, all_reduce_sum  # noqa: E402
+from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.measure import (  # noqa: E402
+    MIB, PeakMemory, aligned, append_csv, available_bytes, check_csv, choose_device_type, choose_implementations,
+    describe_machine, fits_in_memory, launch_local, of_slowest_rank, percentiles, release_memory, timed,
+)
+from utils.options import EMBEDDING_SIZE  # noqa: E402
+from utils.sharding import ClassShard, init_model_parallel  # noqa: E402
+
+IMPLEMENTATIONS = ("fused", "torchshard")
+OPERANDS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ARCFACE = dict(scale=64.0, margin=0.5, easy_margin=True)
+SGD_SETTINGS = dict(momentum=0.9, weight_decay=5e-4)
+
+# Agreement is checked with at most this many classes: twice the gradients of millions would not fit beside each other.
+CHECKED_CLASSES = 100_000
+# Relative differences, by norm, that are allowed in the loss, in the embeddings' gradient and in the centers'.
+TOLERANCES = {"float32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 2e-2, 2e-2), "fp16": (1e-3, 2e-2, 2e-2)}
+
+PLAIN_TENSORS = 10  # float32 tensors (N, C_r) that the plain form holds at its peak, about
+
+# Classes that the GEMM measurement walks over: 256 MiB of centers and as much of their gradient are read and written before
+# any of it is used again, which leaves the caches as cold as the walk over a large shard does.
+GEMM_CLASSES = 131_072
+GEMM_CHUNKS = {"cpu": (1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768)}
+
+CSV_COLUMNS = (
+    "date", "device", "torch", "threads", "world_size", "classes", "batch", "embedding_size", "operands", "update",
+    "classifier_memory_mib", "steps", "impl", "p20_s", "p50_s", "p80_s", "extra_mib", "gemm_floor_s", "over_floor",
+    "speedup_to_torchshard",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, one field per flag (see `parse_options` for their meaning)."""
+
+    classes: int
+    batch: int
+    world_size: int
+    impl: tuple[str, ...]
+    steps: int
+    update: bool
+    classifier_memory_mib: float | None
+    device: str
+    operands: str
+    json: bool
+    csv: str | None
+
+
+def main() -> None:
+    options = parse_options()
+    if options.csv is not None:
+        check_csv(options.csv, CSV_COLUMNS)
+    launch_local(measure, options.world_size, options.device, options)
+
+
+def measure(worker: Worker, options: Options) -> None:
+    """Runs in every process, all of them together. Rank 0 reports."""
+    group = init_model_parallel(worker.world_size)
+    checked = check_agreement(worker, options, group)
+    inputs = draw_inputs(worker, options.classes, options.batch)
+    gemm = GemmWalk(worker, inputs, options, group)
+    steps: dict[str, ClassifierStep] = {}
+    extra_bytes: dict[str, int | None] = {}
+    for name in options.impl:
+        if will_not_fit(name, worker, inputs, options):
+            continue
+        step = ClassifierStep(name, inputs, options, group)
+        if fits_in_memory(step.run, worker.device):
+            memory = PeakMemory(worker.device)
+            if fits_in_memory(step.run, worker.device):
+                extra_bytes[name] = most_of_all_ranks(memory.bytes(), step.gradient_bytes, worker)
+                steps[name] = step
+        del step
+        release_memory(worker.device)
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    gemm_seconds: list[float] = []
+    for _ in range(options.steps):
+        for name in list(steps):
+            if not fits_in_memory(lambda: seconds[name].append(timed(steps[name].run, worker.device)), worker.device):
+                del steps[name]  # it no longer fits beside the momentum of those that came after it
+        gemm_seconds.append(timed(gemm.run, worker.device))
+    gemm_floor = percentiles(of_slowest_rank(gemm_seconds, worker.device))[1] * gemm.share_of_floor
+    figures = {name: dict(zip(("p20_s", "p50_s", "p80_s"), percentiles(of_slowest_rank(seconds[name], worker.device))))
+               for name in steps}
+    if worker.is_main:
+        impl = {}
+        for name in options.impl:
+            if name in figures:
+                extra = extra_bytes[name]
+                impl[name] = {**figures[name], "extra_mib": None if extra is None else extra / MIB}
+            else:
+                impl[name] = {**dict.fromkeys(("p20_s", "p50_s", "p80_s", "extra_mib")), "error": "out of memory"}
+        report(worker, options, checked, gemm, gemm_floor, impl)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The work
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """This rank's part: embedding (n, d) L2-normalised, label (n,) int64 in [0, C), centers (C_r, d)."""
+
+    shard: ClassShard
+    embedding: Tensor
+    label: Tensor
+    centers: nn.Parameter
+
+
+def draw_inputs(worker: Worker, num_classes: int, batch: int) -> Inputs:
+    """The same at every call."""
+    shard = ClassShard(num_classes, worker.rank, worker.world_size)
+    generator = torch.Generator(worker.device).manual_seed(worker.rank)
+    rows, random = batch // worker.world_size, dict(device=worker.device, generator=generator)
+    embedding = F.normalize(torch.randn(rows, EMBEDDING_SIZE, **random)).requires_grad_()
+    label = torch.randint(num_classes, (rows,), **random)
+    # In place: a shard of millions must not be there twice. The rows have a norm of about 1.
+    centers = torch.randn(shard.size, EMBEDDING_SIZE, **random).mul_(EMBEDDING_SIZE**-0.5)
+    return Inputs(shard, embedding, label, nn.Parameter(centers))
+
+
+def build_implementation(
+    name: str, centers: nn.Parameter, options: Options, lr: float
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], SGD | None]:
+    """The loss, and with --update the optimizer whose step follows its backward, unless that makes the step itself."""
+    optimizer = SGD([centers], lr=lr, **SGD_SETTINGS) if options.update else None
+    if name == "torchshard":
+        return margin_softmax_torchshard, optimizer
+    memory_mib = options.classifier_memory_mib
+    if memory_mib is None:
+        memory_mib = automatic_memory_mib(centers, options.world_size, options.update)
+    loss = partial(margin_softmax, memory_mib=memory_mib, operands=OPERANDS[options.operands], update=optimizer)
+    return loss, None
+
+
+class ClassifierStep:
+    """Collective. A training step of the sharded classifier by one of the implementations.
+
+    lr is 0 by default, so that every step of every implementation computes with the same centers; the arithmetic is the same.
+    """
+
+    def __init__(
+        self, name: str, inputs: Inputs, options: Options, group: dist.ProcessGroup, lr: float = 0.0
+    ) -> None:
+        self._inputs, self._group = inputs, group
+        self._loss, self._optimizer = build_implementation(name, inputs.centers, options, lr)
+        self.gradient_bytes = 0  # of the centers, as the last `run` left it
+
+    def compute(self) -> Tensor:
+        """Gather, forward, backward, update; returns the loss, and leaves the gradients where they are."""
+        inputs = self._inputs
+        rows = GatherRows.apply(inputs.embedding, self._group)
+        label = all_gather_rows(inputs.label, self._group)
+        loss, _ = self._loss(rows, label, inputs.centers, shard=inputs.shard, group=self._group, **ARCFACE)
+        loss.backward()
+        if self._optimizer is not None:
+            self._optimizer.step()
+        return loss.detach()
+
+    def run(self) -> None:
+        """`compute`, and let go of the gradients."""
+        try:
+            self.compute()
+            gradient = self._inputs.centers.grad
+            self.gradient_bytes = 0 if gradient is None else gradient.nbytes
+        finally:
+            self._inputs.centers.grad = self._inputs.embedding.grad = None
+
+
+class GemmWalk:
+    """The matrix products of a walk over the shard's classes, forward and backward, and nothing else.
+
+    Operands as the fused implementation has them, results in float32; logits (N, K) or (K, N), whichever is faster.
+    """
+
+    def __init__(self, worker: Worker, inputs: Inputs, options: Options, group: dist.ProcessGroup) -> None:
+        """Collective. Choose the chunk and the layout with which all ranks are fastest."""
+        dtype, device = OPERANDS[options.operands], worker.device
+        self._centers = inputs.centers.detach()[:GEMM_CLASSES].to(dtype)  # a view, in float32
+        self._center_gradient = torch.empty(self._centers.shape, device=device)
+        self._rows = all_gather_rows(inputs.embedding, group).to(dtype)
+        self._row_gradient = torch.zeros(self._rows.shape, device=device)
+        # Only CUDA knows products of half-precision operands with float32 results.
+        self._result = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
+        full = min(inputs.shard.chunk, GEMM_CLASSES)  # the same on all ranks
+        chunks = [chunk for chunk in GEMM_CHUNKS[device.type] if chunk < full] or [full]
+        self._logits = torch.rand(options.batch * chunks[-1], device=device)
+        self._probabilities = self._logits.to(dtype)
+        self.operations = 6 * options.batch * len(self._centers) * EMBEDDING_SIZE
+        self.share_of_floor = inputs.shard.size / len(self._centers)  # the walk covers GEMM_CLASSES at most
+        trials = 2 * list(itertools.product(chunks, (False, True)))  # the first round also warms up
+        seconds = of_slowest_rank([timed(partial(self._walk, *trial), device) for trial in trials], device)
+        self.chunk, self.transposed = min(zip(seconds, trials))[1]
+
+    def run(self) -> None:
+        self._walk(self.chunk, self.transposed)
+
+    @torch.no_grad()
+    def _walk(self, chunk: int, transposed: bool) -> None:
+        """Logits (N, K), transposed: (K, N)."""
+        rows = self._rows
+        for start in range(0, len(self._centers), chunk):
+            centers, gradient = (tensor[start:start + chunk] for tensor in (self._centers, self._center_gradient))
+            shape = (len(centers), len(rows)) if transposed else (len(rows), len(centers))
+            logits, probabilities = (
+                flat[:shape[0] * shape[1]].view(shape) for flat in (self._logits, self._probabilities)
+            )
+            left, right = (centers, rows) if transposed else (rows, centers)
+            torch.mm(left, right.t(), out=logits, **self._result)
+            if transposed:
+                probabilities = probabilities.t()
+            torch.addmm(self._row_gradient, probabilities, centers, out=self._row_gradient, **self._result)
+            torch.mm(probabilities.t(), rows, out=gradient, **self._result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the clock runs
+
+
+def check_agreement(worker: Worker, options: Options, group: dist.ProcessGroup) -> int:
+    """Collective. Compare loss and gradients (with --update: the step of the centers) with torchshard's.
+
+    Returns how many classes that was done with. Raises UserError where they differ.
+    """
+    room = available_bytes(worker.device, worker.world_size) // (2 * PLAIN_TENSORS * 4 * options.batch)
+    room = -int(of_slowest_rank([-room * worker.world_size], worker.device)[0])  # of the rank that has least
+    classes = max(min(options.classes, CHECKED_CLASSES, room), 2)
+    names = [name for name in options.impl if name != "torchshard"]
+    if not names:
+        return 0
+    true = outcome("torchshard", worker, classes, options, group)
+    what = ("loss", "gradient of the embeddings", "step of the centers" if options.update else "gradient of the centers")
+    for name in names:
+        mine = outcome(name, worker, classes, options, group)
+        for noun, tolerance, got, wanted in zip(what, TOLERANCES[options.operands], mine, true):
+            difference = relative_difference(got, wanted, group)
+            if not difference <= tolerance:
+                raise UserError(f"--impl {name}: its {noun} differs from torchshard's by {difference:.1e}, more than "
+                                f"{tolerance:.0e} ({classes} classes); nothing was measured")
+    return classes
+
+
+def relative_difference(got: Tensor, wanted: Tensor, group: dist.ProcessGroup) -> float:
+    """Collective. |got - wanted| / |wanted| over the tensors of all ranks."""
+    squares = [tensor.square().sum(dtype=torch.float64) for tensor in (got - wanted, wanted)]
+    difference, norm = all_reduce_sum(torch.stack(squares), group).sqrt().tolist()
+    return difference / norm if norm else difference
+
+
+def outcome(name: str, worker: Worker, classes: int, options: Options, group: dist.ProcessGroup) -> list[Tensor]:
+    """Collective. [loss, gradient of the embeddings, gradient or (with --update) step of the centers] of a first step."""
+    inputs = draw_inputs(worker, classes, options.batch)
+    before = inputs.centers.detach().clone()
+    loss = ClassifierStep(name, inputs, options, group, lr=1.0).compute()
+    step = before - inputs.centers.detach() if options.update else inputs.centers.grad
+    return [loss, inputs.embedding.grad, step]
+
+
+def will_not_fit(name: str, worker: Worker, inputs: Inputs, options: Options) -> bool:
+    """Collective. True on the CPU for a plain form that would not fit: there nothing is refused, but processes are killed."""
+    if worker.device.type == "cuda" or name != "torchshard":
+        return False
+    needed = PLAIN_TENSORS * 4 * options.batch * inputs.shard.size + inputs.centers.nbytes * (1 + options.update)
+    missing = needed - available_bytes(worker.device, worker.world_size)
+    return of_slowest_rank([missing], worker.device)[0] > 0
+
+
+def most_of_all_ranks(peak: int | None, gradient_bytes: int, worker: Worker) -> int | None:
+    """Collective. The largest peak beyond the gradient, or None where no rank knows."""
+    most = of_slowest_rank([-1 if peak is None else max(peak - gradient_bytes, 0)], worker.device)[0]
+    if most < 0:
+        if worker.is_main:
+            print("warning: /proc/self/clear_refs cannot be written here, so the peak of a step is not known",
+                  file=sys.stderr)
+        return None
+    return int(most)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def report(
+    worker: Worker, options: Options, checked: int, gemm: GemmWalk, gemm_floor: float, impl: dict[str, dict]
+) -> None:
+    """Rank 0: print the object or the table, and append to the file."""
+    shard = ClassShard(options.classes, 0, options.world_size)
+    result = {
+        **describe_machine(worker.device),
+        "classes": options.classes, "batch": options.batch, "world_size": options.world_size,
+        "embedding_size": EMBEDDING_SIZE, "operands": options.operands, "update": options.update,
+        "classifier_memory_mib": options.classifier_memory_mib, "steps": options.steps, "checked_classes": checked,
+        "gemm_floor_s": gemm_floor, "gemm_chunk": gemm.chunk, "gemm_transposed": gemm.transposed,
+        "gemm_gflops": gemm.operations * gemm.share_of_floor / gemm_floor / 1e9,
+        "weight_mib": shard.size * EMBEDDING_SIZE * 4 / MIB,
+        "impl": impl,
+    }
+    print(json.dumps(result) if options.json else as_text(result), flush=True)
+    if options.csv is not None:
+        append_csv(options.csv, CSV_COLUMNS, csv_rows(result))
+
+
+def csv_rows(result: dict) -> list[dict[str, object]]:
+    """One row per implementation."""
+    common = {name: result[name] for name in CSV_COLUMNS if name in result}
+    plain = result["impl"].get("torchshard", {}).get("p50_s")
+    rows = []
+    for name, figures in result["impl"].items():
+        p50 = figures["p50_s"]
+        rows.append({
+            **common, "impl": name, **{key: value for key, value in figures.items() if key in CSV_COLUMNS},
+            "over_floor": p50 and p50 / result["gemm_floor_s"],
+            "speedup_to_torchshard": p50 and plain and plain / p50,
+        })
+    return rows
+
+
+def as_text(result: dict) -> str:
+    """The table, and the ratios in words."""
+    rows = [("", "p20", "p50", "p80", "extra memory", "of the floor")]
+    for name, figures in result["impl"].items():
+        if figures["p50_s"] is None:
+            rows.append((name, *("-" * 3), figures["error"], "-"))
+            continue
+        extra = figures["extra_mib"]
+        rows.append((name, *(f"{figures[key]:.4f} s" for key in ("p20_s", "p50_s", "p80_s")),
+                     "unknown" if extra is None else f"{extra:,.1f} MiB",
+                     f"x {figures['p50_s'] / result['gemm_floor_s']:.2f}"))
+    lines = [
+        f"{result['classes']:,} classes x {result['embedding_size']}, batch {result['batch']}, "
+        f"{result['world_size']} processes with {result['threads']} threads, {result['operands']} operands"
+        + (", with the optimizer step" if result["update"] else ""),
+        f"{result['device']}, torch {result['torch']}",
+        f"GEMM floor {result['gemm_floor_s']:.4f} s: {result['gemm_gflops']:,.0f} GFLOP/s a process, chunks of "
+        f"{result['gemm_chunk']} classes; centers {result['weight_mib']:,.1f} MiB a process",
+    ]
+    if 0 < result["checked_classes"] < result["classes"]:
+        lines.append(f"that the results agree was checked with {result['checked_classes']:,} classes: more would not fit twice")
+    lines += ["", aligned(rows)]
+    fused, plain = (result["impl"].get(name, {}) for name in IMPLEMENTATIONS)
+    if fused.get("p50_s") and plain.get("p50_s"):
+        words = f"fused is {plain['p50_s'] / fused['p50_s']:.2f} times as fast as torchshard"
+        if fused["extra_mib"] and plain["extra_mib"]:
+            words += f", and takes {fused['extra_mib'] / plain['extra_mib']:.1%} of its extra memory"
+        lines += ["", words]
+    return "\n".join(lines)
+
+
+def parse_options(argv: list[str] | None = None) -> Options:
+    """Parse, check, and look which devices there are. Raises UserError."""
+    parser = Parser("bench_classifier.py", "Step time and memory of the sharded classifier's implementations.")
+    parser.add_argument("--classes", type=int, required=True, metavar="C", help="classes of all processes")
+    parser.add_argument("--batch", type=int, required=True, metavar="N", help="rows of all processes")
+    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="processes (default: %(default)s)")
+    parser.add_argument("--impl", default=",".join(IMPLEMENTATIONS), metavar="A,B",
+                        help="what takes turns (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, metavar="K", help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--update", action="store_true", help="with the optimizer step of the centers: SGD with momentum")
+    parser.add_argument("--classifier-memory-mib", type=float, metavar="M",
+                        help="for fused: memory of a process for probabilities that are kept until the backward pass; "
+                             "0: they are computed again (default: automatic)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: GPUs if there are any")
+    parser.add_argument("--operands", choices=tuple(OPERANDS), default="float32",
+                        help="for fused, on GPUs: type of the GEMM operands (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--csv", metavar="FILE", help="append a row per implementation")
+    values = vars(parser.parse_args(argv))
+    for flag, minimum in (("classes", 2), ("batch", 1), ("world_size", 1), ("steps", 1), ("classifier_memory_mib", 0)):
+        if values[flag] is not None and not values[flag] >= minimum:
+            raise UserError(f"--{flag.replace('_', '-')} {values[flag]}: give a number of at least {minimum}")
+    world_size = values["world_size"]
+    if values["batch"] % world_size:
+        raise UserError(f"--batch {values['batch']}: must divide by --world-size {world_size}")
+    if not ClassShard(values["classes"], world_size - 1, world_size).size:
+        raise UserError(f"--classes {values['classes']}: leaves some of the --world-size {world_size} processes without any")
+    device = choose_device_type(values["device"], world_size)
+    if device == "cpu" and values["operands"] != "float32":
+        raise UserError(f"--operands {values['operands']}: is for GPUs, and this run is on the CPU; drop it")
+    return Options(**{**values, "impl": choose_implementations(values["impl"], IMPLEMENTATIONS), "device": device})
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

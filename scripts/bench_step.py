@@ -1,0 +1,412 @@
+#!/usr/bin/env python3
+"""Images per second and memory of a whole training step: main.py's beside that of torchshard's published ArcFace script.
+
+    python3 scripts/bench_step.py -a iresnet50 --classes 85744 --batch 128 --precision bf16 --channels-last
+
+ours: `main.build_training` and `main.train_one_epoch` as they are, always with --enable-model-parallel.
+published: that script's way of doing the same (projects/arcface of torchshard 0.1), in `PublishedTraining`: images in NCHW and
+float, fp16 autocast with a GradScaler or none, a margin on all logits and a one-hot matrix to choose the targets', the full
+softmax, top-5 over the full logits, and three values read from the device in every step. With several processes its full
+head would need all logits on every GPU: there it is given torchshard's parallel cross entropy instead.
+
+The images are drawn once and lie on the device: reading them is not measured. Both start from the same weights and take turns,
+a block of steps each. Peak memory is that of a process, after the first steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+# The script's own directory is on sys.path, the repository's root is not.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import main as training  # noqa: E402
+from losses.margin_softmax import margin_softmax_torchshard  # noqa: E402
+from models import build_backbone  # noqa: E402
+from models.classifier import ArcFaceClassifier  # noqa: E402
+from utils.distributed import Worker  # noqa: E402
+from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.measure import (  # noqa: E402
+    MIB, PeakMemory, aligned, append_csv, available_bytes, check_csv, choose_device_type, choose_implementations,
+    describe_machine, fits_in_memory, launch_local, of_slowest_rank, percentiles, release_memory, timed,
+)
+from utils.options import EMBEDDING_SIZE  # noqa: E402
+from utils.options import Options as TrainingOptions  # noqa: E402
+from utils.options import parse_options as parse_training_options  # noqa: E402
+from utils.sharding import ClassShard, init_model_parallel, initial_centers, let_ddp_ignore_shards  # noqa: E402
+
+IMPLEMENTATIONS = ("ours", "published")
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEED = 0
+LEARNING_RATE = 0.01
+WARM_UP_STEPS = 2  # the first one makes momentum and chooses convolutions, after it DDP rebuilds its buckets
+ENDLESS_EPOCH = 10**9  # steps: no milestone is reached
+
+CSV_COLUMNS = (
+    "date", "device", "torch", "threads", "world_size", "arch", "classes", "batch", "precision", "flags", "steps", "impl",
+    "p20_images_s", "p50_images_s", "p80_images_s", "peak_mib", "first_loss", "speedup_to_published",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, one field per flag (see `parse_options` for their meaning)."""
+
+    arch: str
+    classes: int
+    batch: int
+    world_size: int
+    precision: str
+    flags: tuple[str, ...]  # of main.py, for ours alone
+    impl: tuple[str, ...]
+    steps: int
+    block: int
+    device: str
+    json: bool
+    csv: str | None
+
+
+def main() -> None:
+    options, training_options = parse_options()
+    if options.csv is not None:
+        check_csv(options.csv, CSV_COLUMNS)
+    launch_local(measure, options.world_size, options.device, options, training_options)
+
+
+def measure(worker: Worker, options: Options, training_options: TrainingOptions) -> None:
+    """Runs in every process, all of them together. Rank 0 reports."""
+    device = worker.device
+    warm_up_libraries(options.arch, device)
+    images, labels = draw_batch(worker, options)
+    builders: dict[str, Callable[[], OurTraining | PublishedTraining]] = {
+        "ours": lambda: OurTraining(worker, training_options, images, labels),
+        "published": lambda: PublishedTraining(worker, options, images, labels),
+    }
+    ready: dict[str, OurTraining | PublishedTraining] = {}
+    figures: dict[str, dict[str, float | None]] = {}
+
+    def build(name: str) -> None:
+        ready[name] = builders[name]()
+        ready[name].run(WARM_UP_STEPS)
+
+    # Alone at first: only so the peak of each is its own.
+    for name in options.impl:
+        if name == "published" and published_will_not_fit(worker, options):
+            continue
+        memory = PeakMemory(device)
+        fits = fits_in_memory(lambda: build(name), device)
+        if fits:
+            memory.restart()
+            fits = fits_in_memory(lambda: ready[name].run(1), device)
+        if fits:
+            peak = memory.bytes()
+            figures[name] = {"peak_mib": None if peak is None else of_slowest_rank([peak], device)[0] / MIB,
+                             "first_loss": ready[name].first_loss()}
+        ready.pop(name, None)
+        release_memory(device)
+
+    rates: dict[str, list[float]] = {name: [] for name in figures}
+    together = fit_together(figures, worker)
+    for _ in range(-(-options.steps // options.block)):
+        for name in figures:
+            if name not in ready:
+                build(name)
+            seconds = of_slowest_rank([timed(lambda: ready[name].run(options.block), device)], device)[0]
+            rates[name].append(options.batch * options.block / seconds)
+            if not together:
+                del ready[name]
+                release_memory(device)
+    if worker.is_main:
+        impl = {}
+        for name in options.impl:
+            keys = ("p20_images_s", "p50_images_s", "p80_images_s")
+            if name in figures:
+                impl[name] = {**dict(zip(keys, percentiles(rates[name]))), **figures[name]}
+            else:
+                impl[name] = {**dict.fromkeys((*keys, "peak_mib", "first_loss")), "error": "out of memory"}
+        report(worker, options, impl)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two ways of training
+
+
+class OurTraining:
+    """Collective. The model, optimizers and loop of main.py, on one batch again and again."""
+
+    def __init__(self, worker: Worker, options: TrainingOptions, images: Tensor, labels: Tensor) -> None:
+        self._worker, self._options = worker, options
+        self._state, self._model = training.build_training(
+            worker, options, SEED, num_images=options.batch_size, global_batch=options.batch_size
+        )
+        indices = torch.arange(len(images)) + worker.rank * len(images)
+        self._batch = (images, labels, indices, 0)
+        self._log = _FirstLoss()
+
+    def run(self, steps: int) -> None:
+        training.train_one_epoch(
+            self._worker, self._options, self._state, self._model, [self._batch] * steps, steps, ENDLESS_EPOCH, self._log
+        )
+
+    def first_loss(self) -> float:
+        return self._log.loss.item()
+
+
+class _FirstLoss:
+    """In the place of utils.meters.TrainingLog: writes nothing and reads nothing from the device."""
+
+    loss: Tensor | None = None
+
+    def add(self, *, loss: Tensor, **others: object) -> None:
+        self.loss = loss if self.loss is None else self.loss
+
+    def count_skipped(self, images: int) -> None:
+        pass
+
+
+class FullHead(nn.Module):
+    """The classifier as published, of one process that has all classes: the margin on every logit, a one-hot choice.
+
+    forward: embedding (n, d), label (n,) -> loss, and (n, 5) bool, whether the k-th best class is the target.
+    """
+
+    scale, margin = 64.0, 0.5
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(initial_centers(ClassShard(num_classes, 0, 1), EMBEDDING_SIZE, SEED))
+
+    def forward(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        cosine = F.linear(F.normalize(embedding), F.normalize(self.weight))
+        sine = (1.0 - cosine.square()).clamp(0, 1).sqrt()
+        phi = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
+        phi = torch.where(cosine > 0, phi, cosine)
+        one_hot = torch.zeros(cosine.shape, device=cosine.device).scatter_(1, label.unsqueeze(1), 1)
+        logits = self.scale * (one_hot * phi + (1.0 - one_hot) * cosine)
+        best = cosine.detach().topk(min(5, cosine.shape[1])).indices
+        return F.cross_entropy(logits, label), best == label.unsqueeze(1)
+
+
+class ParallelHead(ArcFaceClassifier):
+    """Collective. The same from torchshard's parallel cross entropy, each process with its share of the classes."""
+
+    def __init__(self, worker: Worker, num_classes: int) -> None:
+        super().__init__(
+            EMBEDDING_SIZE, ClassShard(num_classes, worker.rank, worker.world_size), scale=FullHead.scale,
+            margin=FullHead.margin, easy_margin=True, seed=SEED, group=init_model_parallel(worker.world_size),
+            loss=margin_softmax_torchshard,
+        )
+
+    def forward(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        loss, target_rank = super().forward(embedding, label)
+        return loss, target_rank.unsqueeze(1) == torch.arange(5, device=target_rank.device)
+
+
+class PublishedModel(nn.Module):
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.backbone(images), labels)
+
+
+class PublishedTraining:
+    """Collective. Model and step of the published script, on one batch again and again."""
+
+    def __init__(self, worker: Worker, options: Options, images: Tensor, labels: Tensor) -> None:
+        device = worker.device
+        torch.backends.cudnn.benchmark = True
+        torch.manual_seed(SEED)
+        backbone = build_backbone(options.arch, EMBEDDING_SIZE)
+        head = FullHead(options.classes) if worker.world_size == 1 else ParallelHead(worker, options.classes)
+        model: nn.Module = PublishedModel(backbone, head).to(device).train()
+        if worker.world_size > 1:
+            let_ddp_ignore_shards(model)
+            model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        self._model = model
+        # Its mixed precision is fp16 on GPUs; it has none on the CPU, and gets there what ours has.
+        dtype = PRECISIONS[options.precision]
+        if dtype is not None and device.type == "cuda":
+            dtype = torch.float16
+        self._autocast = (contextlib.nullcontext() if dtype is None
+                          else torch.autocast(device.type, dtype, cache_enabled=True))
+        self._optimizer = SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self._images, self._labels = images.float().div_(255), labels
+        self._first_loss: float | None = None
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            images = (self._images - 0.5) / 0.5
+            with self._autocast:
+                loss, hits = self._model(images, self._labels)
+            for metric in (loss, hits[:, 0].float().mean(), hits.any(dim=1).float().mean()):
+                value = metric.item()
+                self._first_loss = value if self._first_loss is None else self._first_loss
+            self._scaler.scale(loss).backward()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._optimizer.zero_grad()
+
+    def first_loss(self) -> float:
+        return self._first_loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Around them
+
+
+def draw_batch(worker: Worker, options: Options) -> tuple[Tensor, Tensor]:
+    """This rank's images uint8 (n, 3, 112, 112) and labels int64 (n,), on the device."""
+    generator = torch.Generator().manual_seed(worker.rank)
+    n = options.batch // worker.world_size
+    images = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(options.classes, (n,), generator=generator)
+    return images.to(worker.device), labels.to(worker.device)
+
+
+def warm_up_libraries(arch: str, device: torch.device) -> None:
+    """What a process loads in its first step and keeps must not count as the memory of who comes first.
+
+    The first optimizer alone imports modules of 150 MB.
+    """
+    backbone = build_backbone(arch, EMBEDDING_SIZE).to(device).train()
+    backbone(torch.zeros(2, 3, 112, 112, device=device)).sum().backward()
+    SGD(backbone.parameters(), lr=0.0).step()
+
+
+def published_will_not_fit(worker: Worker, options: Options) -> bool:
+    """Collective. True on the CPU for a head that would not fit: there nothing is refused, but processes are killed."""
+    if worker.device.type == "cuda":
+        return False
+    classes = ClassShard(options.classes, 0, worker.world_size).size
+    # ten float32 tensors (N, C_r), and centers, their normalised copy, gradient and momentum
+    needed = 10 * 4 * options.batch * classes + 4 * 4 * classes * EMBEDDING_SIZE
+    return of_slowest_rank([needed - available_bytes(worker.device, worker.world_size)], worker.device)[0] > 0
+
+
+def fit_together(figures: dict[str, dict[str, float | None]], worker: Worker) -> bool:
+    """Collective. Whether all can stay in memory while they take turns; if not, each is built again for its turn."""
+    peaks = [figure["peak_mib"] for figure in figures.values()]
+    if None in peaks:
+        return True
+    missing = sum(peaks) * MIB - 0.9 * available_bytes(worker.device, worker.world_size)
+    return of_slowest_rank([missing], worker.device)[0] <= 0
+
+
+def report(worker: Worker, options: Options, impl: dict[str, dict]) -> None:
+    """Rank 0: print the object or the table, and append to the file."""
+    result = {
+        **describe_machine(worker.device),
+        "arch": options.arch, "classes": options.classes, "batch": options.batch, "world_size": options.world_size,
+        "precision": options.precision, "flags": " ".join(options.flags), "steps": options.steps, "impl": impl,
+    }
+    print(json.dumps(result) if options.json else as_text(result), flush=True)
+    if options.csv is not None:
+        common = {name: result[name] for name in CSV_COLUMNS if name in result}
+        rows = [{**common, "impl": name, **{key: value for key, value in figures.items() if key in CSV_COLUMNS},
+                 "speedup_to_published": speedup(impl, name)} for name, figures in impl.items()]
+        append_csv(options.csv, CSV_COLUMNS, rows)
+
+
+def speedup(impl: dict[str, dict], name: str) -> float | None:
+    mine, published = (impl.get(which, {}).get("p50_images_s") for which in (name, "published"))
+    return mine / published if mine and published else None
+
+
+def as_text(result: dict) -> str:
+    """The table, and the ratio in words."""
+    rows = [("images/s", "p20", "p50", "p80", "peak memory", "first loss")]
+    for name, figures in result["impl"].items():
+        if figures["p50_images_s"] is None:
+            rows.append((name, *("-" * 3), figures["error"], "-"))
+            continue
+        peak = figures["peak_mib"]
+        rows.append((name, *(f"{figures[key]:,.1f}" for key in ("p20_images_s", "p50_images_s", "p80_images_s")),
+                     "unknown" if peak is None else f"{peak:,.0f} MiB", f"{figures['first_loss']:.3f}"))
+    lines = [
+        f"{result['arch']}, {result['classes']:,} classes, batch {result['batch']}, {result['world_size']} processes with "
+        f"{result['threads']} threads, {result['precision']}" + (f", ours with {result['flags']}" if result["flags"] else ""),
+        f"{result['device']}, torch {result['torch']}",
+        "", aligned(rows),
+    ]
+    ratio = speedup(result["impl"], "ours")
+    if ratio:
+        words = f"ours is {ratio:.2f} times as fast as published"
+        mine, theirs = (result["impl"][name]["peak_mib"] for name in IMPLEMENTATIONS)
+        if mine and theirs:
+            words += f", in {mine / theirs:.1%} of its memory"
+        lines += ["", words]
+    return "\n".join(lines)
+
+
+def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptions]:
+    """Parse, check, and look which devices there are: this benchmark's options, and main.py's. Raises UserError."""
+    parser = Parser("bench_step.py", "Images per second of main.py's training step beside torchshard's published script.")
+    parser.add_argument("-a", "--arch", default="iresnet50", metavar="ARCH", help="backbone (default: %(default)s)")
+    parser.add_argument("--classes", type=int, required=True, metavar="C", help="classes of all processes")
+    parser.add_argument("--batch", type=int, required=True, metavar="N", help="images per step of all processes")
+    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="processes (default: %(default)s)")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32",
+                        help="of the backbone (default: %(default)s); published does bf16 on GPUs as fp16")
+    group = parser.add_argument_group("flags of main.py, for ours")
+    group.add_argument("--channels-last", action="store_true")
+    group.add_argument("--compile", action="store_true")
+    group.add_argument("--classifier", choices=("fused", "torchshard"))
+    group.add_argument("--fuse-classifier-update", action="store_true")
+    parser.add_argument("--impl", default=",".join(IMPLEMENTATIONS), metavar="A,B",
+                        help="what takes turns (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, metavar="K",
+                        help="timed steps of each, rounded up to whole blocks (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=4, metavar="K", help="steps in a turn (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: GPUs if there are any")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--csv", metavar="FILE", help="append a row per implementation")
+    values = vars(parser.parse_args(argv))
+    for flag, minimum in (("classes", 2), ("batch", 2), ("world_size", 1), ("steps", 1), ("block", 1)):
+        if values[flag] < minimum:
+            raise UserError(f"--{flag.replace('_', '-')} {values[flag]}: give a number of at least {minimum}")
+    world_size = values["world_size"]
+    if values["batch"] % world_size or values["batch"] == world_size:
+        raise UserError(f"--batch {values['batch']}: must divide by --world-size {world_size} and leave each process two images")
+
+    flags: list[str] = []
+    for name in ("channels_last", "compile", "fuse_classifier_update"):
+        if values.pop(name):
+            flags.append(f"--{name.replace('_', '-')}")
+    classifier = values.pop("classifier")
+    if classifier is not None:
+        flags += ["--classifier", classifier]
+    device = choose_device_type(values["device"], world_size)
+    options = Options(**{**values, "flags": tuple(flags), "device": device,
+                         "impl": choose_implementations(values["impl"], IMPLEMENTATIONS)})
+    return options, parse_training_options(training_flags(options))
+
+
+def training_flags(options: Options) -> list[str]:
+    """The command line of main.py that trains in our way."""
+    flags = ["images drawn by the benchmark", "-a", options.arch, "--num-classes", str(options.classes),
+             "--batch-size", str(options.batch), "--device", options.device, "--seed", str(SEED), "--lr", str(LEARNING_RATE),
+             "--enable-model-parallel", "--no-save"]
+    if options.precision != "fp32":
+        flags += ["--enable-amp-mode", "--amp-dtype", options.precision]
+    if options.world_size > 1:
+        flags += ["--multiprocessing-distributed", "--nproc-per-node", str(options.world_size)]
+    return flags + list(options.flags)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
