@@ -54,7 +54,8 @@ class Optimizers:
         else:
             self._named.append((SGD(parameters, **settings), replicated))
         if sharded:
-            self._named.append((SGD([parameter for _, parameter in sharded], **settings), sharded))
+            # torch's other two implementations add the weight decay to a copy of the gradient: as much memory as the shard.
+            self._named.append((SGD([parameter for _, parameter in sharded], **settings, fused=True), sharded))
         self.of_shard: SGD | None = self._named[-1][0] if sharded else None
 
     @property
