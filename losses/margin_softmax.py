@@ -25,6 +25,7 @@ from torch.optim import SGD
 
 from losses.margin import ArcFaceMargin, arcface_margin
 from utils.distributed import all_gather_rows, all_reduce_sum
+from utils.memory import chunk_classes
 from utils.sharding import ClassShard, parallel_cross_entropy
 
 # Stands for minus infinity where the target's column is left out: exp(this - any logit) is 0, and this - this is no NaN.
@@ -86,12 +87,8 @@ def margin_softmax(
 
 
 def _chunk_size(embedding: Tensor) -> int:
-    """The classes whose buffers, (N, K) and (K, d) two of each, stay in the cache: a multiple of 256."""
-    cache = _CPU_CACHE
-    if embedding.is_cuda:
-        cache = torch.cuda.get_device_properties(embedding.device).L2_cache_size
-    bytes_per_class = 2 * sum(embedding.shape) * embedding.element_size()
-    return max(256, cache // bytes_per_class // 256 * 256)
+    cache = torch.cuda.get_device_properties(embedding.device).L2_cache_size if embedding.is_cuda else _CPU_CACHE
+    return chunk_classes(*embedding.shape, cache, embedding.element_size())
 
 
 @dataclass(frozen=True)

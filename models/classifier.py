@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from losses.margin_softmax import margin_softmax
 from utils.distributed import GatherRows, all_gather_rows
+from utils.memory import automatic_memory_bytes
 from utils.sharding import ClassShard, initial_centers, register_parallel_dim
 
 
@@ -93,5 +94,4 @@ def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) ->
         total = torch.cuda.get_device_properties(centers.device).total_memory
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
-    taken = (2 if fused_update else 3) * centers.numel() * centers.element_size()
-    return max(0, total - taken) / 4 / 2**20
+    return automatic_memory_bytes(centers.nbytes, total, fused_update) / 2**20

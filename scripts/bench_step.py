@@ -49,6 +49,7 @@ from utils.sharding import ClassShard, init_model_parallel, initial_centers, let
 
 IMPLEMENTATIONS = ("ours", "published")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OWN_FLAGS = ("--channels-last", "--compile", "--fuse-classifier-update")
 SEED = 0
 LEARNING_RATE = 0.01
 WARM_UP_STEPS = 2  # the first one makes momentum and chooses convolutions, after it DDP rebuilds its buckets
@@ -363,10 +364,9 @@ def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptio
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32",
                         help="of the backbone (default: %(default)s); published does bf16 on GPUs as fp16")
     group = parser.add_argument_group("flags of main.py, for ours")
-    group.add_argument("--channels-last", action="store_true")
-    group.add_argument("--compile", action="store_true")
+    for flag in OWN_FLAGS:
+        group.add_argument(flag, action="store_true")
     group.add_argument("--classifier", choices=("fused", "torchshard"))
-    group.add_argument("--fuse-classifier-update", action="store_true")
     parser.add_argument("--impl", default=",".join(IMPLEMENTATIONS), metavar="A,B",
                         help="what takes turns (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, metavar="K",
@@ -383,10 +383,9 @@ def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptio
     if values["batch"] % world_size or values["batch"] == world_size:
         raise UserError(f"--batch {values['batch']}: must divide by --world-size {world_size} and leave each process two images")
 
-    flags: list[str] = []
-    for name in ("channels_last", "compile", "fuse_classifier_update"):
-        if values.pop(name):
-            flags.append(f"--{name.replace('_', '-')}")
+    if values["fuse_classifier_update"] and values["precision"] == "fp16":
+        raise UserError("--fuse-classifier-update with --precision fp16: main.py has no such mode; use bf16, or drop one of them")
+    flags = [flag for flag in OWN_FLAGS if values.pop(flag[2:].replace("-", "_"))]
     classifier = values.pop("classifier")
     if classifier is not None:
         flags += ["--classifier", classifier]

@@ -1,0 +1,178 @@
+"""What scripts/plan.py predicts, against what a forward pass and the classifier really keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+
+from losses.margin_softmax import _chunk_size, margin_softmax
+from models import build_backbone
+from models.classifier import automatic_memory_mib
+from scripts import plan
+from utils.errors import UserError, exit_on_user_error
+from utils.memory import (
+    BackboneMemory, automatic_memory_bytes, chunk_classes, largest, measure_backbone, predict_memory,
+)
+from utils.sharding import ClassShard
+
+MIB, GIB = 2**20, 2**30
+BACKBONE = BackboneMemory(trained=(1000, 300, 200), fixed=50, activations=70, activations_per_image=10_000)
+SETTINGS = dict(classes=100_000, embedding_size=512, batch_size=256, world_size=8, model_parallel=True, zero=False,
+                fused_update=False, classifier_memory_mib=0, operands=None, device_type="cpu", total_bytes=16 * GIB,
+                cache_bytes=8 * MIB)
+
+
+def predict(**changes) -> dict[str, int]:
+    return predict_memory(BACKBONE, **{**SETTINGS, **changes})
+
+
+def kept_for_backward(work, leave_out) -> list[torch.Tensor]:
+    """The tensors that autograd keeps of work(), one for each piece of memory."""
+    known, kept = {tensor.data_ptr() for tensor in leave_out}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = work()
+    assert result is not None  # alive until here: no piece of memory was used twice
+    return list(kept.values())
+
+
+@pytest.mark.parametrize("arch", ["mobilefacenet", "iresnet18"])
+def test_activations_equal_those_of_a_real_forward_pass(arch):
+    predicted = measure_backbone(lambda: build_backbone(arch, 512), device_type="cpu", autocast_dtype=None)
+    backbone, images = build_backbone(arch, 512).train(), torch.rand(3, 3, 112, 112)
+    own = [images, *backbone.parameters(), *backbone.buffers()]
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept_for_backward(lambda: backbone(images), own))
+    assert predicted.activations + 3 * predicted.activations_per_image == pytest.approx(measured, rel=0.01)
+    assert sum(predicted.trained) == sum(p.nbytes for p in backbone.parameters() if p.requires_grad)
+    assert sum(predicted.trained) + predicted.fixed == sum(tensor.nbytes for tensor in own[1:])
+
+
+def test_activations_under_autocast_are_about_half():
+    measured = {
+        dtype: measure_backbone(lambda: build_backbone("iresnet18", 512), device_type="cuda", autocast_dtype=dtype)
+        for dtype in (None, torch.bfloat16)
+    }
+    full, low = measured[None], measured[torch.bfloat16]
+    assert 0.45 < low.activations_per_image / full.activations_per_image < 0.6
+    assert full.activations < MIB  # statistics of BatchNorm
+    assert low.activations == pytest.approx(sum(low.trained) / 2, rel=0.05)  # the weights in bf16
+    assert not torch.is_autocast_enabled("cuda")
+
+
+def test_parts_by_arithmetic():
+    centers = 12_500 * 512 * 4
+    chunk = 8 * MIB // (2 * (256 + 512) * 4) // 256 * 256
+    block = 256 * (chunk + 16)
+    parts = predict()
+    assert parts == {
+        "backbone weights": 1550, "backbone gradients": 1500, "DDP buckets": 1500, "backbone momentum": 1500,
+        "images": 32 * 3 * 112 * 112 * 5, "activations": 70 + 32 * 10_000,
+        "class centers": centers, "class centers' gradient": centers, "class centers' momentum": centers,
+        "kept probabilities": 0,
+        "chunk buffers": block * 4 + chunk * 512 * 4 + -(-12_500 // chunk) * 256 * 12 + 12_500 * 4,
+        "embeddings": 256 * 512 * 12 + 4 * 32 * 512 * 4,
+        "optimizer, beyond activations": 0,
+        "CUDA, cuDNN, NCCL": 0,
+    }
+    fused = predict(fused_update=True)
+    assert fused["class centers' gradient"] == 0 and fused["class centers' momentum"] == centers
+    assert predict(device_type="cuda")["CUDA, cuDNN, NCCL"] > GIB
+
+
+def test_replicated_classes_go_through_ddp_and_zero():
+    centers = 100_000 * 512 * 4
+    parts = predict(model_parallel=False)
+    assert parts["class centers"] == centers and parts["DDP buckets"] == 1500 + centers
+    # a copy of all gradients for the weight decay, when the backward pass has let go of what it read
+    passing = sum(parts[name] for name in ("images", "activations", "chunk buffers", "embeddings"))
+    assert parts["optimizer, beyond activations"] == 1500 + centers - passing > 0
+    assert predict(model_parallel=False, zero=True)["class centers' momentum"] == centers
+    assert predict(model_parallel=False, zero=True)["backbone momentum"] == 0  # another process has it
+    assert predict(zero=True, world_size=2)["backbone momentum"] == 1000
+    assert predict(zero=True, world_size=1)["backbone momentum"] == 1500
+
+
+@pytest.mark.parametrize("operands, value_bytes", [(None, 4), (torch.bfloat16, 2), (torch.float16, 4)])
+@pytest.mark.parametrize("memory_mib", [0, 0.1, 1000])
+def test_kept_probabilities_are_those_of_the_classifier(operands, value_bytes, memory_mib):
+    rows, classes = 8, 4000
+    embedding = F.normalize(torch.randn(rows, 512)).requires_grad_()
+    centers, label = torch.randn(classes, 512, requires_grad=True), torch.arange(rows)
+    tensors = kept_for_backward(
+        lambda: margin_softmax(embedding, label, centers, shard=ClassShard(classes, 0, 1), scale=64.0, margin=0.5,
+                               easy_margin=True, group=None, memory_mib=memory_mib, operands=operands),
+        [embedding, centers],
+    )
+    kept = sum(tensor.nbytes for tensor in tensors if tensor.ndim == 3)  # (chunks, N, K)
+    assert kept == predict(classes=classes, batch_size=rows, world_size=1, operands=operands,
+                           classifier_memory_mib=memory_mib)["kept probabilities"]
+    assert (kept > 0) == (memory_mib > 0) and kept % value_bytes == 0
+
+
+@pytest.mark.parametrize("rows", [8, 128, 4096, 100_000])
+def test_chunks_are_those_of_the_classifier(rows):
+    assert chunk_classes(rows, 512, 8 * MIB) == _chunk_size(torch.empty(rows, 512, device="cpu"))
+
+
+@pytest.mark.parametrize("fused_update", [False, True])
+def test_automatic_memory_is_that_of_the_trainer(fused_update):
+    centers = torch.empty(1000, 512)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert automatic_memory_bytes(centers.nbytes, total, fused_update) == pytest.approx(
+        automatic_memory_mib(centers, 1, fused_update) * MIB, abs=1
+    )
+
+
+def test_largest():
+    assert largest(lambda number: number <= 1234, 3) == 1234
+    assert largest(lambda number: number <= 3, 3) == 3
+    assert largest(lambda number: False, 3) == 0
+
+
+def test_command(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "measure_backbone", lambda build, **settings: BACKBONE)
+    common = ["plan", "--batch-size", "64", "--memory-gib", "16", "--classifier-memory-mib", "0"]
+
+    def answer(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*common, *flags])
+        exit_on_user_error(plan.main)
+        return capsys.readouterr().out
+
+    # 8 bytes a value of 4 million centers: 15.3 GiB, and what CUDA takes. 12 bytes: 23 GiB.
+    output = answer("--classes", "3000000", "--fuse-classifier-update")
+    assert "of a GPU: fits" in output and "fewest GPUs that 3,000,000 classes fit on with this batch: 1" in output
+    assert "class centers' gradient" not in output
+    output = answer("--classes", "3000000")
+    assert "does not fit" in output and "fewest GPUs that 3,000,000 classes fit on with this batch: 2" in output
+    most = int(output.partition("most classes that fit on 1 GPUs: ")[2].splitlines()[0].replace(",", ""))
+    assert "of a GPU: fits" in answer("--classes", str(most))
+    assert "does not fit" in answer("--classes", str(most + 2000))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--classes 1", "--classes 1"),
+    ("--classes 9 --batch-size 9 --world-size 2", "--batch-size 9: must divide"),
+    ("--classes 9 --fuse-classifier-update --precision fp16", "no such mode"),
+    ("--classes 9 --fuse-classifier-update --world-size 2 --no-enable-model-parallel", "--enable-model-parallel"),
+    ("--classes 9 -a resnet", "--arch resnet"),
+    ("--classes 9 --memory-gib nan", "--memory-gib nan"),
+])
+def test_options(flags, words):
+    with pytest.raises(UserError, match=words):
+        plan.parse_options(flags.split())
+
+
+def test_options_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.parse_options(["--classes", "9"]).classes = 10
