@@ -25,6 +25,7 @@ MODES = {
     "base, ZeRO": ["--enable-zero-optim"],
     "sharded": ["--enable-model-parallel"],
     "sharded, ZeRO": ["--enable-model-parallel", "--enable-zero-optim"],
+    "sharded, fused update": ["--enable-model-parallel", "--fuse-classifier-update"],
 }
 
 
