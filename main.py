@@ -25,7 +25,7 @@ from data.folder import FaceFolder
 from data.loader import GlobalBatchSampler, build_train_loader
 from data.pairs import PairList
 from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
-from models import build_backbone, load_backbone
+from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint import FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
@@ -62,6 +62,7 @@ def main() -> None:
         if is_first_process():
             evaluate(options, plan)
         return
+    check_arch(options.training_arch)
     check_batch(options, plan)
     check_fused_update(options, plan)
     if options.resume:

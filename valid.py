@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from data.pairs import PairImages, PairList
-from models import ARCHS, build_backbone, load_backbone
+from models import build_backbone, check_arch, load_backbone
 from models.embedding import choose_device, embed_images
 from utils.errors import Parser, UserError, exit_on_user_error
 from utils.verification import TARGET_FAR, VerificationResult, evaluate, format_result, usable_folds
@@ -155,8 +155,8 @@ def _check(o: Options) -> None:
                         "or --untrained with -a ARCH for a baseline")
     if o.untrained and not o.arch:
         raise UserError("--untrained: give the architecture with -a ARCH, such as -a mobilefacenet")
-    if o.arch and o.arch not in ARCHS:
-        raise UserError(f"--arch {o.arch}: unknown architecture; choose one of {', '.join(ARCHS)}")
+    if o.arch:
+        check_arch(o.arch)
     if o.resume and not os.path.exists(o.resume):
         raise UserError(f"--resume {o.resume}: no such file")
     for flag, value, minimum in (

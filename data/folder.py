@@ -1,13 +1,7 @@
-"""Aligned 112x112 face images in one directory per identity: `ROOT/<identity>/<image>`.
-
-Pillow decodes. torchvision's decoders give the same pixels and were 1.2 times as fast (from memory, on one core:
-5,200 images/s against 4,400), but they are deprecated since torchvision 0.29 and print libjpeg's warnings, which name
-no file.
-"""
+"""Aligned 112x112 face images in one directory per identity: `ROOT/<identity>/<image>`."""
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import time
@@ -17,50 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data.decode import check_header, read_image
 from utils.errors import UserError
 
-IMAGE_SIZE = 112
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-# Without a list Pillow tries every plugin it has on an unknown file, among them one that starts Ghostscript.
-_PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-
-_HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
 # Threads hide the latency of cold files and network disks, but for cached files they only fight over the interpreter:
 # 18,000 files/s with 8 threads, 57,000 with a plain loop. So the first chunk, in a loop, decides.
 _HEADER_THREADS = 8
 _HEADER_CHUNK = 256
 _SLOW_FILE_SECONDS = 100e-6
-
-# Start-of-frame markers of JPEG: 0xC0 to 0xCF without DHT (0xC4), JPG (0xC8) and DAC (0xCC).
-_JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_MAGIC = b"\xff\xd8\xff"
-
-
-def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
-    """The image's RGB pixels: uint8 (3, 112, 112).
-
-    JPEG, PNG, BMP and WebP. Gray, palette and CMYK are converted, transparency is dropped, of 16 bits the high byte
-    is kept. Raises UserError, naming the file, where it cannot be read, is no image, is damaged or truncated, or is
-    not 112x112.
-    """
-    path = os.fspath(path)
-    data = _read_bytes(path)
-    frame = _jpeg_frame(data)
-    if frame is None:
-        return _to_tensor(_decode_any(path, data))
-    width, height, components = frame
-    _require_size(path, width, height)
-    if components != 3:
-        return _to_tensor(_decode_any(path, data))
-    # The codec that Image.open would choose, without its header parser in Python: 4,400 images/s instead of 3,200.
-    try:
-        return _to_tensor(Image.frombytes("RGB", (width, height), data, "jpeg", "RGB", ""))
-    except ValueError as error:
-        raise UserError(f"{path}: the image is damaged or truncated ({error})") from None
 
 
 class FaceFolder(Dataset):
@@ -179,7 +141,7 @@ class FaceFolder(Dataset):
         errors = []
         for i in chunk:
             try:
-                _check_header(self.path(i))
+                check_header(self.path(i))
             except UserError as error:
                 errors.append((i, str(error)))
         return errors
@@ -203,92 +165,3 @@ def _sorted_entries(directory: str, *, directories: bool) -> list[str]:
     except OSError as error:
         raise UserError(f"{error.filename or directory}: cannot be read ({error.strerror})") from None
     return sorted(names)
-
-
-def _decode_any(path: str, data: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-    except Exception as error:
-        raise _not_an_image(path, error) from None
-    _require_size(path, *image.size)
-    try:
-        if image.format == "PNG":  # has checksums, which only verify looks at; an image cannot be used after verify
-            image.verify()
-            image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-        image.load()
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode == "P":  # its transparency, if any, must go through RGBA: Pillow warns otherwise
-            image = image.convert("RGBA")
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # Pillow raises many types for damaged data: OSError, SyntaxError, zlib.error, ...
-        raise UserError(f"{path}: the image is damaged or truncated ({_one_line(error)})") from None
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    pixels = np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
-def _check_header(path: str) -> None:
-    """Raise read_image's UserError for what the file's first bytes tell: unreadable, empty, no image, wrong size."""
-    data = _read_bytes(path, _HEADER_BYTES)
-    frame = _jpeg_frame(data)
-    if frame is not None:
-        _require_size(path, frame[0], frame[1])
-        return
-    try:
-        with Image.open(path, formats=_PILLOW_FORMATS) as image:  # lazy: reads the header only
-            size = image.size
-    except Exception as error:
-        raise _not_an_image(path, error) from None
-    _require_size(path, *size)
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
-    """(width, height, components) from a JPEG's frame header; None where `data` is no JPEG or ends before it."""
-    if not data.startswith(_JPEG_MAGIC):
-        return None
-    position = 2
-    while position + 9 < len(data):
-        if data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif marker in _JPEG_FRAME_MARKERS:
-            height = data[position + 5] << 8 | data[position + 6]
-            width = data[position + 7] << 8 | data[position + 8]
-            return width, height, data[position + 9]
-        else:
-            position += 2 + (data[position + 2] << 8 | data[position + 3])
-    return None
-
-
-def _read_bytes(path: str, limit: int = -1) -> bytes:
-    """The file's bytes, or at most its first `limit`."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.read(limit)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if not data:
-        raise UserError(f"{path}: the file is empty")
-    return data
-
-
-def _require_size(path: str, width: int, height: int) -> None:
-    if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
-        size = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
-        raise UserError(f"{path}: the image is {width}x{height}, not {size}; align and resize to {size} first")
-
-
-def _not_an_image(path: str, error: Exception) -> UserError:
-    known = ", ".join(_PILLOW_FORMATS[:-1]) + " or " + _PILLOW_FORMATS[-1]
-    # Pillow's own words for an unknown format name a BytesIO object: no help to anybody.
-    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
-    return UserError(f"{path}: not a {known} image, or its header is damaged{reason}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.folder import IMAGE_SIZE
+from data.decode import IMAGE_SIZE
 from utils.errors import UserError
 
 # So many unreadable images in a row are not a few bad files but a disk that is gone.

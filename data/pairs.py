@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.folder import read_image
+from data.decode import read_image
 from utils.errors import UserError
 from utils.verification import usable_folds
 

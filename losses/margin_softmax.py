@@ -221,7 +221,10 @@ class _MarginSoftmax(torch.autograd.Function):
         embedding_grad, part = torch.zeros_like(embedding), torch.empty_like(embedding)
         wants_grad = ctx.needs_input_grad[1] and walk.update is None
         centers_grad = torch.empty_like(centers) if wants_grad else None
-        step = product.new_empty(walk.chunk, size) if walk.update is not None else None
+        step = None
+        if walk.update is not None:
+            step = product.new_empty(walk.chunk, size)
+            _make_momentum(walk.update)
         operand = walk.operand(embedding)
         for number, classes in enumerate(walk.chunks):
             here, width = centers[classes], classes.stop - classes.start
@@ -264,6 +267,15 @@ def _target_cosine(embedding: Tensor, label: Tensor, centers: Tensor, shard: Cla
     return torch.where(owned, (embedding * nearest).sum(dim=1), embedding.new_zeros(()))
 
 
+def _make_momentum(optimizer: SGD) -> None:
+    """The state that torch.optim.SGD makes in its first step, for an empty shard as well: what saves it counts on it."""
+    (settings,) = optimizer.param_groups
+    (parameter,) = settings["params"]
+    state = optimizer.state[parameter]
+    if settings["momentum"] and state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor) -> None:
     """torch.optim.SGD's step (momentum, weight decay) for some rows of its one parameter; `grad` is overwritten."""
     (settings,) = optimizer.param_groups
@@ -271,10 +283,7 @@ def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor) -> None:
     weight = parameter.detach()[rows]
     grad.add_(weight, alpha=settings["weight_decay"])
     if settings["momentum"]:
-        state = optimizer.state[parameter]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        grad = state["momentum_buffer"][rows].mul_(settings["momentum"]).add_(grad)
+        grad = optimizer.state[parameter]["momentum_buffer"][rows].mul_(settings["momentum"]).add_(grad)
     weight.add_(grad, alpha=-settings["lr"])
 
 

@@ -33,13 +33,18 @@ def build_backbone(arch: str, embedding_size: int = 512) -> nn.Module:
     Raises:
         UserError: `arch` is not one of ARCHS, or `embedding_size` is not positive.
     """
-    if arch not in ARCHS:
-        raise UserError(f"--arch {arch} is unknown; choose one of {', '.join(ARCHS)}")
+    check_arch(arch)
     if embedding_size < 1:
         raise UserError(f"embedding size {embedding_size} is not positive; 512 is usual")
     if arch in BLOCK_COUNTS:
         return IResNet(BLOCK_COUNTS[arch], embedding_size)
     return MobileFaceNet(embedding_size)
+
+
+def check_arch(arch: str) -> None:
+    """Raise UserError unless there is a backbone of this name."""
+    if arch not in ARCHS:
+        raise UserError(f"--arch {arch} is unknown; choose one of {', '.join(ARCHS)}")
 
 
 def load_backbone(path: str, arch: str | None = None) -> tuple[nn.Module, str]:
@@ -61,8 +66,8 @@ def load_backbone(path: str, arch: str | None = None) -> tuple[nn.Module, str]:
         UserError: one line that names the file: missing, a directory, unreadable, not a checkpoint, or holding code;
             with names or shapes of no backbone in ARCHS; or of another architecture than `arch`.
     """
-    if arch is not None and arch not in ARCHS:
-        raise UserError(f"--arch {arch} is unknown; choose one of {', '.join(ARCHS)}")
+    if arch is not None:
+        check_arch(arch)
     content = read_torch_file(path)
     weights = _find_weights(path, content)
     found = _nearest_arch(path, weights)

@@ -34,7 +34,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import main as training  # noqa: E402
 from losses.margin_softmax import margin_softmax_torchshard  # noqa: E402
-from models import build_backbone  # noqa: E402
+from models import build_backbone, check_arch  # noqa: E402
 from models.classifier import ArcFaceClassifier  # noqa: E402
 from utils.distributed import Worker  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
@@ -379,6 +379,7 @@ def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptio
     for flag, minimum in (("classes", 2), ("batch", 2), ("world_size", 1), ("steps", 1), ("block", 1)):
         if values[flag] < minimum:
             raise UserError(f"--{flag.replace('_', '-')} {values[flag]}: give a number of at least {minimum}")
+    check_arch(values["arch"])
     world_size = values["world_size"]
     if values["batch"] % world_size or values["batch"] == world_size:
         raise UserError(f"--batch {values['batch']}: must divide by --world-size {world_size} and leave each process two images")

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data.folder import IMAGE_EXTENSIONS, read_image  # noqa: E402
-from models import ARCHS, load_backbone  # noqa: E402
+from data.decode import read_image  # noqa: E402
+from data.folder import IMAGE_EXTENSIONS  # noqa: E402
+from models import check_arch, load_backbone  # noqa: E402
 from models.embedding import choose_device, embed_images  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 
@@ -166,8 +167,8 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise UserError("--resume is missing: give the checkpoint, or a published backbone's weights")
     if not os.path.exists(options.resume):
         raise UserError(f"--resume {options.resume}: no such file")
-    if options.arch and options.arch not in ARCHS:
-        raise UserError(f"--arch {options.arch}: unknown architecture; choose one of {', '.join(ARCHS)}")
+    if options.arch:
+        check_arch(options.arch)
     for flag, value, minimum in (
         ("--batch-size", options.batch_size, 1),
         ("--workers", options.workers, 0),

@@ -17,7 +17,7 @@ import torch
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from models import ARCHS, build_backbone  # noqa: E402
+from models import build_backbone, check_arch  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.memory import largest, measure_backbone, predict_memory  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
@@ -116,8 +116,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     for flag, minimum in (("classes", 2), ("world_size", 1), ("batch_size", 2), ("classifier_memory_mib", 0), ("memory_gib", 0)):
         if values[flag] is not None and not values[flag] >= minimum:
             raise UserError(f"--{flag.replace('_', '-')} {values[flag]}: give a number of at least {minimum}")
-    if values["arch"] not in ARCHS:
-        raise UserError(f"--arch {values['arch']} is unknown; choose one of {', '.join(ARCHS)}")
+    check_arch(values["arch"])
     if values["batch_size"] % values["world_size"]:
         raise UserError(f"--batch-size {values['batch_size']}: must divide by --world-size {values['world_size']}")
     if values["fuse_classifier_update"] and values["precision"] == "fp16":

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.folder import IMAGE_EXTENSIONS, FaceFolder, read_image
+from data.decode import read_image
+from data.folder import IMAGE_EXTENSIONS, FaceFolder
 from utils.errors import UserError
 
 REAL_FACES = os.environ.get("ARCFACE_REAL_FACES", "")
