@@ -124,7 +124,7 @@ def _read(path: str, options: Options) -> Checkpoint:
         contents = read_torch_file(path)
     except UserError as error:
         kind = DamagedCheckpoint if os.path.basename(path) == STATE_FILE else UserError
-        raise kind(f"{flag}: {error}") from None
+        raise kind(f"--resume {error}" if path == options.resume else f"{flag}: {error}") from None
     if not isinstance(contents, dict) or "position" not in contents or "shards" not in contents:
         raise UserError(f"{flag}: {path} holds no training state, only weights perhaps; give a {LATEST} that main.py wrote")
     version = contents.get("format_version")
@@ -465,8 +465,11 @@ def _require_shared(directory: str) -> None:
 
 
 def _in_words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
+    cause: BaseException | None = error
+    while cause is not None:  # torch.save ends in an error of its own when a write fails: the system's is behind it
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror + (f": {cause.filename}" if cause.filename else "")
+        cause = cause.__cause__ or cause.__context__
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
