@@ -54,7 +54,7 @@ def begin(output: str, step: int) -> str:
     remove_unfinished(output)
     parent = os.path.join(output, STEPS_DIRECTORY)
     name, number = f"step-{step:08d}", 0
-    while os.path.exists(os.path.join(parent, name)):
+    while os.path.exists(os.path.join(parent, name)) or os.path.exists(os.path.join(parent, name + _UNFINISHED)):
         number += 1
         name = f"step-{step:08d}.{number}"
     directory = os.path.join(parent, name + _UNFINISHED)
@@ -90,11 +90,14 @@ def finish(output: str, directory: str, files: dict[str, tuple[int, int]], *, li
 
 
 def remove_unfinished(output: str) -> None:
-    """Remove what interrupted saves, and interrupted removals, have left."""
+    """Remove what interrupted saves, and interrupted removals, have left; what cannot be removed, another time.
+
+    NFS keeps the files, and so the directory, that some process has open.
+    """
     parent = os.path.join(output, STEPS_DIRECTORY)
     for directory in _listdir(parent):
         if directory.endswith(_UNFINISHED):
-            shutil.rmtree(os.path.join(parent, directory))
+            shutil.rmtree(os.path.join(parent, directory), ignore_errors=True)
     for link in (LATEST, BEST):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(output, link + _UNFINISHED))
@@ -131,7 +134,7 @@ def _prune(output: str, keep: int) -> None:
         if os.path.basename(directory) not in referred:
             # First under a name that says so: half a directory must never look like a checkpoint.
             os.rename(directory, directory + _UNFINISHED)
-            shutil.rmtree(directory + _UNFINISHED)
+            shutil.rmtree(directory + _UNFINISHED, ignore_errors=True)
 
 
 def _referred_step(path: str) -> str | None:
