@@ -38,7 +38,7 @@ STATE_FILE, SHARDS_DIRECTORY, MANIFEST_FILE = "state.pth.tar", "shards", "manife
 # A second save of the same step (after one that was damaged, or of an older run in this directory) is called step-00000010.1.
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
 _UNFINISHED = ".part"
-_MANIFEST_NAMES = re.compile(rf"{re.escape(STATE_FILE)}|{SHARDS_DIRECTORY}/[\w.]+")
+_MANIFEST_NAMES = re.compile(rf"{re.escape(STATE_FILE)}|{SHARDS_DIRECTORY}/\.?\w[\w.]*")
 
 
 class DamagedCheckpoint(UserError):
@@ -186,7 +186,7 @@ def _listdir(path: str) -> list[str]:
 def _saved_at(directory: str) -> float:
     try:
         return float(_load_manifest(directory)["saved_at"])
-    except (DamagedCheckpoint, TypeError, ValueError):
+    except (DamagedCheckpoint, KeyError, TypeError, ValueError, OverflowError):
         with contextlib.suppress(OSError):
             return os.stat(directory).st_mtime
         return 0.0
@@ -218,7 +218,7 @@ def _load_manifest(directory: str) -> dict:
         raise DamagedCheckpoint(f"{path}: is missing") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DamagedCheckpoint(f"{path}: is damaged: not JSON") from None
     if not isinstance(manifest, dict):
         raise DamagedCheckpoint(f"{path}: is no manifest of a checkpoint")
@@ -233,7 +233,7 @@ def read_manifest(directory: str) -> dict[str, tuple[int, int]]:
         # A manifest is no more to be trusted than the rest: no name in it leads out of the directory.
         named = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
         well_formed = {STATE_FILE, f"{SHARDS_DIRECTORY}/.metadata"} <= named.keys() and all(map(_MANIFEST_NAMES.fullmatch, named))
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         well_formed = False
     if not well_formed:
         raise DamagedCheckpoint(f"{path}: is no manifest of a checkpoint")
