@@ -9,7 +9,7 @@ source scripts/setup.sh
 setup_environment requirements.txt
 
 KILLS="${KILLS:-20}"
-STEPS="${STEPS:-$((6 * KILLS))}"
+STEPS="${STEPS:-$((3 * KILLS))}"
 
 scratch="$(mktemp -d)"
 run=0
@@ -33,11 +33,14 @@ finish() {
     fi
     run=0
 }
-saving() { compgen -G "$scratch/killed/checkpoints/*.part" > /dev/null; }
+# A save is under way: there is an unfinished checkpoint, and not only the rest of the save that was killed last.
+unfinished() { stat -c %n-%y "$scratch"/killed/checkpoints/*.part 2> /dev/null || true; }
+saving() { compgen -G "$scratch/killed/checkpoints/*.part" > /dev/null && [ "$(unfinished)" != "$rest" ]; }
 pause() { read -rt "$1" <> <(:) || true; }  # sleeps without a process
 
 kills=0 inside=0 started=$SECONDS
 while [ "$kills" -lt "$KILLS" ]; do
+    rest="$(unfinished)"
     start "$scratch/killed" --resume auto --save-freq 1
     if [ $((kills % 2)) = 0 ]; then  # in one of its saves
         for ((save = RANDOM % 3; save >= 0; save--)); do

@@ -8,6 +8,7 @@ group of its own that holds the lock of --output and waits for its ranks, as mai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -68,22 +69,28 @@ def finish(process: int) -> None:
     assert status == 0, f"a run ended with status {status}"
 
 
-def is_saving(output: Path) -> bool:
-    return any(output.glob("checkpoints/*.part"))
+def unfinished(output: Path) -> set[tuple[str, int]]:
+    """Saves under way, and the rest of one that was killed, which stays as it is until the next one begins."""
+    found = set()
+    for path in output.glob("checkpoints/*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def kill_again_and_again(argv: list[str], output: Path, kills: int) -> dict[str, int]:
-    """Start the run `kills` times and kill it at random moments, every other time inside a save; then let it end."""
+    """Start the run `kills` times and kill it at random moments, two of three times inside a save; then let it end."""
     moments, inside, done = random.Random(0), 0, 0
     for life in range(kills):
+        rest = unfinished(output)
         process = start(2, argv, output)
-        deadline = time.monotonic() + (moments.uniform(0, 3) if life % 2 else 60)
+        deadline = time.monotonic() + (60 if life % 3 else moments.uniform(0, 3))
         saves_to_wait_for, saving = moments.randrange(1, 4), False
         while time.monotonic() < deadline and os.waitpid(process, os.WNOHANG) == (0, 0):
-            before, saving = saving, is_saving(output)
+            before, saving = saving, bool(unfinished(output) - rest)
             saves_to_wait_for -= saving and not before
-            if life % 2 == 0 and saves_to_wait_for == 0:
-                time.sleep(moments.uniform(0, 0.03))
+            if life % 3 and saves_to_wait_for == 0:
+                time.sleep(moments.uniform(0, 0.01))
                 break
             time.sleep(0.001)
         else:
@@ -91,7 +98,7 @@ def kill_again_and_again(argv: list[str], output: Path, kills: int) -> dict[str,
                 break  # it has come to its end
         os.killpg(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        done, inside = done + 1, inside + is_saving(output)
+        done, inside = done + 1, inside + bool(unfinished(output) - rest)
     finish(start(2, argv, output))
     return {"kills": done, "inside a save": inside}
 
