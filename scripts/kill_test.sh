@@ -9,7 +9,7 @@ source scripts/setup.sh
 setup_environment requirements.txt
 
 KILLS="${KILLS:-20}"
-STEPS="${STEPS:-$((3 * KILLS))}"
+STEPS="${STEPS:-$((8 * KILLS))}"  # more than it does before it is killed for the last time
 
 scratch="$(mktemp -d)"
 run=0
