@@ -106,7 +106,7 @@ def kill_again_and_again(argv: list[str], output: Path, kills: int) -> dict[str,
 def main(faces: str, directory: Path, kills: int) -> None:
     torch.set_num_threads(1)
     argv = [faces, "-b", "12", "-j", "0", "--num-classes", "11", "--enable-model-parallel", "--seed", "1", "--epochs", "99",
-            "--max-steps", "60"]
+            "--max-steps", "40"]
     finish(start(2, argv, directory / "whole"))
     result = kill_again_and_again([*argv, "--save-freq", "1", "--resume", "auto"], directory / "killed", kills)
 
