@@ -121,7 +121,7 @@ def pack_rec(options: argparse.Namespace) -> str:
             raise UserError(f"{folder.root}: no image can be used")
         ends = np.searchsorted(labels, np.arange(len(folder.identities)), side="right") + 1
         first_identity = len(labels) + 1
-        if np.float32(first_identity) != first_identity:
+        if int(np.float32(first_identity)) != first_identity:
             print(f"warning: a label of the format, a float32, rounds {first_identity}, where the identity records begin; "
                   "main.py finds them, other programs may not", file=sys.stderr)
         package.add(0, labels_record(0, [first_identity, first_identity + len(ends)]))
