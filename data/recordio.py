@@ -92,8 +92,8 @@ def _frames(record: bytes) -> bytes:
 
 def write_idx(file: BinaryIO, keys: np.ndarray, offsets: np.ndarray) -> None:
     """A line for each record, in the order given."""
-    for start in range(0, len(keys), 1 << 20):
-        part = slice(start, start + (1 << 20))
+    for start in range(0, len(keys), 1 << 16):
+        part = slice(start, start + (1 << 16))
         file.write("".join(map("%d\t%d\n".__mod__, zip(keys[part].tolist(), offsets[part].tolist()))).encode())
 
 
@@ -424,11 +424,9 @@ class RecordIODataset(Dataset):
             if at > bound:
                 raise self._overrun(name, at, bound)
         if at < bound:
-            raise UserError(f"{name}: ends at offset {at}, but the next record begins at {bound}: the bytes between belong "
-                            f"to none{self._idx_hint()}"
-                            if bound < self._size else
-                            f"{name}: ends at offset {at}, and {bound - at} bytes after it belong to no record"
-                            f"{self._idx_hint()}")
+            rest = (f"the next record begins at {bound}: the bytes between belong to none" if bound < self._size
+                    else f"the {bound - at} bytes after it belong to none")
+            raise UserError(f"{name}: ends at offset {at}, and {rest}{self._idx_hint()}")
         return at
 
     def _overrun(self, name: str, end: int, bound: int) -> UserError:

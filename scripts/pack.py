@@ -93,8 +93,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--skip-bad-images", action="store_true",
                              help="leave out images that cannot be read, or are not 112x112, instead of stopping")
         sub.add_argument("out", metavar="OUT", help="made; must not be there yet")
-        replaced = "put a directory OUT aside as OUT.1" if command is unpack_folder else "replace what is there"
-        sub.add_argument("--force", action="store_true", help=f"{replaced}, and begin anew after an interruption")
+        sub.add_argument("--force", action="store_true",
+                         help="put an OUT that is there aside as OUT.1" if command is unpack_folder else "replace what is there")
     return parser.parse_args(argv)
 
 
@@ -113,7 +113,7 @@ def pack_rec(options: argparse.Namespace) -> str:
     os.makedirs(options.out, exist_ok=True)
     with _PartialPackage(options.out) as package:
         _refuse_existing(rec, options.force)  # again: a process that has just ended may have made it
-        if options.force or not package.resume(source, folder):
+        if not package.resume(source, folder):
             package.start_anew(source)
         _add_images(package, folder, options.skip_bad_images)
         labels = np.delete(folder.labels, package.skipped)
@@ -412,7 +412,7 @@ def _open_unpacking(unfinished: str, dataset: RecordIODataset, force: bool) -> I
             if not force:
                 raise UserError(f"{unfinished}: holds what was unpacked from another package; --force removes it")
             shutil.rmtree(unfinished)
-        elif os.path.isdir(unfinished) and not force:
+        elif os.path.isdir(unfinished):
             print(f"=> going on with {unfinished}", file=sys.stderr)
         file.truncate(0)
         file.write(source)

@@ -310,6 +310,14 @@ def test_ordinary_jpegs_are_not_looked_at_one_by_one(tmp_path, monkeypatch):
     assert len(RecordIODataset(write(tmp_path, im2rec(LABELS[: len(images)], images)))) == len(images) > 6
 
 
+@pytest.mark.parametrize("box", [(0, 0, 112, 96), (0, 0, 96, 112)])
+def test_both_sides_of_a_jpeg_count(tmp_path, box):
+    image = encode(smooth_image().crop(box), "JPEG")
+    dataset = RecordIODataset(write(tmp_path, im2rec([0, 1], [JPEGS[0], image])))
+    with pytest.raises(UserError, match=f"record 1 at .*: the image is {box[2]}x{box[3]}, not 112x112"):
+        dataset.check_headers(skip_bad=False, progress=False)
+
+
 def test_a_hundred_thousand_records(tmp_path):
     """Made and compared as arrays; nothing in it may take a Python loop's time, or more than 20 bytes a record."""
     image = JPEGS[0][:600]
@@ -377,9 +385,9 @@ DAMAGED = {
     "truncated before a record": ({"train.rec": REC[:LAST]},
                                   f"record 12 at offset {LAST}: the offset is beyond the end of the file"),
     "bytes at the end": ({"train.rec": REC + bytes(8)},
-                         f"record 12 at offset {LAST}: ends at offset {len(REC)}, and 8 bytes after it belong to no record"),
+                         f"record 12 at offset {LAST}: ends at offset {len(REC)}, and the 8 bytes after it belong to none"),
     "longer": ({"train.rec": with_length(4)}, f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 4}, and overlaps"),
-    "shorter": ({"train.rec": with_length(-4)}, f"record 2 at offset {SECOND}: ends at offset {THIRD - 4}, but the next"),
+    "shorter": ({"train.rec": with_length(-4)}, f"record 2 at offset {SECOND}: ends at offset {THIRD - 4}, and the next"),
     "no magic": ({"train.rec": patch(REC, SECOND, b"abcd")},
                  f"record 2 at offset {SECOND}: no frame begins where one should .0x64636261 is there, not 0xced7230a"),
     "a last part first": ({"train.rec": patch(REC, SECOND + 7, b"\x60")},
@@ -398,7 +406,7 @@ DAMAGED = {
     "idx of another file": ({"train.idx": IDX.replace(b"2\t%d" % SECOND, b"2\t%d" % (SECOND + 4))},
                             f"record 2 at offset {SECOND + 4}: no frame begins|record 1 at offset 0: ends at"),
     "idx without a line": ({"train.idx": IDX.replace(b"3\t%d\n" % THIRD, b"")},
-                           f"record 2 at offset {SECOND}: ends at offset {THIRD}, but the next"),
+                           f"record 2 at offset {SECOND}: ends at offset {THIRD}, and the next"),
     "idx without the first line": ({"train.idx": IDX[4:]}, "train.idx lists no record at offset 0"),
     "an offset twice": ({"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % SECOND)}, "record 3 has the same offset"),
     "a key twice": ({"train.idx": IDX.replace(b"3\t", b"2\t", 1)}, "train.idx: the key 2 appears twice"),
