@@ -1,36 +1,22 @@
-"""insightface's and MXNet's packages of images, `train.rec` with `train.idx`, read and written without MXNet.
+"""Training on insightface's and MXNet's packages of images, without MXNet. data/record_format.py has the format; files:
 
-On disk, all numbers little-endian:
-
-    train.rec               frames without gaps: uint32 magic, uint32 (part << 29 | length), `length` bytes, zeros up to a
-                            multiple of 4. Part 0 is a whole record. A record that holds the magic at a multiple of 4
-                            bytes is cut there and the magic left out: parts 1 (first), 2 (between), 3 (last).
-                            A record: uint32 flag, float32 label, uint64 id, uint64 id2, `flag` float32 labels, image.
-                            flag 0: the label is the one in front; else it is the first of those that follow.
-    train.idx               a line `key<tab>offset` for each record
-    train.rec.index         what one scan over all headers found (ours; made anew where it does not fit, see `_Index`)
-    train.identities.txt    names of the identities, a line each, by label (ours, optional: scripts/pack.py)
-    train.files.txt         `<identity>/<file>` of every image, a line each, by key (ours, optional: scripts/pack.py)
-
-insightface's layout: images have the keys 1, 2, ...; record 0, without an image, has two labels: the key of the first
-identity record, and the end of their keys. An identity record, without an image, has two labels too: the key of the
-identity's first image, and the end of its images' keys. MXNet's im2rec writes images only, with keys from 0.
-
-Labels are float32: class numbers and keys above 2^24 are not exact.
+    train.rec, train.idx    the records, and where they begin
+    train.rec.index         what one scan over all headers found (made anew where it does not fit, see `_Index`)
+    train.identities.txt    names of the identities, a line each, by label (optional: scripts/pack.py)
+    train.files.txt         `<identity>/<file>` of every image, a line each, by key (optional: scripts/pack.py)
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import re
 import secrets
 import struct
 import sys
 import weakref
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -40,16 +26,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.decode import IMAGE_SIZE, JPEG_FRAME_MARKERS, check_encoded, decode_image
+from data.record_format import (
+    FRAME, LAST, MAGIC, MAX_CLASSES, MAX_PART_BYTES, RECORD_HEADER, WHOLE, image_start, join_frames, padded, read_idx,
+    require_frame, write_idx,
+)
 from utils.errors import UserError
-
-MAX_CLASSES = 2**24  # labels are float32
-MAX_RECORD_BYTES = 2**29 - 1  # of a part: its length has 29 bits
-
-_MAGIC = 0xCED7230A
-_MAGIC_BYTES = struct.pack("<I", _MAGIC)
-_FRAME = struct.Struct("<II")
-_HEADER = struct.Struct("<IfQQ")
-_WHOLE, _FIRST, _BETWEEN, _LAST = range(4)
 
 # The file is scanned in blocks of so many bytes, and the head of a block's last record is read to this length: far
 # enough for the frame header of all but a few JPEGs, and these are read one by one.
@@ -58,62 +39,6 @@ _HEAD = 1 << 16
 # The scan's gathers read a whole record header, and a label, wherever a frame begins; zeros after the block allow it.
 _MARGIN = 64
 _INDEX_VERSION = 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def image_record(key: int, label: int, image: bytes) -> bytes:
-    """The frames of an image's record."""
-    return _frames(_HEADER.pack(0, label, key, 0) + image)
-
-
-def labels_record(key: int, labels: Sequence[float]) -> bytes:
-    """The frames of a record that has labels only: record 0, and those of identities."""
-    return _frames(_HEADER.pack(len(labels), 0, key, 0) + np.asarray(labels, "<f4").tobytes())
-
-
-def _frames(record: bytes) -> bytes:
-    cuts = []
-    at = record.find(_MAGIC_BYTES)
-    while at >= 0:
-        aligned = at % 4 == 0
-        if aligned:
-            cuts.append(at)
-        at = record.find(_MAGIC_BYTES, at + (4 if aligned else 1))
-    starts, ends = [0, *(cut + 4 for cut in cuts)], [*cuts, len(record)]
-    frames = bytearray()
-    for k, (start, end) in enumerate(zip(starts, ends)):
-        part = _WHOLE if not cuts else _FIRST if k == 0 else _LAST if k == len(cuts) else _BETWEEN
-        frames += _FRAME.pack(_MAGIC, part << 29 | end - start) + record[start:end]
-    return bytes(frames.ljust(_padded(len(frames)), b"\0"))
-
-
-def write_idx(file: BinaryIO, keys: np.ndarray, offsets: np.ndarray) -> None:
-    """A line for each record, in the order given."""
-    for start in range(0, len(keys), 1 << 16):
-        part = slice(start, start + (1 << 16))
-        file.write("".join(map("%d\t%d\n".__mod__, zip(keys[part].tolist(), offsets[part].tolist()))).encode())
-
-
-def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
-    """`write` fills a temporary file beside `path`, which then takes its place: complete, or not there. Raises OSError."""
-    part = f"{path}.{secrets.token_hex(4)}.part"
-    try:
-        with open(part, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 def is_recordio(path: str) -> bool:
@@ -213,10 +138,10 @@ class RecordIODataset(Dataset):
         index = self._index
         offset, size = int(index.offsets[i]), int(index.sizes[i])
         name = self._name(int(index.keys[i]), offset)
-        record, end = _join(self._read(size, offset, name), name)
-        if end != size or len(record) < _HEADER.size:
+        record, end = join_frames(self._read(size, offset, name), name)
+        if end != size or len(record) < RECORD_HEADER.size:
             raise UserError(f"{name}: its length has changed since {self._index_path} was made; remove that file")
-        image = record[_image_start(record) :]
+        image = record[image_start(record) :]
         if not image:
             raise UserError(f"{name}: the record holds no image")
         return image, name
@@ -319,12 +244,12 @@ class RecordIODataset(Dataset):
             row = int(twice[0])
             raise UserError(f"{self._name(keys[row], offsets[row])}: record {keys[row + 1]} has the same offset; {remedy}")
         for wrong, what in (
-            (offsets >= self._size, f"is beyond the end of the file, which has {self._size} bytes: it is truncated, or {remedy}"),
-            (offsets % 4 != 0, f"is not a multiple of 4; {remedy}"),
+            (offsets >= self._size, f"beyond the end of the file, which has {self._size} bytes: it is truncated, or"),
+            (offsets % 4 != 0, "not a multiple of 4;"),
         ):
             rows = np.flatnonzero(wrong)
             if len(rows):
-                raise UserError(f"{self._name(keys[rows[0]], offsets[rows[0]])}: the offset {what}")
+                raise UserError(f"{self._name(keys[rows[0]], offsets[rows[0]])}: the offset is {what} {remedy}")
         if offsets[0] != 0:
             raise UserError(f"{self.root}: {self._idx} lists no record at offset 0; {remedy}")
 
@@ -335,19 +260,19 @@ class RecordIODataset(Dataset):
         whole = True
         while at < self._size:
             name = f"{self.root}: offset {at}"
-            if at + _FRAME.size > base + len(block):
+            if at + FRAME.size > base + len(block):
                 bar.update(len(block))
                 block, base = self._read(min(_BLOCK, self._size - at), at, name), at
-                if len(block) < _FRAME.size:
+                if len(block) < FRAME.size:
                     raise UserError(f"{name}: the file ends within the head of a frame: it is truncated; fetch it again")
-            magic, word = _FRAME.unpack_from(block, at - base)
-            part, length = word >> 29, word & MAX_RECORD_BYTES
-            _require_frame(magic, part, first=whole, name=name)
+            magic, word = FRAME.unpack_from(block, at - base)
+            part, length = word >> 29, word & MAX_PART_BYTES
+            require_frame(magic, part, first=whole, name=name)
             if whole:
                 offsets.append(at)
                 begun = at
-            whole = part in (_WHOLE, _LAST)
-            at += _FRAME.size + _padded(length)
+            whole = part in (WHOLE, LAST)
+            at += FRAME.size + padded(length)
             if at > self._size:
                 raise UserError(f"{self._name(len(offsets) - 1, begun)}: the file ends within it, {at - self._size} bytes "
                                 "too early: it is truncated; fetch it again")
@@ -391,15 +316,15 @@ class RecordIODataset(Dataset):
         size = self._frames_end(name, offset, bound) - offset
         if size >= 2**31:  # what one pread can give
             raise UserError(f"{name}: has {size} bytes, which is no image")
-        record, _ = _join(self._read(size, offset, name), name)
-        if len(record) < _HEADER.size:
+        record, _ = join_frames(self._read(size, offset, name), name)
+        if len(record) < RECORD_HEADER.size:
             raise UserError(f"{name}: has {len(record)} bytes, less than a record's header")
-        flag, label, id, _ = _HEADER.unpack_from(record)
-        start = _image_start(record)
+        flag, label, id, _ = RECORD_HEADER.unpack_from(record)
+        start = image_start(record)
         if start > len(record):
             raise UserError(f"{name}: its header announces {flag} labels, more than its {len(record)} bytes hold")
         if flag:
-            label = struct.unpack_from("<f", record, _HEADER.size)[0]
+            label = struct.unpack_from("<f", record, RECORD_HEADER.size)[0]
         scan.sizes[row], scan.labels[row], scan.ids[row] = size, label, id
         scan.empty[row] = start == len(record)
         scan.bad[row] = True
@@ -413,14 +338,14 @@ class RecordIODataset(Dataset):
     def _frames_end(self, name: str, offset: int, bound: int) -> int:
         """Where the frames of the record at `offset` end: at `bound`, where the next record or nothing begins."""
         at, part = offset, None
-        while part not in (_WHOLE, _LAST):
-            head = self._read(min(_FRAME.size, bound - at), at, name)
-            if len(head) < _FRAME.size:
-                raise self._overrun(name, at + _FRAME.size, bound)
-            magic, word = _FRAME.unpack(head)
-            part, length = word >> 29, word & MAX_RECORD_BYTES
-            _require_frame(magic, part, first=at == offset, name=name, hint=self._idx_hint())
-            at += _FRAME.size + _padded(length)
+        while part not in (WHOLE, LAST):
+            head = self._read(min(FRAME.size, bound - at), at, name)
+            if len(head) < FRAME.size:
+                raise self._overrun(name, at + FRAME.size, bound)
+            magic, word = FRAME.unpack(head)
+            part, length = word >> 29, word & MAX_PART_BYTES
+            require_frame(magic, part, first=at == offset, name=name, hint=self._idx_hint())
+            at += FRAME.size + padded(length)
             if at > bound:
                 raise self._overrun(name, at, bound)
         if at < bound:
@@ -431,8 +356,10 @@ class RecordIODataset(Dataset):
 
     def _overrun(self, name: str, end: int, bound: int) -> UserError:
         if bound == self._size:
-            return UserError(f"{name}: needs the bytes up to {end}, and the file has {bound}: it is truncated; fetch it again")
-        return UserError(f"{name}: needs the bytes up to {end}, and overlaps the next record at {bound}{self._idx_hint()}")
+            what = f"the file has {bound}: it is truncated; fetch it again"
+        else:
+            what = f"overlaps the next record at {bound}{self._idx_hint()}"
+        return UserError(f"{name}: needs the bytes up to {end}, and {what}")
 
     def _idx_hint(self) -> str:
         return f"; the file is damaged, or {self._idx} is (without it it is made anew)" if os.path.exists(self._idx) else ""
@@ -449,8 +376,8 @@ class RecordIODataset(Dataset):
         images, num_classes = order, None
         if keys[order[0]] == 0 and scan.empty[order[0]]:
             name = self._name(0, offsets[order[0]])
-            record, _ = _join(self._read(int(scan.sizes[order[0]]), int(offsets[order[0]]), name), name)
-            labels = np.frombuffer(record, "<f4", offset=_HEADER.size)
+            record, _ = join_frames(self._read(int(scan.sizes[order[0]]), int(offsets[order[0]]), name), name)
+            labels = np.frombuffer(record, "<f4", offset=RECORD_HEADER.size)
             if len(labels) >= 2:
                 others = order[1:]
                 first = _first_identity(labels[:2], keys[others], scan.empty[others], name)
@@ -512,11 +439,11 @@ class _Scan:
         words = block[: size // 4 * 4 + _MARGIN].view("<u4")
         word = at >> 2
         frame, flags = words[word + 1].astype(np.int64), words[word + 2].astype(np.int64)
-        length = frame & MAX_RECORD_BYTES
-        starts, ends = at + _FRAME.size + _HEADER.size + 4 * flags, at + _FRAME.size + length
+        length = frame & MAX_PART_BYTES
+        starts, ends = at + FRAME.size + RECORD_HEADER.size + 4 * flags, at + FRAME.size + length
         sound = (
-            (words[word] == _MAGIC) & (frame >> 29 == _WHOLE) & (at + _FRAME.size + _padded(length) == bounds)
-            & (length >= _HEADER.size) & (starts <= ends)
+            (words[word] == MAGIC) & (frame >> 29 == WHOLE) & (at + FRAME.size + padded(length) == bounds)
+            & (length >= RECORD_HEADER.size) & (starts <= ends)
         )
         self.sizes[rows] = np.where(sound, bounds - at, 0)
         self.labels[rows] = np.where(flags > 0, words[word + 8], words[word + 3]).view("<f4")
@@ -560,85 +487,8 @@ def _big_endian(block: np.ndarray, at: np.ndarray) -> np.ndarray:
     return block[at].astype(np.int64) << 8 | block[at + 1]
 
 
-def _padded(length: Any) -> Any:
-    return length + 3 & ~3
-
-
-def _image_start(record: bytes) -> int:
-    return _HEADER.size + 4 * int.from_bytes(record[:4], "little")
-
-
-def _join(data: bytes, name: str) -> tuple[bytes, int]:
-    """The record whose frames `data` begins with, and where they end."""
-    parts, at, part = [], 0, None
-    while part not in (_WHOLE, _LAST):
-        if at + _FRAME.size > len(data):
-            raise UserError(f"{name}: its last part is missing")
-        magic, word = _FRAME.unpack_from(data, at)
-        part, length = word >> 29, word & MAX_RECORD_BYTES
-        _require_frame(magic, part, first=at == 0, name=name)
-        parts.append(data[at + _FRAME.size : at + _FRAME.size + length])
-        at += _FRAME.size + _padded(length)
-    return _MAGIC_BYTES.join(parts), at
-
-
-def _require_frame(magic: int, part: int, *, first: bool, name: str, hint: str = "") -> None:
-    if magic != _MAGIC:
-        raise UserError(f"{name}: no frame begins where one should (0x{magic:08x} is there, not 0x{_MAGIC:08x})"
-                        f"{hint or '; the file is damaged: fetch it again'}")
-    if part not in ((_WHOLE, _FIRST) if first else (_BETWEEN, _LAST)):
-        what = "begins with" if first else "goes on with"
-        raise UserError(f"{name}: the record {what} part {part} of 0 (whole), 1 (first), 2 (between), 3 (last)"
-                        f"{hint or '; the file is damaged: fetch it again'}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Beside the .rec file
-
-
-def read_idx(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets) of an .idx file: int64 (records,) each, in its order. Raises UserError naming file and line."""
-    parts, lines = [], 0
-    try:
-        with open(path, "rb") as file:
-            while text := file.read(_BLOCK):
-                text += file.readline()
-                if b"\r" in text:
-                    text = text.replace(b"\r\n", b"\n")
-                parts.append(_parse_idx(text if text.endswith(b"\n") else text + b"\n", path, lines))
-                lines += len(parts[-1][0])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if not parts:
-        raise UserError(f"{path}: the file is empty; remove it: it is made anew from the records")
-    keys, offsets = (np.concatenate(arrays) for arrays in zip(*parts))
-    return keys, offsets
-
-
-def _parse_idx(text: bytes, path: str, lines_before: int) -> tuple[np.ndarray, np.ndarray]:
-    characters = np.frombuffer(text, np.uint8)
-    ends, tabs = np.flatnonzero(characters == ord("\n")), np.flatnonzero(characters == ord("\t"))
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    digits = characters - np.uint8(ord("0"))  # wraps around: every other character is above 9
-    # As many tabs as lines, the k-th within the k-th line, and nothing else but digits: one tab in each.
-    if (
-        len(tabs) != len(ends) or int((digits > 9).sum()) != 2 * len(ends)
-        or not np.all((starts < tabs) & (tabs + 1 < ends) & (tabs - starts <= 18) & (ends - tabs <= 19))
-    ):
-        for number, line in enumerate(text.split(b"\n"), start=lines_before + 1):
-            if not re.fullmatch(rb"[0-9]{1,18}\t[0-9]{1,18}", line):
-                shown = ascii(line[:60].decode("latin-1"))
-                raise UserError(f"{path}:{number}: expected 'key<tab>offset', got {shown}; without this file it is made anew")
-    return _decimal(digits, starts, tabs), _decimal(digits, tabs + 1, ends)
-
-
-def _decimal(digits: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """int64 (n,): the numbers that digits[starts[k]:ends[k]] spell."""
-    values = np.zeros(len(starts), np.int64)
-    for place in range(int((ends - starts).max())):
-        at = ends - 1 - place
-        values += np.where(at >= starts, digits[np.maximum(at, 0)], 0) * np.int64(10**place)
-    return values
 
 
 @dataclass(frozen=True)
@@ -672,7 +522,9 @@ def _load_index(path: str, stamp: tuple[int, ...]) -> _Index | None:
             *its_stamp, num_classes, count, bad_count = header if len(header) == 8 else [0] * 8
             counts = (count, bad_count, count, count, count)
             size = _INDEX_HEADER + sum(n * int(dtype[-1]) for n, dtype in zip(counts, _INDEX_DTYPES))
-            if tuple(its_stamp) != stamp or not 0 <= bad_count <= count or count < 1 or os.fstat(file.fileno()).st_size != size:
+            if tuple(its_stamp) != stamp or not 0 <= bad_count <= count or count < 1:
+                return None
+            if os.fstat(file.fileno()).st_size != size:
                 return None
             content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (OSError, ValueError):
@@ -682,9 +534,26 @@ def _load_index(path: str, stamp: tuple[int, ...]) -> _Index | None:
         arrays.append(np.frombuffer(content, dtype, n, at))
         at += n * int(dtype[-1])
     offsets, bad, sizes, labels, keys = arrays
-    if not 0 <= labels.min() <= labels.max() < num_classes <= MAX_CLASSES or (len(bad) and not 0 <= bad.min() <= bad.max() < count):
+    if not 0 <= labels.min() <= labels.max() < num_classes <= MAX_CLASSES:
+        return None
+    if len(bad) and not 0 <= bad.min() <= bad.max() < count:
         return None
     return _Index(offsets, sizes, labels, keys, bad, num_classes, mapped=True)
+
+
+def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
+    """`write` fills a temporary file beside `path`, which then takes its place: complete, or not there. Raises OSError."""
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        with open(part, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
 
 
 def _stamp(descriptor: int, idx: str) -> tuple[int, ...]:

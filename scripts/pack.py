@@ -5,7 +5,7 @@
     python3 scripts/pack.py folder PACKAGE OUT                               # PACKAGE/train.rec -> OUT/<identity>/<image>
     python3 scripts/pack.py bin --imgs-root IMGS --pair-list LIST OUT.bin    # pairs -> one file
 
-    OUT/train.rec, OUT/train.idx    the images, then record 0 and a record for each identity (see data/recordio.py)
+    OUT/train.rec, OUT/train.idx    the images, then record 0 and one for each identity (see data/record_format.py)
     OUT/property                    number of identities, height and width
     OUT/train.identities.txt        names of the identities, a line each, by label
     OUT/train.files.txt             <identity>/<image>, a line for each image
@@ -44,9 +44,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.decode import IMAGE_SIZE, check_encoded, read_bytes  # noqa: E402
 from data.folder import FaceFolder  # noqa: E402
 from data.pairs import PairList  # noqa: E402
-from data.recordio import (  # noqa: E402
-    MAX_CLASSES, MAX_RECORD_BYTES, RecordIODataset, image_record, labels_record, write_atomically,
-)
+from data.record_format import MAX_CLASSES, MAX_PART_BYTES, image_record, labels_record  # noqa: E402
+from data.recordio import RecordIODataset, write_atomically  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 
 COMMIT_SECONDS = 5.0  # what a kill costs at most
@@ -93,8 +92,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--skip-bad-images", action="store_true",
                              help="leave out images that cannot be read, or are not 112x112, instead of stopping")
         sub.add_argument("out", metavar="OUT", help="made; must not be there yet")
-        sub.add_argument("--force", action="store_true",
-                         help="put an OUT that is there aside as OUT.1" if command is unpack_folder else "replace what is there")
+        replaced = "put an OUT that is there aside as OUT.1" if command is unpack_folder else "replace what is there"
+        sub.add_argument("--force", action="store_true", help=replaced)
     return parser.parse_args(argv)
 
 
@@ -152,7 +151,7 @@ def _add_images(package: _PartialPackage, folder: FaceFolder, skip_bad: bool) ->
         try:
             image = read_bytes(path)
             check_encoded(image, path)
-            if len(image) > MAX_RECORD_BYTES - 64:  # less than the record's header
+            if len(image) > MAX_PART_BYTES - 64:  # less than the record's header
                 raise UserError(f"{path}: has {len(image)} bytes, and a record holds less than 512 MiB")
         except UserError as error:
             return i, error
@@ -189,7 +188,8 @@ class _PartialPackage:
     def __init__(self, out: str) -> None:
         self._out = out
         self._journal_path = os.path.join(out, "train.rec.partial.json")
-        self._files = {name: _Appended(os.path.join(out, f"{name}.partial")) for name in ("train.rec", "train.idx", "train.files.txt")}
+        names = ("train.rec", "train.idx", "train.files.txt")
+        self._files = {name: _Appended(os.path.join(out, f"{name}.partial")) for name in names}
         self.next = 0
         self.skipped: list[int] = []
 
@@ -337,8 +337,8 @@ def unpack_folder(options: argparse.Namespace) -> str:
         os.unlink(f"{unfinished}.json")
     identities = len(np.unique(dataset.labels))
     if identities < len(dataset.identities):
-        print(f"warning: {len(dataset.identities) - identities} identities have no image, and a folder has no place for them: "
-              "labels after them move up", file=sys.stderr)
+        print(f"warning: {len(dataset.identities) - identities} identities have no image, and a folder has no place for "
+              "them: labels after them move up", file=sys.stderr)
     return f"{len(dataset):,} images of {identities:,} identities" + (f", {skipped} bad ones left out" if skipped else "")
 
 
@@ -374,8 +374,8 @@ def _listed_names(
             name = os.fsdecode(line.removesuffix(b"\n"))
             identity, slash, file_name = name.partition("/")
             if identity != identities[labels[taken]] or not slash:
-                raise UserError(f"{path}:{number + 1}: expected {ascii(identities[labels[taken]])}/<file>, the identity of the "
-                                f"image's label, got {ascii(name[:120])}; fetch this file again, or remove it")
+                raise UserError(f"{path}:{number + 1}: expected {ascii(identities[labels[taken]])}/<file>, the identity of "
+                                f"the image's label, got {ascii(name[:120])}; fetch this file again, or remove it")
             _require_plain(file_name, f"{path}:{number + 1}")
             taken += 1
             yield name
@@ -500,7 +500,8 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
 
 
 def _bar(total: int, what: str, done: int = 0) -> tqdm:
-    return tqdm(total=total, initial=done, desc=what, unit="image", delay=0.5, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    visible = sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=what, unit="image", delay=0.5, dynamic_ncols=True, disable=not visible)
 
 
 def _flush_directory(path: str) -> None:

@@ -21,7 +21,8 @@ from tiny import TinyBackbone
 
 from data.decode import decode_image
 from data.folder import FaceFolder
-from data.recordio import RecordIODataset, read_idx
+from data.record_format import read_idx
+from data.recordio import RecordIODataset
 from utils.distributed import Worker
 from utils.errors import UserError
 from utils.options import parse_options

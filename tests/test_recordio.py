@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from test_folder import JPEG_KINDS, REAL_FACES, encode, smooth_image
 
 import data
-from data import recordio
+from data import record_format, recordio
 from data.decode import decode_image
 from data.folder import FaceFolder
 from data.loader import GlobalBatchSampler, build_train_loader
-from data.recordio import RecordIODataset, image_record, is_recordio, labels_record, read_idx, write_idx
+from data.record_format import image_record, labels_record, read_idx, write_idx
+from data.recordio import RecordIODataset, is_recordio
 from utils.errors import UserError
 
 MAGIC = b"\x0a\x23\xd7\xce"
@@ -410,7 +411,7 @@ DAMAGED = {
     "idx without the first line": ({"train.idx": IDX[4:]}, "train.idx lists no record at offset 0"),
     "an offset twice": ({"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % SECOND)}, "record 3 has the same offset"),
     "a key twice": ({"train.idx": IDX.replace(b"3\t", b"2\t", 1)}, "train.idx: the key 2 appears twice"),
-    "an odd offset": ({"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % (THIRD + 1))}, "is not a multiple of 4"),
+    "an odd offset": ({"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % (THIRD + 1))}, "the offset is not a multiple of 4"),
     "a huge key": ({"train.idx": IDX.replace(b"3\t", b"4294967296\t", 1)}, "the key 4294967296 is above"),
     "empty idx": ({"train.idx": b""}, "train.idx: the file is empty; remove it"),
     "words in the idx": ({"train.idx": IDX.replace(b"3\t", b"three\t", 1)}, r"train.idx:3: expected 'key<tab>offset', got 'three\\t"),
@@ -534,7 +535,7 @@ def test_where_float32_rounds_the_first_identity():
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_idx_files(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(recordio, "_BLOCK", 100)
+    monkeypatch.setattr(record_format, "_IDX_BLOCK", 100)
     rng = np.random.default_rng(0)
     keys, offsets = 10 ** rng.integers(0, 17, (2, 500)) * rng.integers(1, 10, (2, 500)) + rng.integers(0, 9, (2, 500))
     stream = io.BytesIO()
@@ -619,13 +620,17 @@ def test_fuzz_flipped_bytes(tmp_path_factory, layout, bytes_, in_heads, idx):
 
 @settings(FUZZING, max_examples=300)
 @given(layout=layouts, cuts=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 300)), min_size=1, max_size=3),
-       tail=st.one_of(st.just(b""), st.binary(max_size=40)), idx=st.booleans())
+       at_heads=st.booleans(), tail=st.one_of(st.just(b""), st.binary(max_size=40)), idx=st.booleans())
 @pytest.mark.filterwarnings("ignore")
-def test_fuzz_truncated_and_cut_out(tmp_path_factory, layout, cuts, tail, idx):
+def test_fuzz_truncated_and_cut_out(tmp_path_factory, layout, cuts, at_heads, tail, idx):
     rec = whole = FUZZED[layout]["train.rec"]
-    for k, (at, length) in enumerate(cuts):
-        at %= len(rec) + 1
-        rec = rec[:at] if k == 0 and length == 0 else rec[:at] + rec[at + length :]
+    if at_heads:  # whole frames are missing at the end
+        starts = heads(FUZZED[layout])
+        rec = rec[: starts[cuts[0][0] % len(starts)]]
+    else:
+        for k, (at, length) in enumerate(cuts):
+            at %= len(rec) + 1
+            rec = rec[:at] if k == 0 and length == 0 else rec[:at] + rec[at + length :]
     rec += tail
     error = check_any_package(tmp_path_factory.getbasetemp(), rec, FUZZED[layout]["train.idx"] if idx else None)
     if len(rec) % 4 or (idx and len(rec) != len(whole)):  # the framing cannot be sound
