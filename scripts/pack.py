@@ -136,12 +136,12 @@ def pack_rec(options: argparse.Namespace) -> str:
 
 def _digest(folder: FaceFolder) -> str:
     """What tells one list of images from another."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(folder.root)))
     for i in range(len(folder)):
-        path = folder.path(i)
-        if "\n" in path[len(folder.root) :]:
-            raise UserError(f"{ascii(path)}: a line break in a name cannot be kept in train.files.txt; rename it")
-        digest.update(os.fsencode(path) + b"\n")
+        name = folder.path(i)[len(folder.root) :]
+        if "\n" in name:
+            raise UserError(f"{ascii(folder.path(i))}: a line break in a name cannot be kept in train.files.txt; rename it")
+        digest.update(os.fsencode(name) + b"\n")
     return digest.hexdigest()
 
 
