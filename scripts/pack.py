@@ -330,7 +330,7 @@ def unpack_folder(options: argparse.Namespace) -> str:
         if files != len(dataset):
             raise UserError(f"{unfinished}: {len(dataset)} images were unpacked, and it holds {files} files: names in "
                             "train.files.txt appear twice, or something else was put there; remove it, and begin anew")
-        os.sync()  # before the name says that all is there
+        os.sync()  # before the name says that all is there; one call, where an fsync of each file would take hours
         if exists:
             _put_aside(out)
         os.rename(unfinished, out)

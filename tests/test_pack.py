@@ -59,6 +59,12 @@ def varied_folder(root: Path) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+    """It waits for everything that anybody has written on the machine."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return varied_folder(tmp_path_factory.mktemp("varied"))
