@@ -44,7 +44,7 @@ class TrainingLog:
         self._bar = None
         if worker.is_main:
             self._path = os.path.join(output, METRICS_FILE)
-            _put_aside(self._path) if fresh else _keep_lines_until(self._path, step)
+            put_aside(self._path) if fresh else _keep_lines_until(self._path, step)
             self._file = open(self._path, "a", encoding="utf-8")
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up that only rank 0 needs
 
@@ -130,13 +130,13 @@ class TrainingLog:
                 self._bar.close()
 
 
-def _put_aside(path: str) -> None:
-    """Rename an older file to path.1, path.2, ..."""
-    if os.path.exists(path):
+def put_aside(path: str) -> None:
+    """Rename an older file, link or directory to path.1, path.2, ..."""
+    if os.path.lexists(path):
         number = 1
-        while os.path.exists(f"{path}.{number}"):
+        while os.path.lexists(f"{path}.{number}"):
             number += 1
-        os.replace(path, f"{path}.{number}")
+        os.rename(path, f"{path}.{number}")
 
 
 def _keep_lines_until(path: str, step: int) -> None:

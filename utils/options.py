@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from utils.errors import Parser, UserError
 
 EMBEDDING_SIZE = 512
+AUTO = "auto"  # --resume: the newest whole checkpoint in --output
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Options:
     output: str
     resume: str
     no_save: bool
+    save_freq: int | None
+    keep: int | None
     print_freq: int
     plan: bool
     evaluate: bool
@@ -131,8 +134,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument("--output", default=".", metavar="DIR",
                        help="where checkpoint.pth.tar and metrics.jsonl go (default: the current directory)")
-    group.add_argument("--resume", default="", metavar="PATH", help="checkpoint.pth.tar to continue from, or to evaluate")
+    group.add_argument("--resume", default="", metavar="PATH",
+                       help="checkpoint.pth.tar to continue from, or to evaluate; auto: continue from the newest whole checkpoint "
+                            "in --output, or start anew if there is none")
     group.add_argument("--no-save", action="store_true", help="write no checkpoint")
+    group.add_argument("--save-freq", type=int, default=None, metavar="N",
+                       help="save every N steps too, beside after every epoch and at the end")
+    group.add_argument("--keep", type=int, default=None, metavar="N",
+                       help="checkpoints that stay, the newest N and the best (default: 2)")
     group.add_argument("-p", "--print-freq", type=int, default=10, metavar="N",
                        help="steps between reports; losses stay on the device until then (default: %(default)s)")
     group.add_argument("--plan", action="store_true", help="check everything, print the table of the run, and stop")
@@ -207,6 +216,8 @@ def _check_ranges(o: Options) -> None:
         ("--max-steps", o.max_steps, 1),
         ("--batch-size", o.batch_size, 1),
         ("--accumulation-steps", o.accumulation_steps, 1),
+        ("--save-freq", o.save_freq, 1),
+        ("--keep", o.keep, 1),
         ("--print-freq", o.print_freq, 1),
         ("--nproc-per-node", o.nproc_per_node, 1),
         ("--gpu", o.gpu, 0),
@@ -227,8 +238,11 @@ def _check_ranges(o: Options) -> None:
 
 
 def _check_combinations(o: Options) -> None:
+    for flag, value in (("--save-freq", o.save_freq), ("--keep", o.keep)):
+        _require(value is None or not o.no_save, f"{flag} {value} with --no-save: choose one of them")
     if o.evaluate:
         _require(bool(o.resume), "--evaluate: give the checkpoint to evaluate with --resume")
+        _require(o.resume != AUTO, "--evaluate with --resume auto: give the checkpoint to evaluate by its path")
         _require(o.imgs_root is not None and o.pair_list is not None,
                  "--evaluate: give the images and the pairs with --imgs-root and --pair-list")
     else:
