@@ -13,6 +13,7 @@ checkpoint.pth.tar is a dict for torch.load(weights_only=True):
     position        {"epoch", "step_in_epoch", "step"}: where to go on; step counts over all epochs
     sampler         {"num_images", "global_batch"}: what step_in_epoch was counted in
     seed            everything random derives from it
+    identities      names of the training set's identities, by class
     options         the run's options, for people to read
     shards          {"directory": relative path, "has_momentum": bool}
 
@@ -25,7 +26,8 @@ import dataclasses
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +69,7 @@ class TrainState:
     seed: int
     num_images: int
     global_batch: int
+    identities: list[str] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,13 +93,14 @@ def read_resumable(options: Options) -> dict[str, Any]:
             raise UserError(f"--resume {path}: was trained with {flag} {its}, this run has {flag} {mine}; give {flag} {its}")
     if options.seed is not None and options.seed != state["seed"]:
         raise UserError(f"--seed {options.seed}: the run of --resume {path} goes on with its own seed, {state['seed']}; drop --seed")
-    shards = _shards_path(path, state)
+    shards = shards_path(path, state)
     if not os.path.isfile(os.path.join(shards, ".metadata")):
         raise UserError(f"--resume {path}: its class centers are missing: {shards} is not there or not complete")
     return state
 
 
-def _shards_path(path: str, state: dict[str, Any]) -> str:
+def shards_path(path: str, state: Mapping[str, Any]) -> str:
+    """Where the class centers of the checkpoint `state`, read from `path`, lie."""
     return os.path.join(os.path.dirname(os.path.abspath(path)), state["shards"]["directory"])
 
 
@@ -135,6 +139,7 @@ def save_checkpoint(state: TrainState, options: Options, worker: Worker) -> None
             "position": dataclasses.asdict(state.position),
             "sampler": {"num_images": state.num_images, "global_batch": state.global_batch},
             "seed": state.seed,
+            "identities": state.identities,
             "options": dataclasses.asdict(options),
             "shards": {"directory": directory, "has_momentum": CENTERS_NAME in momentum},
         }
@@ -164,7 +169,7 @@ def load_checkpoint(state: TrainState, contents: dict[str, Any], options: Option
     if contents["shards"]["has_momentum"]:
         momentum[CENTERS_NAME] = torch.zeros_like(weight)
     # In place: the DTensors are views of `weight` and of the momentum.
-    shards = _shards_path(options.resume, contents)
+    shards = shards_path(options.resume, contents)
     try:
         dcp.load(_class_tensors(state.classifier, weight, momentum.get(CENTERS_NAME)), checkpoint_id=shards)
     except dcp.CheckpointException as failures:  # on all ranks: which of them could not read what
