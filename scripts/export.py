@@ -159,10 +159,13 @@ def export_onnx(backbone: nn.Module, path: str) -> None:
     example = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # its progress
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            backbone, (example,), path, input_names=[ONNX_INPUT], output_names=[ONNX_OUTPUT], opset_version=ONNX_OPSET, dynamo=True,
-            external_data=False, dynamic_shapes=({0: torch.export.Dim("batch")},),
+        program = torch.onnx.export(
+            backbone, (example,), input_names=[ONNX_INPUT], output_names=[ONNX_OUTPUT], opset_version=ONNX_OPSET, dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where in which file of this machine each layer was called
+    program.save(path, external_data=False)
 
 
 def largest_difference(backbone: nn.Module, path: str) -> float:

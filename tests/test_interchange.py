@@ -286,6 +286,7 @@ def test_onnx_file(checkpoint, tmp_path, monkeypatch, capsys):
     (network_input,), (output,) = session.get_inputs(), session.get_outputs()
     assert (network_input.name, network_input.shape[1:], output.name) == ("input", [3, 112, 112], "embedding")
     assert isinstance(network_input.shape[0], str)
+    assert str(ROOT).encode() not in path.read_bytes()  # nothing of where it was made
     backbone, _ = load_backbone(str(checkpoint))
     images = torch.rand(7, 3, 112, 112)
     with torch.inference_mode():
