@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import resource
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from commands import ROOT, run
 from test_training import train
 
 from models import load_backbone
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import CheckpointWriter
 from utils.distributed import Worker
 from utils.errors import UserError
 from utils.interchange import check_initial, open_weights, rows_by_name, start_from
@@ -49,7 +50,10 @@ def build(rank: int, world_size: int, num_classes: int, seed: int, identities: l
 def save(rank: int, world_size: int, output: str, num_classes: int, identities: list[str], flags: list[str]) -> None:
     """A checkpoint of seed 1, of which class c's center is its initial one."""
     state, options, worker = build(rank, world_size, num_classes, 1, identities, ["--output", output, *flags])
-    save_checkpoint(state, options, worker)
+    os.makedirs(output, exist_ok=True)
+    writer = CheckpointWriter(options, worker, lambda text: None, fresh=True)
+    writer.save(state)
+    writer.close()
 
 
 def start(rank: int, world_size: int, path: str, num_classes: int, identities: list[str], flags: list[str]) -> tuple:

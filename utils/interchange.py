@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import backbone_of, read_weights_file
 from models.classifier import ArcFaceClassifier
-from utils.checkpoint import shards_path
+from utils.checkpoint_files import SHARDS_DIRECTORY, read_manifest, step_directory
 from utils.errors import UserError
 
 # What a classifier is called beside a backbone: in torchshard's files and in ours.
@@ -121,35 +121,24 @@ def _names(path: str, content: Mapping, num_classes: int) -> list[str] | None:
 
 
 def _centers_of_checkpoint(path: str, content: Mapping) -> StoredCenters:
-    directory = shards_path(path, content)
+    from utils import shard_files  # here: half of a process's start-up time, and not all files have shards
+
     try:
-        stored, storage = _shard_metadata(directory)
-        size, dtype = stored.size, stored.properties.dtype
-        parts = []
+        shape = int(content["num_classes"]), int(content["embedding_size"])
+        directory = step_directory(path, content)
+        shards = os.path.join(directory, SHARDS_DIRECTORY)
+        metadata = shard_files.read_metadata(shards, shape, {"centers"}, set(read_manifest(directory)))
+        stored, parts = metadata.state_dict_metadata["centers"], []
         for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
-            if chunk.sizes[0] == 0:
-                continue
-            if chunk.offsets[1] or chunk.sizes[1] != size[1] or chunk.offsets[0] != sum(len(part) for _, part in parts):
-                raise ValueError("the shards do not make up the whole")
-            place = storage[tuple(chunk.offsets)]
-            parts.append((chunk.offsets[0], _map_rows(os.path.join(directory, place.relative_path), place.offset, place.length,
-                                                      chunk.sizes[0], size[1] * dtype.itemsize)))
-        if sum(len(part) for _, part in parts) != size[0] or size[0] != content["num_classes"]:
-            raise ValueError("classes are missing")
-    except UserError:
-        raise
+            place = metadata.storage_data[shard_files.MetadataIndex("centers", chunk.offsets)]
+            file = os.path.join(shards, place.relative_path)
+            parts.append((chunk.offsets[0], _map_rows(file, place.offset, place.length, chunk.sizes[0],
+                                                      shape[1] * stored.properties.dtype.itemsize)))
+    except UserError as error:
+        raise UserError(f"{path}: its class centers are damaged: {error}") from None
     except Exception as error:  # of any type: the bytes of a damaged file may say anything
-        raise UserError(f"{path}: its class centers in {directory} are missing or damaged ({error})") from None
-    return StoredCenters(size[0], size[1], dtype, parts, _names(path, content, size[0]))
-
-
-def _shard_metadata(directory: str):
-    """What torch.distributed.checkpoint wrote down of the centers: (TensorStorageMetadata, {offsets: where that chunk lies})."""
-    from torch.distributed.checkpoint import FileSystemReader  # here: seconds of start-up that few need
-
-    metadata = FileSystemReader(directory).read_metadata()
-    storage = {tuple(index.offset or (0, 0)): place for index, place in metadata.storage_data.items() if index.fqn == "centers"}
-    return metadata.state_dict_metadata["centers"], storage
+        raise UserError(f"{path}: its class centers are missing or damaged ({error})") from None
+    return StoredCenters(*shape, stored.properties.dtype, parts, _names(path, content, shape[0]))
 
 
 def _map_rows(path: str, offset: int, length: int, rows: int, row_bytes: int) -> np.ndarray:

@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.distributed import Worker, all_gather_rows
-from utils.errors import UserError
-from utils.nonfinite import ADVICE, nonfinite_step
+from utils.nonfinite import ADVICE, NotFinite, nonfinite_step
 
 METRICS_FILE = "metrics.jsonl"
 # So many steps without a finite loss in a row are not a few bad batches: the weights are lost.
@@ -52,7 +51,7 @@ class TrainingLog:
         self._bar = None
         if worker.is_main:
             self._path = os.path.join(output, METRICS_FILE)
-            _put_aside(self._path) if fresh else _keep_lines_until(self._path, step)
+            put_aside(self._path) if fresh else _keep_lines_until(self._path, step)
             self._file = open(self._path, "a", encoding="utf-8")
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up that only rank 0 needs
 
@@ -77,7 +76,7 @@ class TrainingLog:
     def flush(self, report: bool = False) -> None:
         """Collective. Write the steps so far: the ranks' mean of each loss. Every rank's share of a global batch is equal.
 
-        Raises UserError, on all ranks, for a loss that is inf or NaN: with skip_nonfinite for very many in a row only.
+        Raises NotFinite, on all ranks, for a loss that is inf or NaN: with skip_nonfinite for very many in a row only.
         """
         if not self._pending:
             return
@@ -107,10 +106,10 @@ class TrainingLog:
             self._file.flush()
         self._pending, self._pending_values, self._pending_nonfinite = [], [], []
         if nonfinite and not self._skip_nonfinite:
-            raise UserError(f"{nonfinite[0]}; training stopped, no checkpoint was written over. To go on: {ADVICE}, "
+            raise NotFinite(f"{nonfinite[0]}; training stopped, no checkpoint was written over. To go on: {ADVICE}, "
                             "or leave such steps out with --on-nonfinite skip")
         if self._skipped_in_a_row >= _MAX_NONFINITE_IN_A_ROW:
-            raise UserError(f"{nonfinite[-1]}, as it was {self._skipped_in_a_row} steps in a row: there is nothing left to train "
+            raise NotFinite(f"{nonfinite[-1]}, as it was {self._skipped_in_a_row} steps in a row: there is nothing left to train "
                             f"(--on-nonfinite skip); {ADVICE}")
 
     def _nonfinite_steps(self, losses: list[float]) -> list[str]:
@@ -175,13 +174,13 @@ class TrainingLog:
                 self._bar.close()
 
 
-def _put_aside(path: str) -> None:
-    """Rename an older file to path.1, path.2, ..."""
-    if os.path.exists(path):
+def put_aside(path: str) -> None:
+    """Rename an older file, link or directory to path.1, path.2, ..."""
+    if os.path.lexists(path):
         number = 1
-        while os.path.exists(f"{path}.{number}"):
+        while os.path.lexists(f"{path}.{number}"):
             number += 1
-        os.replace(path, f"{path}.{number}")
+        os.rename(path, f"{path}.{number}")
 
 
 def _keep_lines_until(path: str, step: int) -> None:

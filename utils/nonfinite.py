@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
+ADVICE = "lower --lr or raise --warmup-epochs; fp16: take --amp-dtype bf16; go on from the last checkpoint with --resume"
+
+
+class NotFinite(UserError):
+    """The training has come to numbers that are not finite. Raised on all ranks together."""
+
 
 class StepGuard:
     """Finds out, on the device, whether a step counts, and takes back what its forward pass did to the buffers if not.
@@ -63,7 +69,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 
 def require_finite_weights(backbone: nn.Module, centers: Tensor, step: int) -> None:
-    """Collective. Raise UserError, on all ranks, if a weight anywhere is inf or NaN: then nothing must be saved.
+    """Collective. Raise NotFinite, on all ranks, if a weight anywhere is inf or NaN: then nothing must be saved.
 
     The losses do not tell: gradients that were not finite spoil the weights after a step whose loss was.
     centers: this rank's class centers (C_r, d).
@@ -81,16 +87,13 @@ def require_finite_weights(backbone: nn.Module, centers: Tensor, step: int) -> N
              for column, what in enumerate(("the backbone", "the class centers"))
              if (ranks := [number for number, row in enumerate(found) if row[column]])]
     if parts:
-        raise UserError(f"after step {step} the weights are not finite ({', '.join(parts)}) and were not saved; {ADVICE}")
+        raise NotFinite(f"after step {step} the weights are not finite ({', '.join(parts)}) and were not saved; {ADVICE}")
 
 
 def _is_finite(centers: Tensor) -> Tensor:
     """bool scalar. In pieces: a mask of the whole shard would take a quarter of its size."""
     pieces = [piece.isfinite().all() for piece in centers.split(65536)] if len(centers) else []
     return torch.stack(pieces).all() if pieces else torch.ones((), dtype=torch.bool, device=centers.device)
-
-
-ADVICE = "lower --lr or raise --warmup-epochs; fp16: take --amp-dtype bf16; go on from the last checkpoint with --resume"
 
 
 def nonfinite_step(step: int, loss: float, found: list[tuple[bool, bool]]) -> str:
