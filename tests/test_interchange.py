@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import pickle
 import resource
+import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import main
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, run
+from commands import ROOT, load_script, run
 from test_training import train
 
 from models import load_backbone
@@ -28,15 +28,7 @@ NAMES = [f"person {number}" for number in range(11)]
 SHARDED = ["--enable-model-parallel"]
 
 
-def load_export() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("export", ROOT / "scripts" / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["export"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-export = load_export()
+export = load_script("export")
 
 
 def build(rank: int, world_size: int, num_classes: int, seed: int, identities: list[str], flags: list[str]):
@@ -203,6 +195,10 @@ def test_a_run_starts_from_another_run(pools, faces, tmp_path):
     before, after = (torch.cat([rows for _, rows in open_weights(str(tmp_path / name / "checkpoint.pth.tar")).centers.blocks()])
                      for name in ("first", "second"))
     assert torch.equal(before, after)
+    # A job that is requeued: the same command goes on from its own checkpoint, whatever became of the other one.
+    again = [*flags, "--lr", "0", "--init-from", str(tmp_path / "gone"), "--output", str(tmp_path / "second"), "--resume", "auto"]
+    pools(2).run(start_and_train, [*again, "--max-steps", "2"])
+    assert torch.load(tmp_path / "second" / "checkpoint.pth.tar", weights_only=True)["position"]["step"] == 2
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -236,6 +232,32 @@ def test_files_that_cannot_be_a_start(checkpoint, torchshard_file, tmp_path):
         torch.save({**contents, **damage}, tmp_path / "damaged.pth.tar")
         with pytest.raises(UserError, match=words):
             check_initial(str(tmp_path / "damaged.pth.tar"), "mobilefacenet", 512)
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "not an archive", "code"])
+def test_class_centers_that_are_damaged(checkpoint, tmp_path, damage, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "step"
+    shutil.copytree(checkpoint.resolve().parent, step)
+    shard = sorted(step.glob("shards/*.distcp"))[1]
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "not an archive":
+        shard.write_bytes(bytes(shard.stat().st_size))
+    else:
+        metadata = step / "shards" / ".metadata"
+        forged = pickle.dumps(Code())
+        metadata.write_bytes(forged + bytes(metadata.stat().st_size - len(forged)))  # a pickle ends before its file does
+    with pytest.raises(UserError, match=f"--init-from {step}.*class centers are.*damaged.*{'code' if damage == 'code' else ''}"):
+        check_initial(str(step / "state.pth.tar"), "mobilefacenet", 512)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_rows_by_name():
@@ -368,5 +390,3 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
 def test_export_as_a_program(checkpoint, tmp_path):
     output = run("scripts/export.py", "--resume", checkpoint, "--format", "torchshard", "--output", tmp_path / "x.pth.tar")
     assert "mobilefacenet of" in output and "backbone and 11 class centers" in output
-    output = run("scripts/export.py", "--resume", tmp_path, "--format", "torchshard", "--output", tmp_path / "y", status=2)
-    assert output == f"error: {tmp_path}: is a directory; give a checkpoint file\n"

@@ -10,7 +10,7 @@ import main
 import numpy as np
 import pytest
 import torch
-from commands import read_metrics, run
+from commands import load_script, read_metrics
 from test_parity import RandomFaces, RecordingLog
 from test_training import RESUME, train
 from tiny import TinyBackbone
@@ -188,7 +188,11 @@ def test_skip_counts_and_reports(pools, faces, tmp_path):
     assert all(line["top1"] is not None for line in lines if "top1" in line)
     saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert saved["position"]["step"] == 8 and all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
-    run("scripts/plot.py", "--metrics", tmp_path / "metrics.jsonl", "--output", tmp_path / "curve.png")
+    plot = load_script("plot")
+    loss = [row["loss"] for row in plot.read_metrics(str(tmp_path / "metrics.jsonl"))]
+    assert [step for step, value in enumerate(loss, 1) if np.isnan(value)] == [2, 5]
+    np.testing.assert_allclose(plot.smoothed(np.array(loss[:4]), 3)[[0, 1, 3]], [loss[0], (loss[0] + loss[2]) / 2, sum(loss[2:4]) / 2])
+    plot.plot_metrics(str(tmp_path / "metrics.jsonl"), str(tmp_path / "curve.svg"))
 
 
 @pytest.mark.parametrize("mode", ["base", "sharded, fused update"])
