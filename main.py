@@ -31,7 +31,7 @@ from utils.checkpoint import CheckpointWriter, Position, TrainState, find_checkp
 from utils.checkpoint_files import LATEST
 from utils.distributed import (
     ProcessPlan, Worker, broadcast_integer, fix_gradient_buckets, is_first_process, launch, plan_processes,
-    require_same_on_all_ranks, seed_step,
+    require_same_on_all_ranks, seed_random_numbers,
 )
 from utils.errors import UserError, exit_on_user_error
 from utils.interchange import check_initial, start_from
@@ -162,7 +162,6 @@ def train_one_epoch(
     guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
     batches = iter(loader)
     for steps_left in reversed(range(steps)):
-        seed_step(state.seed, position.step, worker)
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
@@ -173,6 +172,7 @@ def train_one_epoch(
                                    seed=state.seed, epoch=position.epoch, indices=indices)
             labels = labels.to(worker.device, non_blocking=True)
             last = micro_batch == micro_batches - 1
+            seed_random_numbers(state.seed, position.step * micro_batches + micro_batch, worker)
             with contextlib.nullcontext() if last else model.no_sync():
                 loss, target_rank, embeddings_finite = model(images, labels)
                 state.scaler.scale(loss / micro_batches).backward()

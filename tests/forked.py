@@ -25,8 +25,10 @@ from commands import read_metrics  # noqa: E402
 from saved import assert_same_training  # noqa: E402
 from test_training import train  # noqa: E402
 
-from utils import shard_files  # noqa: E402,F401  # before the fork
 from utils.output_lock import lock_output  # noqa: E402
+
+
+locks = []
 
 
 def start(world_size: int, argv: list[str], output: Path) -> int:
@@ -39,7 +41,7 @@ def start(world_size: int, argv: list[str], output: Path) -> int:
     status = 1
     try:
         output.mkdir(exist_ok=True)
-        lock = lock_output(str(output))  # noqa: F841  # held, and inherited by the ranks
+        locks.append(lock_output(str(output)))  # held, and inherited by the ranks
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         ranks = [start_rank(rank, world_size, store, [*argv, "--output", str(output)]) for rank in range(world_size)]
         status = max(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks)

@@ -97,6 +97,32 @@ def test_resume_continues_the_run(pools, faces, tmp_path, mode, world_size):
     assert len(whole) == 8 and whole[3][3] == pytest.approx(0.1) and whole[4][3] == pytest.approx(0.01)
 
 
+def train_with_dropout(rank: int, world_size: int, argv: list[str]) -> list[bool]:
+    """`train`, with a backbone that draws random numbers; the first mask."""
+    masks = []
+
+    class Dropping(TinyBackbone):
+        def forward(self, images):
+            embedding = super().forward(images)
+            dropped = torch.nn.functional.dropout(embedding, 0.5, self.training)
+            masks.append((dropped == 0)[0].tolist())
+            return dropped
+
+    with mock.patch("test_training.TinyBackbone", Dropping):
+        train(rank, world_size, argv)
+    return masks[0]
+
+
+def test_random_numbers_depend_on_the_step_and_the_rank_alone(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, "--seed", "5"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pools(2).run(train_with_dropout, [*flags, "--output", str(whole), "--max-steps", "3"])
+    first, second = pools(2).run(train_with_dropout, [*flags, "--output", str(parts), "--max-steps", "2"])
+    assert first != second
+    pools(2).run(train_with_dropout, [*flags, "--output", str(parts), "--max-steps", "3", "--resume", "auto"])
+    assert_same_training(parts, whole)
+
+
 def test_resume_at_another_world_size_and_mode(pools, faces, tmp_path):
     flags = [str(faces), *RESUME, "--sync-bn", "--precision", "float64"]
     whole = tmp_path / "whole"

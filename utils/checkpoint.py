@@ -195,6 +195,12 @@ def find_checkpoint(options: Options, worker: Worker) -> Checkpoint | None:
     names = [[os.path.basename(path) for path in checkpoint_files.newest_first(options.output)] if worker.is_main else []]
     dist.broadcast_object_list(names, src=0, device=worker.device)
     for name in names[0]:
+        seen = os.path.isdir(os.path.join(options.output, checkpoint_files.STEPS_DIRECTORY, name))
+        problem = None if seen else UserError(
+            f"--output {options.output}: rank {worker.rank} sees no {checkpoint_files.STEPS_DIRECTORY}/{name} there, which rank 0 "
+            "sees; give a directory that all nodes share")
+        if problem := _first(problem, dist.group.WORLD):
+            raise problem
         directory = os.path.join(options.output, checkpoint_files.STEPS_DIRECTORY, name)
         checkpoint, problem = _read_and_compare(os.path.join(directory, STATE_FILE), options, worker)
         if problem is None:
@@ -234,11 +240,14 @@ def _first(problem: Exception | None, group: dist.ProcessGroup | None) -> Any:
 
 
 def load_checkpoint(state: TrainState, checkpoint: Checkpoint, options: Options) -> None:
-    """Collective. Put what `find_checkpoint` returned, and this rank's classes, into `state`. Raises UserError on every rank."""
+    """Collective. Put what `find_checkpoint` returned, and this rank's classes, into `state`. Raises UserError on every rank.
+
+    `checkpoint.contents` is empty afterwards.
+    """
     from utils import shard_files  # here: half of a process's start-up time
 
     contents, weight, shard = checkpoint.contents, state.classifier.weight.detach(), state.classifier.shard
-    momentum = {BACKBONE_PREFIX + name: tensor for name, tensor in contents["momentum"].items()}
+    momentum = {BACKBONE_PREFIX + name: tensor.clone() for name, tensor in contents["momentum"].items()}
     tensors = {"centers": weight}
     if contents["shards"]["has_momentum"]:
         momentum[CENTERS_NAME] = tensors["momentum"] = torch.zeros_like(weight)
@@ -268,6 +277,7 @@ def load_checkpoint(state: TrainState, checkpoint: Checkpoint, options: Options)
     state.position.step_in_epoch = 0
     if sampler["num_images"] == state.num_images:
         state.position.step_in_epoch = position["step_in_epoch"] * sampler["global_batch"] // state.global_batch
+    contents.clear()  # its tensors are mapped from the file, which is to be removed one day
 
 
 # ---------------------------------------------------------------------------------------------------------------------

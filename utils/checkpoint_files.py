@@ -38,7 +38,7 @@ STATE_FILE, SHARDS_DIRECTORY, MANIFEST_FILE = "state.pth.tar", "shards", "manife
 # A second save of the same step (after one that was damaged, or of an older run in this directory) is called step-00000010.1.
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
 _UNFINISHED = ".part"
-_MANIFEST_NAMES = re.compile(rf"{re.escape(STATE_FILE)}|{SHARDS_DIRECTORY}/[\w.]+")
+_MANIFEST_NAMES = re.compile(rf"{re.escape(STATE_FILE)}|{SHARDS_DIRECTORY}/\.?\w[\w.]*")
 
 
 class DamagedCheckpoint(UserError):
@@ -54,7 +54,7 @@ def begin(output: str, step: int) -> str:
     remove_unfinished(output)
     parent = os.path.join(output, STEPS_DIRECTORY)
     name, number = f"step-{step:08d}", 0
-    while os.path.exists(os.path.join(parent, name)):
+    while os.path.exists(os.path.join(parent, name)) or os.path.exists(os.path.join(parent, name + _UNFINISHED)):
         number += 1
         name = f"step-{step:08d}.{number}"
     directory = os.path.join(parent, name + _UNFINISHED)
@@ -90,11 +90,14 @@ def finish(output: str, directory: str, files: dict[str, tuple[int, int]], *, li
 
 
 def remove_unfinished(output: str) -> None:
-    """Remove what interrupted saves, and interrupted removals, have left."""
+    """Remove what interrupted saves, and interrupted removals, have left; what cannot be removed, another time.
+
+    NFS keeps the files, and so the directory, that some process has open.
+    """
     parent = os.path.join(output, STEPS_DIRECTORY)
     for directory in _listdir(parent):
         if directory.endswith(_UNFINISHED):
-            shutil.rmtree(os.path.join(parent, directory))
+            shutil.rmtree(os.path.join(parent, directory), ignore_errors=True)
     for link in (LATEST, BEST):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(output, link + _UNFINISHED))
@@ -131,7 +134,7 @@ def _prune(output: str, keep: int) -> None:
         if os.path.basename(directory) not in referred:
             # First under a name that says so: half a directory must never look like a checkpoint.
             os.rename(directory, directory + _UNFINISHED)
-            shutil.rmtree(directory + _UNFINISHED)
+            shutil.rmtree(directory + _UNFINISHED, ignore_errors=True)
 
 
 def _referred_step(path: str) -> str | None:
@@ -183,7 +186,7 @@ def _listdir(path: str) -> list[str]:
 def _saved_at(directory: str) -> float:
     try:
         return float(_load_manifest(directory)["saved_at"])
-    except (DamagedCheckpoint, TypeError, ValueError):
+    except (DamagedCheckpoint, KeyError, TypeError, ValueError, OverflowError):
         with contextlib.suppress(OSError):
             return os.stat(directory).st_mtime
         return 0.0
@@ -215,7 +218,7 @@ def _load_manifest(directory: str) -> dict:
         raise DamagedCheckpoint(f"{path}: is missing") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DamagedCheckpoint(f"{path}: is damaged: not JSON") from None
     if not isinstance(manifest, dict):
         raise DamagedCheckpoint(f"{path}: is no manifest of a checkpoint")
@@ -230,7 +233,7 @@ def read_manifest(directory: str) -> dict[str, tuple[int, int]]:
         # A manifest is no more to be trusted than the rest: no name in it leads out of the directory.
         named = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
         well_formed = {STATE_FILE, f"{SHARDS_DIRECTORY}/.metadata"} <= named.keys() and all(map(_MANIFEST_NAMES.fullmatch, named))
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         well_formed = False
     if not well_formed:
         raise DamagedCheckpoint(f"{path}: is no manifest of a checkpoint")

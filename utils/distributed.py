@@ -408,12 +408,12 @@ def fix_gradient_buckets(model: DistributedDataParallel) -> None:
         parameter.grad = None
 
 
-def seed_step(seed: int, step: int, worker: Worker) -> None:
-    """Make torch's random numbers of a step a function of the run, the step and the rank.
+def seed_random_numbers(seed: int, micro_batch: int, worker: Worker) -> None:
+    """Make what torch draws next a function of the run's seed, the micro-batch (counted over all steps) and the rank.
 
-    The backbones draw none; one that does (dropout, say) sees the same in a resumed run, and there is no state to save.
+    The backbones draw nothing; one that does (dropout, say) sees the same in a resumed run, and there is no state to save.
     """
-    digest = hashlib.blake2b(f"{seed} {step} {worker.rank}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {micro_batch} {worker.rank}".encode(), digest_size=8).digest()
     value = int.from_bytes(digest, "little") >> 1  # torch takes 63 bits
     torch.default_generator.manual_seed(value)
     if worker.device.type == "cuda":

@@ -45,7 +45,10 @@ def lock_output(output: str, patience: float = PATIENCE) -> OutputLock | None:
     None, and a warning, where the file system cannot lock.
     """
     path = os.path.join(output, LOCK_FILE)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"--output {output}: {path} cannot be opened ({error.strerror}); give another directory") from None
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -175,7 +175,8 @@ class _Writer(FileSystemWriter):
     """torch's, whose failures wait in `problem` until all ranks have left the collectives."""
 
     def __init__(self, directory: str) -> None:
-        super().__init__(directory)
+        # Nothing is copied ahead: that takes a CUDA stream, and this thread a context on the first GPU, whichever is ours.
+        super().__init__(directory, per_thread_copy_ahead=0)
         self.problem: Exception | None = None
 
     def storage_meta(self) -> None:
