@@ -34,7 +34,9 @@ from utils.distributed import (
     require_same_on_all_ranks, seed_random_numbers,
 )
 from utils.errors import UserError, exit_on_user_error
+from utils.interchange import check_initial, start_from
 from utils.meters import TrainingLog
+from utils.nonfinite import NotFinite, StepGuard, require_finite_weights
 from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
 from utils.options import EMBEDDING_SIZE, Options, parse_options
 from utils.output_lock import OutputLock, lock_output
@@ -50,11 +52,14 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank): see ArcFaceClassifier."""
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank, finite): see ArcFaceClassifier.
+
+        finite: bool scalar, whether all of this rank's embeddings are: what tells the rank of a loss that is not.
+        """
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             embedding = self.backbone(images)
-        return self.classifier(embedding, labels)
+        return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
 
 
 def main() -> None:
@@ -67,8 +72,10 @@ def main() -> None:
     check_arch(options.training_arch)
     check_batch(options, plan)
     check_fused_update(options, plan)
-    if options.resume:
-        read_resumable(options)  # only to check it: every process reads it for itself
+    # Both only to check them: every process reads for itself.
+    goes_on = bool(options.resume) and read_resumable(options) is not None
+    if options.init_from and not goes_on:
+        check_initial(options.init_from, options.training_arch, EMBEDDING_SIZE)
     dataset = open_dataset(options, plan)
     table = run_table(options, plan, dataset)
     if is_first_process():
@@ -94,9 +101,13 @@ def train(worker: Worker, options: Options, dataset: FaceFolder, lock: OutputLoc
         len(dataset), global_batch, options.accumulation_steps, worker.rank, worker.world_size, seed
     )
     position, steps_per_epoch = state.position, sampler.steps_per_epoch
+    origin = ""
     if checkpoint:
         load_checkpoint(state, checkpoint, options)
-    elif options.start_epoch:
+        origin = f", going on from {checkpoint.path} at step {position.step}"
+    elif options.init_from:
+        origin = ", " + start_from(options.init_from, options.training_arch, state.backbone, state.classifier, dataset.identities)
+    if options.start_epoch and not checkpoint:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
     last_step = min(position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch,
                     options.max_steps or float("inf"))
@@ -105,20 +116,31 @@ def train(worker: Worker, options: Options, dataset: FaceFolder, lock: OutputLoc
         pin_memory=worker.device.type == "cuda",
     )
     log = TrainingLog(worker, options.output, fresh=checkpoint is None, step=position.step, total_steps=last_step, epochs=options.epochs,
-                      global_batch=global_batch, print_freq=options.print_freq)
-    log.say(f"seed {seed}" + (f", going on from {checkpoint.path} at step {position.step}" if checkpoint else ""))
+                      global_batch=global_batch, print_freq=options.print_freq,
+                      skip_nonfinite=options.on_nonfinite == "skip")
+    log.say(f"seed {seed}{origin}")
     writer = CheckpointWriter(options, worker, log.say, fresh=checkpoint is None)
 
-    while position.step < last_step:
-        sampler.set_position(position.epoch, position.step_in_epoch)
-        steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-        train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer)
-        if position.step_in_epoch == steps_per_epoch:
-            position.epoch, position.step_in_epoch = position.epoch + 1, 0
-        log.flush()  # before the checkpoint: metrics.jsonl always knows the steps that a checkpoint has
-        log.pause(writer.save(state))
+    try:
+        while position.step < last_step:
+            sampler.set_position(position.epoch, position.step_in_epoch)
+            steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
+            train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer)
+            if position.step_in_epoch == steps_per_epoch:
+                position.epoch, position.step_in_epoch = position.epoch + 1, 0
+            save(state, log, writer)
+    except NotFinite:  # on all ranks: what is being saved just now is from before, and good
+        writer.wait()
+        raise
     log.close()
     log.say(f"done: {position.step} steps; {writer.close()}")
+
+
+def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter) -> None:
+    """Collective. Losses and weights are looked at first: what is not finite is never saved. Raises NotFinite on all ranks."""
+    log.flush()  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
+    require_finite_weights(state.backbone, state.classifier.weight, state.position.step)
+    log.pause(writer.save(state))
 
 
 def train_one_epoch(
@@ -137,12 +159,14 @@ def train_one_epoch(
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images = 0
+    guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
     batches = iter(loader)
     for steps_left in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
-        losses, target_ranks = [], []
+        losses, target_ranks, finite = [], [], []
+        guard.remember()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images.to(worker.device, non_blocking=True), dtype, augment=options.augment,
                                    seed=state.seed, epoch=position.epoch, indices=indices)
@@ -150,19 +174,21 @@ def train_one_epoch(
             last = micro_batch == micro_batches - 1
             seed_random_numbers(state.seed, position.step * micro_batches + micro_batch, worker)
             with contextlib.nullcontext() if last else model.no_sync():
-                loss, target_rank = model(images, labels)
+                loss, target_rank, embeddings_finite = model(images, labels)
                 state.scaler.scale(loss / micro_batches).backward()
             losses.append(loss.detach())
             target_ranks.append(target_rank)
+            finite.append(embeddings_finite)
             skipped_images += skipped
-        state.scaler.step_all(optimizers.all)
+        nonfinite = guard.nonfinite(losses)
+        state.scaler.step_all(optimizers.all, nonfinite)
+        guard.take_back(nonfinite)
         optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                target_rank=torch.cat(target_ranks))
+                target_rank=torch.cat(target_ranks), finite=torch.stack(finite).all())
         if writer is not None and steps_left and writer.is_due(position.step):  # after the last one the caller saves
-            log.flush()
-            log.pause(writer.save(state))
+            save(state, log, writer)
     log.count_skipped(skipped_images)
 
 
@@ -216,14 +242,15 @@ def classifier_loss(
         memory_mib=memory_mib,
         operands=autocast_dtype if worker.device.type == "cuda" else None,  # a CPU only loses by it
         update=optimizers.of_shard if options.fuse_classifier_update else None,
+        update_if_finite=options.on_nonfinite == "skip",
     )
 
 
 def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
     """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
-    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
+    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
-    return {**flags, "--resume given": bool(options.resume), "number of images": len(dataset),
+    return {**flags, "--resume given": bool(options.resume), "--init-from given": bool(options.init_from), "number of images": len(dataset),
             "number of identities": len(dataset.identities)}
 
 

@@ -39,9 +39,11 @@ class Options:
     seed: int | None
     output: str
     resume: str
+    init_from: str
     no_save: bool
     save_freq: int | None
     keep: int | None
+    on_nonfinite: str
     print_freq: int
     plan: bool
     evaluate: bool
@@ -137,11 +139,17 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--resume", default="", metavar="PATH",
                        help="checkpoint.pth.tar to continue from, or to evaluate; auto: continue from the newest whole checkpoint "
                             "in --output, or start anew if there is none")
+    group.add_argument("--init-from", default="", metavar="PATH",
+                       help="start a fresh run from the weights in a checkpoint.pth.tar, a published backbone, or what "
+                            "scripts/export.py wrote; class centers by identity name where both sides know names")
     group.add_argument("--no-save", action="store_true", help="write no checkpoint")
     group.add_argument("--save-freq", type=int, default=None, metavar="N",
                        help="save every N steps too, beside after every epoch and at the end")
     group.add_argument("--keep", type=int, default=None, metavar="N",
                        help="checkpoints that stay, the newest N and the best (default: 2)")
+    group.add_argument("--on-nonfinite", choices=("stop", "skip"), default="stop",
+                       help="a loss that is inf or NaN: stop when it is read, before anything is saved; or leave the step out, "
+                            "weights, momentum and BatchNorm statistics as they were (default: %(default)s)")
     group.add_argument("-p", "--print-freq", type=int, default=10, metavar="N",
                        help="steps between reports; losses stay on the device until then (default: %(default)s)")
     group.add_argument("--plan", action="store_true", help="check everything, print the table of the run, and stop")
@@ -249,6 +257,10 @@ def _check_combinations(o: Options) -> None:
         _require(o.data is not None, "DIR is missing: give the directory of the training images (see python3 main.py --help)")
         _require(o.imgs_root is None and o.pair_list is None,
                  "--imgs-root and --pair-list are used with --evaluate: add it, or drop them")
+    # With auto they go together: a job that is requeued begins from these weights once, and from its own later.
+    _require(not o.init_from or o.resume in ("", "auto"),
+             f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them")
+    _require(not o.init_from or not o.evaluate, f"--init-from {o.init_from} with --evaluate: give the model with --resume")
     _require(o.start_epoch is None or not o.resume,
              f"--start-epoch {o.start_epoch}: the checkpoint of --resume says where to continue; drop --start-epoch")
     _require(o.start_epoch is None or o.start_epoch < o.epochs,
