@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from data.augment import prepare_batch
 from data.folder import FaceFolder
-from data.loader import GlobalBatchSampler, build_train_loader
+from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
 from data.pairs import PairList
 from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, check_arch, load_backbone
@@ -136,16 +136,14 @@ def train_one_epoch(
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images = 0
-    batches = iter(loader)
+    batches = iter(DeviceBatches(loader, worker.device))
     for _ in range(steps):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
         losses, target_ranks = [], []
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
-            images = prepare_batch(images.to(worker.device, non_blocking=True), dtype, augment=options.augment,
-                                   seed=state.seed, epoch=position.epoch, indices=indices)
-            labels = labels.to(worker.device, non_blocking=True)
+            images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch, indices=indices)
             last = micro_batch == micro_batches - 1
             with contextlib.nullcontext() if last else model.no_sync():
                 loss, target_rank = model(images, labels)
@@ -212,7 +210,7 @@ def classifier_loss(
 
 def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
     """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
-    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
+    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
     return {**flags, "--resume given": bool(options.resume), "number of images": len(dataset),
             "number of identities": len(dataset.identities)}
@@ -260,8 +258,11 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
 
 
 def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
-    """Scan and check the training images, once per node (under torchrun: in each process). Raises UserError."""
-    dataset = FaceFolder(options.data)
+    """Open and check the training images. Raises UserError.
+
+    One process of a node does the work: the others are started later, or wait for the first one and take its index.
+    """
+    dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
     dataset.check_headers(options.skip_bad_images, progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
     if identities > options.num_classes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -115,6 +115,33 @@ def build_train_loader(
         multiprocessing_context="fork" if workers > 0 else None,
         pin_memory=pin_memory,
     )
+
+
+class DeviceBatches:
+    """The batches of `batches` with images and labels on `device`.
+
+    On a GPU they are copied on a stream of their own. The training loop runs ahead of the GPU, so that the copy of a batch
+    goes on beside the computation with the one before it; from pageable memory there would be no such overlap: pin it.
+    """
+
+    def __init__(self, batches: Iterable[TrainBatch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        for images, labels, indices, skipped in self._batches:
+            yield TrainBatch(*self._copied(images, labels), indices, skipped)
+
+    def _copied(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if self._stream is None:
+            return [tensor.to(self._device) for tensor in tensors]
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            copies = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
+        computing.wait_stream(self._stream)
+        for copy in copies:
+            copy.record_stream(computing)  # its memory must not be given to the next copy before this use of it is over
+        return copies
 
 
 class _TrainLoader(DataLoader):

@@ -297,7 +297,7 @@ def test_the_object_is_small_and_survives_pickling(tmp_path):
             touch(tmp_path / f"identity-{identity:02d}" / f"{k:06d}.jpg")
     folder = FaceFolder(tmp_path)
     data = pickle.dumps(folder)
-    assert len(data) < 2000 * (10 + 14) + 2000  # the names, 14 bytes beside each, and little more
+    assert len(data) < 2000 * (10 + 5) + 2000  # the names, 5 bytes beside each, and little more
     copy = pickle.loads(data)
     assert copy.identities == folder.identities and np.array_equal(copy.labels, folder.labels)
     assert [copy.path(i) for i in range(2000)] == [folder.path(i) for i in range(2000)]
@@ -368,10 +368,10 @@ def test_a_folder_of_bad_files_only(tmp_path):
         FaceFolder(tmp_path).check_headers(skip_bad=True, progress=False)
 
 
-@pytest.mark.parametrize("slow_file_seconds", [0, 3600], ids=["threads", "loop"])
-def test_first_bad_file_is_named_and_all_are_counted_over_many_chunks(tmp_path, monkeypatch, slow_file_seconds):
-    monkeypatch.setattr("data.folder._HEADER_CHUNK", 7)
-    monkeypatch.setattr("data.folder._SLOW_FILE_SECONDS", slow_file_seconds)
+@pytest.mark.parametrize("waiting_ratio", [-1, float("inf")], ids=["threads", "loop"])
+def test_first_bad_file_is_named_and_all_are_counted_over_many_chunks(tmp_path, monkeypatch, waiting_ratio):
+    monkeypatch.setattr("data.index._CHUNK", 7)
+    monkeypatch.setattr("data.index._WAITING_RATIO", waiting_ratio)
     make_folder(tmp_path, {"a": 30, "b": 30})
     for name in ("a/017.jpg", "a/018.jpg", "b/000.jpg", "b/029.jpg"):
         (tmp_path / name).write_bytes(b"")
