@@ -19,6 +19,7 @@ The file, little-endian, D directories (sorted by name, without images as well) 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import fcntl
 import hashlib
@@ -119,6 +120,8 @@ class FolderIndex:
             position += size
         stamps, self.first_image, self.first_byte, directory_ends, self._name_ends, self.header_is_good = parts[:6]
         self.stamps = stamps.reshape(-1, 2)
+        # A single element comes out of these in a tenth of the time.
+        self._first_image, self._name_ends_view = memoryview(self.first_image), memoryview(self._name_ends)
         self._directory_bytes, self._name_bytes = memoryview(parts[6]), memoryview(parts[7])
         self._directory_ends = directory_ends
         self._flags_start = len(buffer) - name_bytes - directory_bytes - images
@@ -135,13 +138,13 @@ class FolderIndex:
 
     def directory_of(self, i: int) -> int:
         """The number of the directory that image i lies in."""
-        return int(np.searchsorted(self.first_image, i, side="right")) - 1
+        return bisect.bisect_right(self._first_image, i) - 1
 
     def name(self, i: int, directory: int) -> str:
         """The file name of image i, which lies in that directory."""
-        base = int(self.first_byte[directory])
-        start = int(self._name_ends[i - 1]) if i > self.first_image[directory] else 0
-        return os.fsdecode(bytes(self._name_bytes[base + start : base + int(self._name_ends[i])]))
+        base, ends = int(self.first_byte[directory]), self._name_ends_view
+        start = ends[i - 1] if i > self._first_image[directory] else 0
+        return os.fsdecode(bytes(self._name_bytes[base + start : base + ends[i]]))
 
     def verify(self) -> None:
         """Raise ValueError unless the checksum and what it cannot know are right."""
