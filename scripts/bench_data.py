@@ -78,7 +78,7 @@ def main() -> None:
               "torchvision": torchvision.__version__, "pillow": PIL.__version__}
     rows: list[dict[str, object]] = []
     if options.data is not None:
-        folder = FaceFolder(options.data, index="auto")
+        folder = FaceFolder(options.data)
         for workers in options.workers:
             rows += measure_loaders(folder, workers, options)
         rows += measure_augmentation(folder, options)
