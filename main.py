@@ -24,6 +24,7 @@ from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
 from data.pairs import PairList
+from data.recordio import RecordIODataset, is_recordio
 from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
@@ -79,7 +80,7 @@ def main() -> None:
     launch(train, plan, options, dataset)
 
 
-def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
+def train(worker: Worker, options: Options, dataset: FaceFolder | RecordIODataset) -> None:
     """Runs in every process, all of them together."""
     require_same_on_all_ranks(worker, shared_facts(options, dataset))
     checkpoint = read_resumable(options) if options.resume else None
@@ -208,7 +209,7 @@ def classifier_loss(
     )
 
 
-def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
+def shared_facts(options: Options, dataset: FaceFolder | RecordIODataset) -> dict[str, object]:
     """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
     own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
@@ -257,12 +258,17 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
 
-def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
+def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder | RecordIODataset:
     """Open and check the training images. Raises UserError.
 
     One process of a node does the work: the others are started later, or wait for the first one and take its index.
     """
-    dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
+    if is_recordio(options.data):
+        if options.index != "auto":
+            raise UserError(f"--index {options.index}: {options.data} is a package, which keeps its list beside the .rec; drop the flag")
+        dataset = RecordIODataset(options.data, progress=is_first_process())
+    else:
+        dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
     dataset.check_headers(options.skip_bad_images, progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
     if identities > options.num_classes:
@@ -286,7 +292,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder | RecordIODataset) -> str:
     """What is about to run, a line each."""
     backbone_parameters = sum(
         parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()
