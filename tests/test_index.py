@@ -13,10 +13,14 @@ from pathlib import Path
 import main
 import numpy as np
 import pytest
+import torch
 
 from data import index as module
 from data.folder import FaceFolder
 from data.index import INDEX_NAME, PackedNames, index_paths
+from data.loader import GlobalBatchSampler, build_train_loader
+from data.recordio import RecordIODataset
+from scripts import pack
 from utils.distributed import plan_processes
 from utils.errors import UserError
 from utils.options import parse_options
@@ -363,3 +367,20 @@ def test_packed_names():
     for outside in (5, -6):
         with pytest.raises(IndexError):
             packed[outside]
+
+
+def test_a_package_is_opened_by_main_and_loads_what_the_folder_loads(faces, tmp_path):
+    packed = tmp_path / "rec"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["pack.py", "rec", str(faces / "train"), str(packed)])
+        pack.main()
+    dataset = open_for_training(packed)
+    assert isinstance(dataset, RecordIODataset)
+    with pytest.raises(UserError, match="--index none: .* is a package"):
+        open_for_training(packed, "--index", "none")
+    sampler = GlobalBatchSampler(48, 8, 1, 0, 1, 0)
+    from_package, from_folder = (
+        list(build_train_loader(source, sampler, workers=1, pin_memory=False)) for source in (dataset, FaceFolder(faces))
+    )
+    for a, b in zip(from_package, from_folder, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)
