@@ -97,7 +97,7 @@ def train(worker: Worker, options: Options, dataset: FaceFolder | RecordIODatase
     checkpoint = find_checkpoint(options, worker)
     global_batch = options.batch_size * worker.nodes
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, worker)
-    state, model = build_training(worker, options, seed, len(dataset), global_batch, list(dataset.identities))
+    state, model = build_training(worker, options, seed, len(dataset), global_batch, dataset.identities)
     sampler = GlobalBatchSampler(
         len(dataset), global_batch, options.accumulation_steps, worker.rank, worker.world_size, seed
     )
