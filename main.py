@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 
 from data.augment import prepare_batch
 from data.folder import FaceFolder
-from data.loader import GlobalBatchSampler, build_train_loader
+from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
 from data.pairs import PairList
+from data.recordio import RecordIODataset, is_recordio
 from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
@@ -90,7 +91,7 @@ def main() -> None:
     launch(train, plan, options, dataset, lock)
 
 
-def train(worker: Worker, options: Options, dataset: FaceFolder, lock: OutputLock | None = None) -> None:
+def train(worker: Worker, options: Options, dataset: FaceFolder | RecordIODataset, lock: OutputLock | None = None) -> None:
     """Runs in every process, all of them together. `lock`, of --output, is only to be held."""
     require_same_on_all_ranks(worker, shared_facts(options, dataset))
     checkpoint = find_checkpoint(options, worker)
@@ -160,7 +161,7 @@ def train_one_epoch(
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images = 0
     guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
-    batches = iter(loader)
+    batches = iter(DeviceBatches(loader, worker.device))
     for steps_left in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
@@ -168,9 +169,7 @@ def train_one_epoch(
         losses, target_ranks, finite = [], [], []
         guard.remember()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
-            images = prepare_batch(images.to(worker.device, non_blocking=True), dtype, augment=options.augment,
-                                   seed=state.seed, epoch=position.epoch, indices=indices)
-            labels = labels.to(worker.device, non_blocking=True)
+            images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch, indices=indices)
             last = micro_batch == micro_batches - 1
             seed_random_numbers(state.seed, position.step * micro_batches + micro_batch, worker)
             with contextlib.nullcontext() if last else model.no_sync():
@@ -246,9 +245,9 @@ def classifier_loss(
     )
 
 
-def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
+def shared_facts(options: Options, dataset: FaceFolder | RecordIODataset) -> dict[str, object]:
     """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
-    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list"}
+    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
     return {**flags, "--resume given": bool(options.resume), "--init-from given": bool(options.init_from), "number of images": len(dataset),
             "number of identities": len(dataset.identities)}
@@ -295,9 +294,17 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
 
-def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
-    """Scan and check the training images, once per node (under torchrun: in each process). Raises UserError."""
-    dataset = FaceFolder(options.data)
+def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder | RecordIODataset:
+    """Open and check the training images. Raises UserError.
+
+    One process of a node does the work: the others are started later, or wait for the first one and take its index.
+    """
+    if is_recordio(options.data):
+        if options.index != "auto":
+            raise UserError(f"--index {options.index}: {options.data} is a package, which keeps its list beside the .rec; drop the flag")
+        dataset = RecordIODataset(options.data, progress=is_first_process())
+    else:
+        dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
     dataset.check_headers(options.skip_bad_images, progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
     if identities > options.num_classes:
@@ -321,7 +328,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder | RecordIODataset) -> str:
     """What is about to run, a line each."""
     backbone_parameters = sum(
         parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()

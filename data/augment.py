@@ -1,21 +1,54 @@
 """From a uint8 batch to the backbone's input, on the device, as batched operations; randomness from a counter.
 
-Shapes: n images of 3 x 112 x 112. What is drawn for an image depends on (seed, epoch, sample index) only, so it is the
-same on every device, at every world size and with any number of loader workers.
+Shapes: n images of 3 x 112 x 112, m of them chosen. What is drawn for an image depends on (seed, epoch, sample index)
+only, so it is the same on every device, at every world size and with any number of loader workers. What is computed from
+it is the same to the bit in any batch: gathers, sums of integers, and single operations element by element, whose results
+do not depend on where in a tensor an element lies.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-AUGMENTS = ("none", "flip", "standard")
+AUGMENTS = ("none", "flip", "standard", "strong")
 MAX_SHIFT = 6  # pixels, of 112
+
+# What "strong" does to an image, each with a probability of its own.
+CROP_PROBABILITY = 0.2
+CROP_SIDES = (84, 111)  # pixels, both included
+LOW_RESOLUTION_PROBABILITY = 0.2
+LOW_RESOLUTIONS = (16, 64)
+BLUR_PROBABILITY = 0.1
+BLUR_SIGMAS = (0.5, 2.0)  # pixels
+COLOR_PROBABILITY = 0.2
+COLOR_FACTORS = (0.6, 1.4)  # of brightness, contrast and saturation
+GRAY_PROBABILITY = 0.05
+_BLUR_RADIUS = 4  # two of the largest sigma
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG
 
 # One stream of numbers for each thing that is drawn.
 STREAM_FLIP = 0
 STREAM_SHIFT_Y = 1
 STREAM_SHIFT_X = 2
+STREAM_CROP = 3
+STREAM_CROP_SIDE = 4
+STREAM_CROP_Y = 5
+STREAM_CROP_X = 6
+STREAM_LOW_RESOLUTION = 7
+STREAM_RESOLUTION = 8
+STREAM_BLUR = 9
+STREAM_BLUR_SIGMA = 10
+STREAM_COLOR = 11
+STREAM_BRIGHTNESS = 12
+STREAM_CONTRAST = 13
+STREAM_SATURATION = 14
+STREAM_GRAY = 15
 
 _UINT64 = 2**64 - 1
 
@@ -58,20 +91,28 @@ def prepare_batch(
       "flip"      mirrored left to right with probability 1/2
       "standard"  flip, then moved by (dy, dx), each uniform in -6..6 pixels, the border pixels repeated:
                   out[y, x] = image[clamp(y - dy), clamp(x - dx)]
+      "strong"    standard, then in this order, each with its probability (the constants above): a square window
+                  enlarged to the whole; low resolution, the pixels of a coarser grid enlarged; Gaussian blur; brightness,
+                  contrast and saturation; gray
+    images may have any strides (a loader's batch has its channels last); the result is contiguous.
     indices: int64 (n,) on the CPU, the samples' numbers in the data set: with seed and epoch they decide what is drawn.
     """
     if augment not in AUGMENTS:
         raise ValueError(f"augment is {augment!r}, not one of {', '.join(AUGMENTS)}")
     if augment != "none":
         assert indices is not None and len(indices) == len(images), "augmentation is drawn by sample index"
-        images = _augment(images, augment, seed, epoch, indices)
-    return images.to(dtype).div_(255).sub_(0.5).div_(0.5)
+        images = _flip_and_shift_drawn(images, augment, seed, epoch, indices)
+    if augment == "strong":
+        images = _degrade(images.float(), seed, epoch, indices)
+    return images.to(dtype, memory_format=torch.contiguous_format).div_(255).sub_(0.5).div_(0.5)
 
 
-def _augment(images: torch.Tensor, augment: str, seed: int, epoch: int, indices: torch.Tensor) -> torch.Tensor:
+def _flip_and_shift_drawn(
+    images: torch.Tensor, augment: str, seed: int, epoch: int, indices: torch.Tensor
+) -> torch.Tensor:
     flip = random_uniform(seed, epoch, indices, STREAM_FLIP) < 0.5
     shift_y = shift_x = torch.zeros(len(indices), dtype=torch.int64)
-    if augment == "standard":
+    if augment != "flip":
         shift_y = _draw_shift(seed, epoch, indices, STREAM_SHIFT_Y)
         shift_x = _draw_shift(seed, epoch, indices, STREAM_SHIFT_X)
     # One small copy to the device for the whole batch.
@@ -97,3 +138,126 @@ def _flip_and_shift(
     columns = torch.where(flip[:, None] == 1, width - 1 - columns, columns)
     source = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, height * width).expand(-1, channels, -1)
     return images.flatten(2).gather(2, source).view_as(images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# "strong": pixels as float32 from 0 to 255
+
+
+def _degrade(images: torch.Tensor, seed: int, epoch: int, indices: torch.Tensor) -> torch.Tensor:
+    """Crop, low resolution, blur, colours and gray, in the images for which they are drawn: in place."""
+    def uniform(stream: int) -> torch.Tensor:
+        return random_uniform(seed, epoch, indices, stream)
+
+    def between(stream: int, bounds: tuple[float, float]) -> torch.Tensor:
+        return bounds[0] + (bounds[1] - bounds[0]) * uniform(stream)
+
+    def integers(stream: int, bounds: tuple[int, int]) -> torch.Tensor:
+        return bounds[0] + (uniform(stream) * (bounds[1] - bounds[0] + 1)).long()
+
+    height = images.shape[2]
+    crop = uniform(STREAM_CROP) < CROP_PROBABILITY
+    side = torch.where(crop, integers(STREAM_CROP_SIDE, CROP_SIDES), height)
+    top, left = ((uniform(stream) * (height - side + 1)).long() for stream in (STREAM_CROP_Y, STREAM_CROP_X))
+    low = uniform(STREAM_LOW_RESOLUTION) < LOW_RESOLUTION_PROBABILITY
+    resolution = torch.where(low, integers(STREAM_RESOLUTION, LOW_RESOLUTIONS), side)
+    chosen = (crop | low).nonzero().flatten()
+    if len(chosen):
+        resample = functools.partial(_resample, int(resolution[chosen].max()))
+        _replace(images, chosen, resample, torch.stack([top, left, side, resolution])[:, chosen])
+
+    chosen = (uniform(STREAM_BLUR) < BLUR_PROBABILITY).nonzero().flatten()
+    if len(chosen):
+        # math.exp: that of tensors may round an element differently at another place.
+        sigmas = between(STREAM_BLUR_SIGMA, BLUR_SIGMAS)[chosen].tolist()
+        _replace(images, chosen, _blur, torch.tensor([_gaussian(sigma) for sigma in sigmas]).T)
+
+    jitter, gray = uniform(STREAM_COLOR) < COLOR_PROBABILITY, uniform(STREAM_GRAY) < GRAY_PROBABILITY
+    brightness, contrast, saturation = (
+        torch.where(jitter, between(stream, COLOR_FACTORS), 1.0)
+        for stream in (STREAM_BRIGHTNESS, STREAM_CONTRAST, STREAM_SATURATION)
+    )
+    saturation = torch.where(gray, 0.0, saturation)
+    chosen = (jitter | gray).nonzero().flatten()
+    if len(chosen):
+        _replace(images, chosen, _change_colors, torch.stack([brightness, contrast, saturation]).float()[:, chosen])
+    return images
+
+
+def _replace(images: torch.Tensor, chosen: torch.Tensor, change: Callable[..., torch.Tensor], drawn: torch.Tensor) -> None:
+    """images[chosen] = change(images[chosen], *drawn); chosen int64 (m,) and drawn (k, m) lie on the CPU."""
+    chosen, drawn = (tensor.to(images.device, non_blocking=True) for tensor in (chosen, drawn))
+    images.index_copy_(0, chosen, change(images[chosen], *drawn))
+
+
+def _resample(
+    largest: int, images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, side: torch.Tensor, resolution: torch.Tensor
+) -> torch.Tensor:
+    """The window of side x side pixels at (top, left), averaged to resolution x resolution, enlarged to the whole.
+
+    images have integer values; all four int64 (m,), largest: of the resolutions. As adaptive average pooling and then
+    F.interpolate(mode="bilinear") do it, image by image.
+    """
+    size = images.shape[2]
+    # Cell k of r covers pixels floor(k·s/r) up to ceil((k + 1)·s/r) of s; cells beyond r repeat the last one.
+    k = torch.arange(largest, device=images.device).minimum(resolution[:, None] - 1)
+    first = k * side[:, None] // resolution[:, None]
+    last = -(-(k + 1) * side[:, None] // resolution[:, None])
+    # Sums of integers below 2^24 are exact in float32, in whatever order they are made.
+    sums = F.pad(images.cumsum(2).cumsum(3), (1, 0, 1, 0))
+    sums = _take(sums, 2, top[:, None] + last) - _take(sums, 2, top[:, None] + first)
+    sums = _take(sums, 3, left[:, None] + last) - _take(sums, 3, left[:, None] + first)
+    area = (last - first)[:, None, :, None] * (last - first)[:, None, None, :]
+    cells = sums / area
+
+    position = (2 * torch.arange(size, device=images.device) + 1) * resolution[:, None] / (2 * size) - 0.5
+    position = position.clamp(min=0).minimum(resolution[:, None] - 1)
+    below = position.long()
+    above = (below + 1).minimum(resolution[:, None] - 1)
+    weight = (position - below)[:, None, :, None]
+    rows = _take(cells, 2, below)
+    rows += (_take(cells, 2, above) - rows) * weight
+    out = _take(rows, 3, below)
+    return out.add_((_take(rows, 3, above) - out) * weight.transpose(2, 3))
+
+
+def _take(images: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """Of image i the rows (dim 2) or columns (dim 3) index[i]: (m, 3, h, w), int64 (m, k) -> (m, 3, k, w) or (m, 3, h, k).
+
+    Rows as columns of the transposed image: on the CPU in half the time of a gather along dim 2.
+    """
+    lines = images.transpose(2, 3) if dim == 2 else images
+    taken = lines.gather(3, index[:, None, None, :].expand(*lines.shape[:3], -1))
+    return taken.transpose(2, 3) if dim == 2 else taken
+
+
+def _gaussian(sigma: float) -> list[float]:
+    """(2·radius + 1,) weights whose sum is 1."""
+    weights = [math.exp(-((k / sigma) ** 2) / 2) for k in range(-_BLUR_RADIUS, _BLUR_RADIUS + 1)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _blur(images: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    """sum_k weights[k]·(image moved by k pixels), along rows and then along columns, the border pixels repeated.
+
+    weights: float32 (m,) for each k from -radius to radius.
+    """
+    for dim in (3, 2):
+        size = images.shape[dim]
+        padded = F.pad(images, (_BLUR_RADIUS, _BLUR_RADIUS, 0, 0) if dim == 3 else (0, 0, _BLUR_RADIUS, _BLUR_RADIUS),
+                       mode="replicate")
+        images = torch.zeros_like(images)
+        for k, weight in enumerate(weights):
+            images += padded.narrow(dim, k, size) * weight[:, None, None, None]
+    return images
+
+
+def _change_colors(
+    images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
+) -> torch.Tensor:
+    """c·(b·(s·x + (1 - s)·luma(x)) - 127.5) + 127.5 within 0 to 255; b, c, s float32 (m,)."""
+    scale = contrast * brightness
+    red, green, blue = images.unbind(1)
+    luma = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+    same_in_all = luma * (scale * (1 - saturation))[:, None, None] + (127.5 * (1 - contrast))[:, None, None]
+    return (images * (scale * saturation)[:, None, None, None] + same_in_all[:, None]).clamp_(0, 255)

@@ -1,7 +1,12 @@
+import hashlib
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from data import augment as module
 from data.augment import (
     AUGMENTS,
     MAX_SHIFT,
@@ -121,7 +126,7 @@ def test_random_uniform_takes_each_index_by_itself():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_shape_dtype_and_range(augment, dtype):
-    images = random_images(8)
+    images = random_images(8)  # of which "strong" leaves some as they are
     before = images.clone()
     batch = prepare_batch(images, dtype, augment=augment, seed=0, epoch=0, indices=torch.arange(8))
     assert batch.shape == (8, 3, 112, 112) and batch.dtype == dtype and batch.is_contiguous()
@@ -177,14 +182,121 @@ def test_flips_seen_in_the_pixels_have_probability_one_half():
         assert abs(flipped.double().mean() - 0.5) < 0.05  # standard error 0.011
 
 
-@pytest.mark.parametrize("augment", ["flip", "standard"])
+@pytest.mark.parametrize("augment", ["flip", "standard", "strong"])
 def test_what_an_image_gets_does_not_depend_on_its_batch(augment):
-    images, indices = random_images(12), torch.arange(100, 112)
+    images, indices = random_images(120), torch.arange(100, 220)
     options = dict(augment=augment, seed=8, epoch=4)
     whole = prepare_batch(images, torch.float32, indices=indices, **options)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    parts = [prepare_batch(images[rows], torch.float32, indices=indices[rows], **options) for rows in order.split(5)]
-    assert torch.equal(torch.cat(parts), whole[order])
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    for size in (1, 7, 50):
+        parts = [prepare_batch(images[rows], torch.float32, indices=indices[rows], **options) for rows in order.split(size)]
+        assert torch.equal(torch.cat(parts), whole[order])
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_strides_and_threads_do_not_matter(augment):
+    images, indices = random_images(40), torch.arange(40)
+    options = dict(augment=augment, seed=8, epoch=4, indices=indices)
+    expected = prepare_batch(images, torch.float32, **options)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        batch = prepare_batch(channels_last, torch.float32, **options)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(batch, expected) and batch.is_contiguous()
+
+
+@pytest.mark.parametrize("augment, expected", [
+    ("none", "d323e83505f7b047"), ("flip", "5298d03d71bbb135"), ("standard", "b47f6f1571c37a18"), ("strong", "77b84ab21f47b7f3"),
+])
+def test_augmentations_never_change(augment, expected):
+    # Golden values: other ones break every resumed run.
+    images = torch.from_numpy((np.arange(64 * 3 * 112 * 112) * 2654435761 >> 7 & 255).astype(np.uint8)).view(64, 3, 112, 112)
+    batch = prepare_batch(images, torch.float32, augment=augment, seed=1, epoch=2, indices=torch.arange(64))
+    assert hashlib.sha256(batch.numpy().tobytes()).hexdigest()[:16] == expected
+
+
+# strong: each part against the same from other functions, and what is drawn
+
+
+def test_resampling_is_adaptive_pooling_then_interpolation():
+    images = random_images(5)
+    top, left, side, resolution = torch.tensor([[0, 10, 27, 5, 0], [0, 0, 28, 20, 3], [112, 100, 84, 90, 109], [112, 37, 84, 16, 64]])
+    out = module._resample(112, images.float(), top, left, side, resolution)
+    assert torch.equal(out[0], images[0].float())  # the whole window at full resolution is the image itself
+    for i in range(5):
+        window = images[i : i + 1, :, top[i] : top[i] + side[i], left[i] : left[i] + side[i]].double()
+        cells = F.adaptive_avg_pool2d(window, int(resolution[i]))
+        expected = F.interpolate(cells, size=112, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(out[i].double(), expected[0], rtol=0, atol=1e-3)
+
+
+def test_blur_is_a_gaussian_convolution():
+    images, sigmas = random_images(3), (0.5, 1.3, 2.0)
+    weights = torch.tensor([module._gaussian(sigma) for sigma in sigmas])
+    out = module._blur(images.float(), *weights.T)
+    for image, sigma, blurred in zip(images, sigmas, out):
+        line = np.exp(-np.arange(-4, 5) ** 2 / (2 * sigma**2))
+        kernel = torch.from_numpy(np.outer(line, line) / line.sum() ** 2)
+        padded = F.pad(image[:, None].double(), (4, 4, 4, 4), mode="replicate")
+        torch.testing.assert_close(blurred[:, None].double(), F.conv2d(padded, kernel[None, None]), rtol=0, atol=1e-3)
+
+
+def test_colours():
+    images = random_images(4)
+    brightness, contrast, saturation = torch.tensor([[1, 1.3, 0.6, 1], [1, 0.7, 1.4, 1], [1, 1.2, 0.6, 0]])
+    out = module._change_colors(images.float(), brightness, contrast, saturation).double()
+    for i in range(4):
+        x = images[i].double()
+        luma = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).expand(3, -1, -1)
+        expected = luma + (x - luma) * float(saturation[i])
+        expected = 127.5 + (expected * float(brightness[i]) - 127.5) * float(contrast[i])
+        torch.testing.assert_close(out[i], expected.clamp(0, 255), rtol=0, atol=1e-3)
+    assert torch.equal(out[0], images[0].double())
+    assert torch.equal(out[3, 0], out[3, 1]) and torch.equal(out[3, 0], out[3, 2])
+
+
+def without(monkeypatch, *names: str) -> None:
+    for name in names:
+        monkeypatch.setattr(module, f"{name}_PROBABILITY", 0.0)
+
+
+PARTS = ("CROP", "LOW_RESOLUTION", "BLUR", "COLOR", "GRAY")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_of_strong_comes_as_often_as_it_should(monkeypatch, part):
+    without(monkeypatch, *(name for name in PARTS if name != part))
+    images, indices = random_images(1).expand(600, -1, -1, -1), torch.arange(600)
+    options = dict(seed=3, epoch=1, indices=indices)
+    strong = prepare_batch(images, torch.float32, augment="strong", **options)
+    changed = (strong != prepare_batch(images, torch.float32, augment="standard", **options)).flatten(1).any(1)
+    probability = getattr(module, f"{part}_PROBABILITY")
+    assert abs(changed.double().mean() - probability) < 4 * math.sqrt(probability * (1 - probability) / 600)
+
+
+def test_strong_without_its_parts_is_standard(monkeypatch):
+    without(monkeypatch, *PARTS)
+    images, indices = random_images(20), torch.arange(20)
+    strong, standard = (
+        prepare_batch(images, torch.float64, augment=augment, seed=3, epoch=1, indices=indices)
+        for augment in ("strong", "standard")
+    )
+    assert torch.equal(strong, standard)
+
+
+def test_strong_keeps_within_the_range_and_near_the_image():
+    smooth = F.interpolate(random_images(8)[:, :, :7, :7].float(), size=112, mode="bilinear").byte()
+    images = smooth.repeat(25, 1, 1, 1)
+    indices = torch.arange(200)
+    strong, standard = (
+        prepare_batch(images, torch.float32, augment=augment, seed=0, epoch=0, indices=indices)
+        for augment in ("strong", "standard")
+    )
+    assert -1 <= strong.min() and strong.max() <= 1
+    assert (strong - standard).abs().mean(dim=(1, 2, 3)).max() < 0.6
 
 
 def test_epochs_and_seeds_augment_differently():
@@ -207,5 +319,5 @@ def test_the_device_does_not_matter(augment):
 
 
 def test_unknown_augment():
-    with pytest.raises(ValueError, match="'mirror', not one of none, flip, standard"):
+    with pytest.raises(ValueError, match="'mirror', not one of none, flip, standard, strong"):
         prepare_batch(random_images(1), torch.float32, augment="mirror", indices=torch.arange(1))

@@ -14,7 +14,8 @@ import torch
 from commands import run
 from tiny import TinyBackbone
 
-from scripts import bench_classifier, bench_step
+from data.augment import AUGMENTS
+from scripts import bench_classifier, bench_data, bench_step
 from utils.distributed import Worker
 from utils.errors import UserError, exit_on_user_error
 from utils.measure import MIB, PeakMemory, check_csv, percentiles
@@ -175,3 +176,39 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="other columns"):
         check_csv(str(path), ("a", "c"))
     assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_data_command_in_this_process(faces, tmp_path, monkeypatch, capsys):
+    # Fresh processes would import torch and torchvision seven times.
+    monkeypatch.setattr(bench_data, "in_a_fresh_process", lambda work, *args: work(*args))
+    monkeypatch.setattr(bench_data.time, "sleep", lambda seconds: None)
+    table = tmp_path / "rows.csv"
+    flags = [faces / "train", "--workers", "0,1", "--batch", 8, "--rounds", 2, "--batches", 2, "--files", 60, "--directories", 7]
+    monkeypatch.setattr(sys, "argv", ["bench_data.py", *map(str, flags), "--json", "--csv", str(table)])
+    threads = torch.get_num_threads()
+    try:
+        bench_data.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(capsys.readouterr().out)
+    loaders = [(row["impl"], row["workers"]) for row in rows if row["measure"] == "loader"]
+    assert loaders == [("ours", 0), ("published", 0), ("ours", 1), ("published", 1)]
+    assert [row["impl"] for row in rows[4:]] == [*AUGMENTS, "published", "first, scans", "later, by the index"]
+    for row in rows:
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+    assert rows[0]["over_published"] == pytest.approx(rows[0]["p50"] / rows[1]["p50"])
+    assert rows[2]["worker_private_mib"] > 0.1 and rows[-1]["files"] == 60 and rows[-1]["directories"] == 7
+    assert [row["impl"] for row in csv.DictReader(table.open())] == [row["impl"] for row in rows]
+    assert bench_data.as_text(rows).count("\n") == 2 + len(rows)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("", "nothing to measure"),
+    ("--files 5 --directories 6", "--files 5: fewer"),
+    ("images --workers 1,x", "--workers 1,x"),
+    ("images --workers=-1", "--workers -1: give at least 0"),
+    ("--files 10 --directories 2 --temporary /nowhere", "--temporary /nowhere"),
+])
+def test_data_options(flags, words):
+    with pytest.raises(UserError, match=words):
+        bench_data.parse_options(flags.split())

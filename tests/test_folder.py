@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.decode import read_image
+from data.decode import decode_image, decode_into, read_image
 from data.folder import IMAGE_EXTENSIONS, FaceFolder
 from utils.errors import UserError
 
@@ -78,6 +78,52 @@ def test_jpeg_gives_what_pillow_gives(tmp_path, kind):
     path.write_bytes(JPEG_KINDS[kind]())
     expected = np.asarray(Image.open(path).convert("RGB"))
     assert np.array_equal(read_image(path).permute(1, 2, 0), expected)
+
+
+def decoded_into(data: bytes) -> torch.Tensor:
+    pixels = torch.empty(112, 112, 3, dtype=torch.uint8).permute(2, 0, 1)
+    decode_into(data, "face", pixels)
+    return pixels
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+def test_the_loaders_decoder_gives_the_same_pixels(kind):
+    data = JPEG_KINDS[kind]()
+    assert torch.equal(decoded_into(data), decode_image(data, "face"))
+
+
+def test_the_loaders_decoder_with_other_formats_and_colours():
+    for image, format in ((smooth_image(), "PNG"), (smooth_image().convert("L"), "JPEG"), (smooth_image().convert("CMYK"), "JPEG")):
+        data = encode(image, format)
+        assert torch.equal(decoded_into(data), decode_image(data, "face"))
+
+
+def test_the_loaders_decoder_on_damaged_data(capfd):
+    """The same pixels or the same error as decode_image."""
+    rng = np.random.default_rng(0)
+    whole = encode(smooth_image(), "JPEG")
+    outcomes = []
+    for case in range(600):
+        data = bytearray(whole)
+        if case % 3 == 0:
+            del data[rng.integers(1, len(data)):]
+        elif case % 3 == 1:
+            data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        else:
+            position = rng.integers(500, len(data))
+            data[position:position] = rng.bytes(20)
+        try:
+            expected = decode_image(bytes(data), "face")
+        except UserError as error:
+            with pytest.raises(UserError) as caught:
+                decoded_into(bytes(data))
+            assert str(caught.value) == str(error)
+            outcomes.append("error")
+        else:
+            assert torch.equal(decoded_into(bytes(data)), expected)
+            outcomes.append("image")
+    assert min(outcomes.count("error"), outcomes.count("image")) > 150
+    capfd.readouterr()  # libjpeg's messages
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP"])
@@ -297,7 +343,7 @@ def test_the_object_is_small_and_survives_pickling(tmp_path):
             touch(tmp_path / f"identity-{identity:02d}" / f"{k:06d}.jpg")
     folder = FaceFolder(tmp_path)
     data = pickle.dumps(folder)
-    assert len(data) < 2000 * (10 + 14) + 2000  # the names, 14 bytes beside each, and little more
+    assert len(data) < 2000 * (10 + 5) + 2000  # the names, 5 bytes beside each, and little more
     copy = pickle.loads(data)
     assert copy.identities == folder.identities and np.array_equal(copy.labels, folder.labels)
     assert [copy.path(i) for i in range(2000)] == [folder.path(i) for i in range(2000)]
@@ -368,10 +414,10 @@ def test_a_folder_of_bad_files_only(tmp_path):
         FaceFolder(tmp_path).check_headers(skip_bad=True, progress=False)
 
 
-@pytest.mark.parametrize("slow_file_seconds", [0, 3600], ids=["threads", "loop"])
-def test_first_bad_file_is_named_and_all_are_counted_over_many_chunks(tmp_path, monkeypatch, slow_file_seconds):
-    monkeypatch.setattr("data.folder._HEADER_CHUNK", 7)
-    monkeypatch.setattr("data.folder._SLOW_FILE_SECONDS", slow_file_seconds)
+@pytest.mark.parametrize("waiting_ratio", [-1, float("inf")], ids=["threads", "loop"])
+def test_first_bad_file_is_named_and_all_are_counted_over_many_chunks(tmp_path, monkeypatch, waiting_ratio):
+    monkeypatch.setattr("data.index._CHUNK", 7)
+    monkeypatch.setattr("data.index._WAITING_RATIO", waiting_ratio)
     make_folder(tmp_path, {"a": 30, "b": 30})
     for name in ("a/017.jpg", "a/018.jpg", "b/000.jpg", "b/029.jpg"):
         (tmp_path / name).write_bytes(b"")

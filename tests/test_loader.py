@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import signal
 import time
 import tracemalloc
@@ -12,9 +13,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.augment import prepare_batch
+from data import decode, loader as module
+from data.decode import read_image
 from data.folder import FaceFolder
-from data.loader import GlobalBatchSampler, TrainBatch, build_train_loader
+from data.loader import DeviceBatches, GlobalBatchSampler, TrainBatch, build_train_loader
 from utils.errors import UserError
+
+# More workers than cores, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker processes in total")
 
 REAL_FACES = os.environ.get("ARCFACE_REAL_FACES", "")
 
@@ -176,7 +182,7 @@ def augmented_epoch(world_size: int, workers: int, micro_batches: int, at: tuple
         sampler = sampler_of(rank=rank, world_size=world_size, micro_batches=micro_batches, seed=11, at=at)
         parts = []
         for images, labels, indices, _ in loader_of(Pictures(), sampler, workers):
-            inputs = prepare_batch(images, torch.float32, augment="standard", seed=11, epoch=at[0], indices=indices)
+            inputs = prepare_batch(images, torch.float32, augment="strong", seed=11, epoch=at[0], indices=indices)
             parts.append(torch.cat([inputs.flatten(1), labels[:, None], indices[:, None]], dim=1))
         by_rank.append(parts)
     return [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
@@ -189,7 +195,7 @@ def expected_epoch() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "world_size, workers, micro_batches",
-    [(1, 0, 1), (1, 1, 1), (1, 2, 1), (2, 0, 1), (2, 2, 1), (3, 0, 2), (3, 1, 1), (4, 0, 3), (4, 2, 1)],
+    [(1, 0, 1), (1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 4, 1), (3, 0, 2), (4, 2, 1)],
 )
 def test_augmented_batches_do_not_depend_on_workers_and_world_size(expected_epoch, world_size, workers, micro_batches):
     epoch = augmented_epoch(world_size, workers, micro_batches, at=(1, 0))
@@ -235,7 +241,64 @@ def test_workers_persist_take_one_thread_and_survive_sigint():
         assert (labels == 1).all()
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_from_files_hold_the_pixels_of_decode_image(faces, workers, world_size):
+    folder = FaceFolder(faces)
+    expected = torch.stack([read_image(folder.path(i)) for i in range(len(folder))])
+    for rank in range(world_size):
+        sampler = sampler_of(num_samples=48, global_batch=8, rank=rank, world_size=world_size)
+        loader = loader_of(folder, sampler, workers)
+        next(iter(loader))  # left at once: what was read ahead must not be mixed into what follows
+        for epoch in range(2):
+            sampler.set_position(epoch, 0)
+            batches = list(loader)  # all of them first: none may be overwritten by a later one
+            for batch, wanted in zip(batches, sampler, strict=True):
+                assert batch.indices.tolist() == wanted and batch.labels.tolist() == folder.labels[wanted].tolist()
+                assert torch.equal(batch.images, expected[wanted])
+                assert batch.images.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_batches_arrive_without_a_free_slot(faces, monkeypatch):
+    folder, sampler = FaceFolder(faces), sampler_of(num_samples=48, global_batch=8)
+    expected = list(loader_of(folder, sampler, workers=1))
+    monkeypatch.setattr(module._SharedSlots, "lend", lambda self: None)
+    for a, b in zip(loader_of(folder, sampler, workers=1), expected, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_without_torchvisions_operator_pillow_gives_the_same(faces, monkeypatch):
+    folder, sampler = FaceFolder(faces), sampler_of(num_samples=48, global_batch=8)
+    assert decode.jpeg_operator() is not None
+    expected = list(loader_of(folder, sampler))
+    monkeypatch.setattr(decode, "jpeg_operator", lambda: None)
+    for a, b in zip(loader_of(folder, sampler), expected, strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_batches_for_the_cpu_are_not_copied():
+    batches = list(loader_of(Pictures(), sampler_of()))
+    for moved, batch in zip(DeviceBatches(batches, torch.device("cpu")), batches, strict=True):
+        assert isinstance(moved, TrainBatch) and moved.images is batch.images and moved.labels is batch.labels
+
+
 # Bad images
+
+
+def test_damaged_data_that_can_be_decoded_is_told_once_by_name(faces, tmp_path, capfd):
+    folder = FaceFolder(shutil.copytree(faces / "train", tmp_path / "train"))
+    path = Path(folder.path(3))
+    whole, expected = path.read_bytes(), read_image(path)
+    path.write_bytes(whole[:-2] + bytes(10) + whole[-2:])
+    sampler = sampler_of(num_samples=48, global_batch=8)
+    loader = loader_of(folder, sampler, workers=1)
+    for epoch in range(2):
+        sampler.set_position(epoch, 0)
+        for batch in loader:
+            for image in batch.images[batch.indices == 3]:
+                assert torch.equal(image, expected)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"warning: {path}: the image's data is damaged (Corrupt JPEG data: ")
 
 
 def make_faces(root: Path, images: int) -> FaceFolder:
@@ -328,6 +391,18 @@ def test_real_faces_load_the_same_with_any_number_of_workers():
     for a, b in zip(*epochs, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)
         assert np.array_equal(a.labels, faces.labels[a.indices])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_hold_the_same():
+    device, sampler = torch.device("cuda", 0), sampler_of()
+    expected = list(loader_of(Pictures(), sampler))
+    loader = build_train_loader(Pictures(), sampler, workers=2, pin_memory=True)
+    for epoch in range(3):
+        for moved, batch in zip(DeviceBatches(loader, device), expected, strict=True):
+            assert moved.images.is_cuda and moved.labels.is_cuda
+            torch.ones(2000, 2000, device=device).matmul(torch.ones(2000, 2000, device=device))  # work to overlap with
+            assert torch.equal(moved.images.cpu(), batch.images) and torch.equal(moved.labels.cpu(), batch.labels)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

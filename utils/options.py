@@ -17,6 +17,7 @@ class Options:
     """What the user asked for, one field per flag of main.py (see `build_parser` for their meaning)."""
 
     data: str | None
+    index: str
     skip_bad_images: bool
     augment: str
     workers: int
@@ -93,10 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("data", metavar="DIR", nargs="?",
                        help="training images: DIR/train/<identity>/*.jpg if DIR/train exists, else DIR/<identity>/*.jpg; "
                             "aligned, 112x112")
+    group.add_argument("--index", default="auto", metavar="FILE",
+                       help="where the list of the images is kept, so that the next start need not scan the directories and "
+                            "look at every file again; auto: in DIR, or if that cannot be written among the user's caches; none: "
+                            "nowhere (default: %(default)s)")
     group.add_argument("--skip-bad-images", action="store_true",
                        help="count and skip images that cannot be read, where the default is to stop and name the first")
-    group.add_argument("--augment", choices=("none", "flip", "standard"), default="flip",
-                       help="flip: random mirror; standard: also random shifts of up to 6 pixels (default: %(default)s)")
+    group.add_argument("--augment", choices=("none", "flip", "standard", "strong"), default="flip",
+                       help="flip: random mirror; standard: also random shifts of up to 6 pixels; strong: also, each in some "
+                            "images, crop, low resolution, blur, colour changes, gray (default: %(default)s)")
     group.add_argument("-j", "--workers", type=int, default=4, metavar="N",
                        help="data loading processes of this node, shared out over its ranks (default: %(default)s)")
 
@@ -246,6 +252,7 @@ def _check_ranges(o: Options) -> None:
 
 
 def _check_combinations(o: Options) -> None:
+    _require(o.index != "", "--index '': give a file, auto or none")
     for flag, value in (("--save-freq", o.save_freq), ("--keep", o.keep)):
         _require(value is None or not o.no_save, f"{flag} {value} with --no-save: choose one of them")
     if o.evaluate:

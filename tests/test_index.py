@@ -1,0 +1,386 @@
+"""The image index: what a scan finds, kept in a file, and used as long as it is right."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import time
+from pathlib import Path
+
+import main
+import numpy as np
+import pytest
+import torch
+
+from data import index as module
+from data.folder import FaceFolder
+from data.index import INDEX_NAME, PackedNames, index_paths
+from data.loader import GlobalBatchSampler, build_train_loader
+from data.recordio import RecordIODataset
+from scripts import pack
+from utils.distributed import plan_processes
+from utils.errors import UserError
+from utils.options import parse_options
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def make_tree(root: Path) -> Path:
+    """Three identities of 2, 1 and 3 files, and a directory without any."""
+    for name in ("a/1.jpg", "a/2.png", "b/1.jpg", "d/x.jpg", "d/y.jpg", "d/z.jpg", "c/notes.txt"):
+        touch(root / name)
+    return root
+
+
+def listing(folder: FaceFolder) -> list[tuple[str, int]]:
+    return [(folder.path(i), label) for i, label in enumerate(folder.labels.tolist())]
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Stamps are relied on at once; `tick` lets the clock of the file system, of a few milliseconds, move on."""
+    monkeypatch.setattr(module, "_SETTLED_SECONDS", 0.0)
+    def tick() -> None:
+        time.sleep(0.03)
+    return tick
+
+
+@pytest.fixture
+def read_directories(monkeypatch) -> list[str]:
+    """The names of the directories whose images are listed from now on."""
+    read: list[str] = []
+    list_images = module._list_images
+    monkeypatch.setattr(module, "_list_images", lambda path: read.append(os.path.basename(path)) or list_images(path))
+    return read
+
+
+def test_the_second_start_reads_no_directory(tmp_path, settled, read_directories):
+    make_tree(tmp_path)
+    settled()
+    expected = listing(FaceFolder(tmp_path))
+    assert read_directories == ["a", "b", "c", "d"] and not (tmp_path / INDEX_NAME).exists()
+    first = FaceFolder(tmp_path, index="auto")
+    read_directories.clear()
+    second = FaceFolder(tmp_path, index="auto")
+    assert read_directories == []
+    assert listing(first) == listing(second) == expected
+    assert second.identities == first.identities == ["a", "b", "d"]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+CHANGES = {
+    "file added": (lambda root: touch(root / "b" / "0.jpg"), ["b"]),
+    "file removed": (lambda root: (root / "d" / "y.jpg").unlink(), ["d"]),
+    "file renamed": (lambda root: (root / "d" / "y.jpg").rename(root / "d" / "zz.jpg"), ["d"]),
+    "first file of a directory": (lambda root: touch(root / "c" / "1.jpg"), ["c"]),
+    "identity added": (lambda root: touch(root / "aa" / "1.jpg"), ["aa"]),
+    "identity removed": (lambda root: shutil.rmtree(root / "a"), []),
+    "identity renamed": (lambda root: (root / "a").rename(root / "e"), ["e"]),
+    "time set back": (lambda root: (touch(root / "b" / "0.jpg"), os.utime(root / "b", ns=(0, 1))), ["b"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_directories_alone_are_read_again(tmp_path, settled, read_directories, change):
+    make_tree(tmp_path)
+    os.utime(tmp_path / "b", ns=(0, 1))
+    settled()
+    before = listing(FaceFolder(tmp_path, index="auto"))
+    settled()
+    apply, changed = CHANGES[change]
+    apply(tmp_path)
+    settled()
+    read_directories.clear()
+    now = listing(FaceFolder(tmp_path, index="auto"))
+    assert read_directories == changed
+    assert now == listing(FaceFolder(tmp_path)) != before
+    read_directories.clear()
+    assert listing(FaceFolder(tmp_path, index="auto")) == now and read_directories == []
+
+
+def test_directories_that_were_swapped_are_seen(tmp_path, settled):
+    """The same names and, as an archive may leave it, the same time of modification: only the time of change tells."""
+    make_tree(tmp_path)
+    for name in ("a", "b", "d"):
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    settled()
+    FaceFolder(tmp_path, index="auto")
+    settled()
+    for source, target in (("a", "t"), ("b", "a"), ("t", "b")):
+        (tmp_path / source).rename(tmp_path / target)
+    assert listing(FaceFolder(tmp_path, index="auto")) == listing(FaceFolder(tmp_path))
+
+
+def test_a_directory_that_has_just_changed_is_read_again(tmp_path, read_directories):
+    make_tree(tmp_path)
+    FaceFolder(tmp_path, index="auto")
+    read_directories.clear()
+    FaceFolder(tmp_path, index="auto")
+    assert read_directories == ["a", "b", "c", "d"]
+
+
+def test_a_damaged_index_is_never_used(tmp_path, settled, capsys):
+    make_tree(tmp_path)
+    settled()
+    expected = listing(FaceFolder(tmp_path, index="auto"))
+    path = tmp_path / INDEX_NAME
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    cases = [whole[:keep] for keep in range(0, len(whole), 7)] + [whole + b"x", b"", b"some notes", os.urandom(len(whole))]
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        cases.append(bytes(damaged))
+    for case in cases:
+        path.write_bytes(case)
+        assert listing(FaceFolder(tmp_path, index="auto", progress=True)) == expected
+        note = capsys.readouterr().err
+        assert note.startswith(f"note: the image index {path} is not used, ") and note.count("\n") == 1
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("old, new, reason", [
+    (b"1.jpg", b"/etc/", "names that no file can have"), (b"\x03\0\0\0\0\0\0\0", b"\xff" * 8, "do not fit together"),
+])
+def test_a_right_checksum_is_not_enough(tmp_path, settled, capsys, old, new, reason):
+    make_tree(tmp_path)
+    settled()
+    expected = listing(FaceFolder(tmp_path, index="auto"))
+    path = tmp_path / INDEX_NAME
+    start = module._HEADER.size
+    content = path.read_bytes()
+    path.write_bytes(module._sealed(bytearray(content[:start] + content[start:].replace(old, new, 1))))
+    assert listing(FaceFolder(tmp_path, index="auto", progress=True)) == expected
+    assert reason in capsys.readouterr().err
+
+
+def test_the_index_of_another_folder_is_not_used(tmp_path, settled):
+    one, two = make_tree(tmp_path / "one"), make_tree(tmp_path / "two")
+    (two / "d" / "x.jpg").rename(two / "d" / "w.jpg")
+    settled()
+    file = tmp_path / "index"
+    for root in (one, two, one):
+        assert listing(FaceFolder(root, index=file)) == listing(FaceFolder(root))
+
+
+def test_the_file_of_the_flag(tmp_path, settled, read_directories):
+    root = make_tree(tmp_path / "data")
+    settled()
+    file = tmp_path / "new" / "faces.index"
+    expected = listing(FaceFolder(root, index=file))
+    assert file.exists() and not (root / INDEX_NAME).exists()
+    read_directories.clear()
+    assert listing(FaceFolder(root, index=file)) == expected and read_directories == []
+
+
+def test_a_file_that_is_no_index_is_not_replaced(tmp_path):
+    root = make_tree(tmp_path / "data")
+    precious = tmp_path / "train.rec"
+    precious.write_bytes(b"pixels" * 100)
+    with pytest.raises(UserError, match="--index .*train.rec: is something else than an image index"):
+        FaceFolder(root, index=precious)
+    assert precious.read_bytes() == b"pixels" * 100
+    with pytest.raises(UserError, match="--index .*data: cannot be read .Is a directory"):
+        FaceFolder(root, index=root)
+    with pytest.raises(UserError, match="--index .*: cannot be (read|written) .*(give another file)?"):
+        FaceFolder(root, index=precious / "index")
+
+
+def test_where_the_data_cannot_be_written_the_cache_has_the_index(tmp_path, settled, monkeypatch, capsys, read_directories):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = make_tree(tmp_path / "data")
+    (root / INDEX_NAME).mkdir()  # tests may run as root, for whom everything can be written
+    settled()
+    expected = listing(FaceFolder(root, index="auto", progress=True))
+    beside, cached = index_paths(str(root), "auto")
+    assert os.path.isfile(cached) and cached.startswith(str(tmp_path / "cache" / "arcface"))
+    read_directories.clear()
+    assert listing(FaceFolder(root, index="auto", progress=True)) == expected and read_directories == []
+    assert capsys.readouterr() == ("", "")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").touch()
+    folder = FaceFolder(root, index="auto", progress=True)
+    assert listing(folder) == expected
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and note.startswith(f"note: {beside}: cannot be written") and "next start" in note
+    assert listing(pickle.loads(pickle.dumps(folder))) == expected
+
+
+# Headers
+
+
+@pytest.fixture
+def checked_headers(monkeypatch) -> list[str]:
+    """The names of the files whose headers are looked at from now on."""
+    names: list[str] = []
+    check_header = FaceFolder.check_headers.__globals__["check_header"]
+    monkeypatch.setattr("data.folder.check_header", lambda path: names.append(os.path.basename(path)) or check_header(path))
+    return names
+
+
+def small_copy(faces: Path, root: Path) -> Path:
+    shutil.copytree(faces / "train", root)
+    return root
+
+
+def test_good_headers_are_looked_at_once(faces, tmp_path, settled, checked_headers):
+    root = small_copy(faces, tmp_path / "faces")
+    settled()
+    for times in (1, 0, 0):
+        folder = FaceFolder(root, index="auto")
+        assert folder.check_headers(skip_bad=False, progress=False) == 0
+        assert len(checked_headers) == 48 * times
+        checked_headers.clear()
+    identity = folder.identities[3]
+    shutil.copy(folder.path(0), root / identity / "new.jpg")
+    settled()
+    FaceFolder(root, index="auto").check_headers(skip_bad=False, progress=False)
+    assert len(checked_headers) == 7  # of the changed directory alone
+    checked_headers.clear()
+    FaceFolder(root, index="auto").check_headers(skip_bad=False, progress=False)
+    assert checked_headers == []
+
+
+def test_bad_headers_are_looked_at_again(faces, tmp_path, settled, checked_headers, capsys):
+    root = small_copy(faces, tmp_path / "faces")
+    bad = FaceFolder(root).path(7)
+    content = Path(bad).read_bytes()
+    Path(bad).write_bytes(b"")
+    settled()
+    with pytest.raises(UserError, match="the file is empty .1 of 48 images is bad"):
+        FaceFolder(root, index="auto").check_headers(skip_bad=False, progress=False)
+    for _ in range(2):
+        checked_headers.clear()
+        folder = FaceFolder(root, index="auto")
+        assert folder.check_headers(skip_bad=True, progress=True) == 1 and len(folder) == 47
+        assert checked_headers == [os.path.basename(bad)]
+        assert bad not in [path for path, _ in listing(folder)]
+        assert "1 of 48 images is bad and skipped" in capsys.readouterr().err
+    Path(bad).write_bytes(content)  # repaired in place: its directory has not changed
+    folder = FaceFolder(root, index="auto")
+    assert folder.check_headers(skip_bad=False, progress=False) == 0 and len(folder) == 48
+
+
+def test_dropped_images_over_the_whole_folder(faces, tmp_path, settled):
+    root = small_copy(faces, tmp_path / "faces")
+    whole = listing(FaceFolder(root))
+    bad = [0, 1, 5, 6, 7, 30, 47]
+    for i in bad:
+        Path(whole[i][0]).write_bytes(b"")
+    for index in ("none", "auto", "auto"):
+        folder = FaceFolder(root, index=index)
+        assert folder.check_headers(skip_bad=True, progress=False) == 7
+        assert listing(folder) == [entry for i, entry in enumerate(whole) if i not in bad]
+        assert [folder[i][1] for i in range(len(folder))] == folder.labels.tolist()
+        assert listing(pickle.loads(pickle.dumps(folder))) == listing(folder)
+
+
+# Several processes
+
+
+def open_slowly(root: Path, log: str, barrier) -> None:
+    """In a process of its own: the directories are listed slowly, and each listing is noted."""
+    list_images = module._list_images
+
+    def slow(path: str) -> list[str]:
+        time.sleep(0.02)
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {os.path.basename(path)}\n")
+        return list_images(path)
+
+    module._list_images = slow
+    barrier.wait()
+    folder = FaceFolder(root, index="auto")
+    folder.check_headers(skip_bad=False, progress=False)
+    with open(f"{log}.{os.getpid()}", "wb") as file:
+        pickle.dump(listing(folder), file)
+
+
+def test_of_processes_that_start_together_one_scans(faces, tmp_path, settled):
+    root, log = small_copy(faces, tmp_path / "faces"), str(tmp_path / "log")
+    settled()
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=open_slowly, args=(root, log, barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    lines = Path(log).read_text().splitlines()
+    assert len(lines) == 8 and len({line.split()[0] for line in lines}) == 1
+    found = [pickle.loads(path.read_bytes()) for path in tmp_path.glob("log.*")]
+    assert len(found) == 4 and all(each == listing(FaceFolder(root)) for each in found)
+
+
+def test_another_process_maps_the_file(tmp_path, settled):
+    for k in range(3000):
+        touch(tmp_path / f"{k % 10}" / f"{k:06d}.jpg")
+    settled()
+    folder = FaceFolder(tmp_path, index="auto")
+    size = (tmp_path / INDEX_NAME).stat().st_size
+    assert size < 3000 * (10 + 5) + 1000
+    message = pickle.dumps(folder)
+    assert len(message) < 1000
+    copy = pickle.loads(message)
+    assert listing(copy) == listing(folder) and copy.identities == folder.identities
+    touch(tmp_path / "0" / "new.jpg")
+    FaceFolder(tmp_path, index="auto")
+    assert len(listing(folder)) == 3000  # what is mapped stays
+    with pytest.raises(UserError, match="changed while this run was starting"):
+        pickle.loads(message)
+
+
+# main.py
+
+
+def open_for_training(*flags: object):
+    options = parse_options([*map(str, flags), "-b", "8", "--device", "cpu"])
+    return main.open_dataset(options, plan_processes(options))
+
+
+def test_the_training_keeps_an_index(faces, tmp_path, settled, read_directories):
+    root = small_copy(faces, tmp_path / "faces")
+    settled()
+    for flags, file in (([], root / INDEX_NAME), (["--index", tmp_path / "file"], tmp_path / "file")):
+        read_directories.clear()
+        assert len(open_for_training(root, *flags)) == 48
+        assert file.exists() and len(read_directories) == 8
+        read_directories.clear()
+        assert len(open_for_training(root, *flags)) == 48 and read_directories == []
+    assert len(open_for_training(root, "--index", "none")) == 48 and len(read_directories) == 8
+
+
+def test_packed_names():
+    names = ["a", "", "Gökçe", os.fsdecode(b"\xff"), "b"]
+    packed = PackedNames(*module._pack(names))
+    assert packed == names and list(packed) == names and len(packed) == 5
+    assert packed[-1] == "b" and packed[1:4] == names[1:4] and "Gökçe" in packed
+    assert packed.where(np.array([1, 0, 1, 0, 1], bool)) == ["a", "Gökçe", "b"]
+    assert packed != names[:4]
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            packed[outside]
+
+
+def test_a_package_is_opened_by_main_and_loads_what_the_folder_loads(faces, tmp_path):
+    packed = tmp_path / "rec"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["pack.py", "rec", str(faces / "train"), str(packed)])
+        pack.main()
+    dataset = open_for_training(packed)
+    assert isinstance(dataset, RecordIODataset)
+    with pytest.raises(UserError, match="--index none: .* is a package"):
+        open_for_training(packed, "--index", "none")
+    sampler = GlobalBatchSampler(48, 8, 1, 0, 1, 0)
+    from_package, from_folder = (
+        list(build_train_loader(source, sampler, workers=1, pin_memory=False)) for source in (dataset, FaceFolder(faces))
+    )
+    for a, b in zip(from_package, from_folder, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)
