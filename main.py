@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -23,12 +24,13 @@ from torch.utils.data import DataLoader
 from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.loader import GlobalBatchSampler, build_train_loader
-from data.pairs import PairList
+from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
 from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
+from models.embedding import buffers_of_rank_0, embed_images_together
 from models.sync_batchnorm import convert_sync_batchnorm
-from utils.checkpoint import FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
+from utils.checkpoint import BEST_FILE_NAME, FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
 from utils.distributed import (
     ProcessPlan, Worker, broadcast_integer, is_first_process, launch, plan_processes, require_same_on_all_ranks,
 )
@@ -37,8 +39,8 @@ from utils.meters import TrainingLog
 from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
 from utils.options import EMBEDDING_SIZE, Options, parse_options
 from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
-from utils.verification import format_result
-from valid import validate
+from utils.verification import format_result, squared_distance
+from valid import evaluate_pairs, validate
 
 
 class TrainingModel(nn.Module):
@@ -67,8 +69,9 @@ def main() -> None:
     check_fused_update(options, plan)
     if options.resume:
         read_resumable(options)  # only to check it: every process reads it for itself
+    sets = open_validation_sets(options)
     dataset = open_dataset(options, plan)
-    table = run_table(options, plan, dataset)
+    table = run_table(options, plan, dataset, sets)
     if is_first_process():
         print(table, flush=True)
     if options.plan:
@@ -76,12 +79,12 @@ def main() -> None:
     make_output(options)
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.init_method}", flush=True)
-    launch(train, plan, options, dataset)
+    launch(train, plan, options, dataset, sets)
 
 
-def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
-    """Runs in every process, all of them together."""
-    require_same_on_all_ranks(worker, shared_facts(options, dataset))
+def train(worker: Worker, options: Options, dataset: FaceFolder, sets: dict[str, PairSet] | None = None) -> None:
+    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on, by name."""
+    require_same_on_all_ranks(worker, shared_facts(options, dataset, sets))
     checkpoint = read_resumable(options) if options.resume else None
     global_batch = options.batch_size * worker.nodes
     seed = checkpoint["seed"] if checkpoint else choose_seed(options, worker)
@@ -92,6 +95,8 @@ def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
     position, steps_per_epoch = state.position, sampler.steps_per_epoch
     if checkpoint:
         load_checkpoint(state, checkpoint, options)
+        if any(tuple(checkpoint["options"].get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin")):
+            position.best_score = None  # accuracies on other sets do not compare
     elif options.start_epoch:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
     last_step = min(position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch,
@@ -108,14 +113,14 @@ def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
     while position.step < last_step:
         sampler.set_position(position.epoch, position.step_in_epoch)
         steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-        train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log)
+        train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, sets)
         if position.step_in_epoch == steps_per_epoch:
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
         log.flush()
+        due = options.val_freq is None or position.step % options.val_freq == 0 or position.step == last_step
+        is_best = due and evaluate_backbone(worker, options, state, sets, log)
         if not options.no_save:
-            start = time.perf_counter()
-            save_checkpoint(state, options, worker)
-            log.pause(time.perf_counter() - start)
+            save(worker, options, state, log, is_best=is_best)
             saved = True
     log.close()
     log.say(f"done: {position.step} steps; " + (os.path.join(options.output, FILE_NAME) if saved else "nothing saved"))
@@ -130,14 +135,15 @@ def train_one_epoch(
     steps: int,
     steps_per_epoch: int,
     log: TrainingLog,
+    sets: dict[str, PairSet] | None = None,
 ) -> None:
-    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in."""
+    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, with the evaluations within."""
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images = 0
     batches = iter(loader)
-    for _ in range(steps):
+    for remaining in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
@@ -158,7 +164,60 @@ def train_one_epoch(
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
                 target_rank=torch.cat(target_ranks))
+        if remaining and options.val_freq and position.step % options.val_freq == 0:
+            is_best = evaluate_backbone(worker, options, state, sets, log)
+            if is_best and not options.no_save:
+                save(worker, options, state, log, is_best=True)
     log.count_skipped(skipped_images)
+
+
+def evaluate_backbone(
+    worker: Worker, options: Options, state: TrainState, sets: dict[str, PairSet] | None, log: TrainingLog
+) -> bool:
+    """Collective. The pair accuracy of the backbone as a checkpoint would hold it, on each set; nothing else changes.
+
+    Returns whether the mean accuracy over the sets is the best so far, which the position then holds.
+    """
+    if not sets:
+        return False
+    started = time.perf_counter()
+    log.flush()
+    position, results = state.position, {}
+    images_at_a_time = max(options.batch_size // worker.processes_per_node // options.accumulation_steps, 32)
+    # The bare backbone: DistributedDataParallel would synchronise, and a rank may have fewer batches than another.
+    with buffers_of_rank_0(worker, state.backbone):
+        for name, pairs in sets.items():
+            embeddings = embed_images_together(
+                worker, state.backbone, PairImages(pairs), batch_size=images_at_a_time,
+                workers=-(-options.workers // worker.processes_per_node), progress=False,
+            )
+            if worker.is_main:
+                distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
+                results[name] = evaluate_pairs(pairs, embeddings, distance)
+    score = torch.tensor([result.accuracy for result in results.values()] or [0.0], dtype=torch.float64,
+                         device=worker.device).mean()
+    dist.broadcast(score, src=0)
+    is_best = position.best_score is None or float(score) > position.best_score
+    if is_best:
+        position.best_score = float(score)
+    seconds = time.perf_counter() - started
+    if worker.is_main:
+        log.add_evaluation(step=position.step, epoch=position.epoch, results={
+            name: {key: value for key, value in vars(result).items() if isinstance(value, (int, float))}
+            for name, result in results.items()
+        })
+    figures = "  ".join(f"{name} {100 * r.accuracy:.2f}% +- {100 * r.accuracy_std:.2f}" for name, r in results.items())
+    log.say(f"validation at step {position.step}: {figures}  mean {100 * float(score):.2f}% "
+            f"({'the best so far' if is_best else f'best {100 * position.best_score:.2f}%'})  in {seconds:.1f} s")
+    log.pause(time.perf_counter() - started)
+    return is_best
+
+
+def save(worker: Worker, options: Options, state: TrainState, log: TrainingLog, *, is_best: bool) -> None:
+    """Collective. Write a checkpoint; the time is not the training's."""
+    started = time.perf_counter()
+    save_checkpoint(state, options, worker, is_best=is_best)
+    log.pause(time.perf_counter() - started)
 
 
 def build_training(
@@ -210,12 +269,14 @@ def classifier_loss(
     )
 
 
-def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
+def shared_facts(options: Options, dataset: FaceFolder, sets: dict[str, PairSet] | None) -> dict[str, object]:
     """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
-    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
+    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list",
+           "val_pairs", "val_bin"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
     return {**flags, "--resume given": bool(options.resume), "number of images": len(dataset),
-            "number of identities": len(dataset.identities)}
+            "number of identities": len(dataset.identities),
+            "sets to evaluate": {name: f"{len(pairs)} pairs of {pairs.num_images} images" for name, pairs in (sets or {}).items()}}
 
 
 def choose_seed(options: Options, worker: Worker) -> int:
@@ -259,6 +320,15 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
 
+def open_validation_sets(options: Options) -> dict[str, PairSet]:
+    """The sets of --val-pairs and --val-bin by name, every image decoded once: not after an epoch. Raises UserError."""
+    lists = [(options.imgs_root, path) for path in options.val_pairs]
+    sets = open_pair_sets(lists, list(options.val_bin), list_flag="--val-pairs", bin_flag="--val-bin")
+    for pairs in sets.values():
+        check_images(pairs, progress=is_first_process())
+    return sets
+
+
 def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder:
     """Scan and check the training images, once per node (under torchrun: in each process). Raises UserError."""
     dataset = FaceFolder(options.data)
@@ -285,7 +355,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder, sets: dict[str, PairSet]) -> str:
     """What is about to run, a line each."""
     backbone_parameters = sum(
         parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()
@@ -327,6 +397,10 @@ def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder) -> str:
         "precision": precision,
         "output": os.path.abspath(options.output) + (" (no checkpoints)" if options.no_save else ""),
     }
+    if sets:
+        when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
+        rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
+                              + ("" if options.no_save else f"; the best: {BEST_FILE_NAME}"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -1,6 +1,7 @@
 """Save a training run and continue it. On disk, in --output:
 
-    checkpoint.pth.tar              one file, written by rank 0 and switched atomically; all that valid.py needs. It names:
+    checkpoint.pth.tar              one file, written by rank 0 and switched atomically; all that valid.py needs
+    model_best.pth.tar              the same of the step with the best evaluation, if there was one. Each of them names:
     checkpoint-shards/<step>-<id>/  class centers and their momentum, by torch.distributed.checkpoint
 
 checkpoint.pth.tar is a dict for torch.load(weights_only=True):
@@ -10,7 +11,7 @@ checkpoint.pth.tar is a dict for torch.load(weights_only=True):
     state_dict      backbone weights under their plain names
     momentum        {parameter name: tensor} of the backbone
     scaler          fp16 scaler, {} without
-    position        {"epoch", "step_in_epoch", "step"}: where to go on; step counts over all epochs
+    position        {"epoch", "step_in_epoch", "step", "best_score"}: where to go on; step counts over all epochs
     sampler         {"num_images", "global_batch"}: what step_in_epoch was counted in
     seed            everything random derives from it
     options         the run's options, for people to read
@@ -41,6 +42,7 @@ from utils.options import Options
 
 FORMAT_VERSION = 1
 FILE_NAME = "checkpoint.pth.tar"
+BEST_FILE_NAME = "model_best.pth.tar"
 SHARDS_DIRECTORY = "checkpoint-shards"
 # Names of the two modules in the training model: optimizer parameters are called "backbone.*" and "classifier.weight".
 BACKBONE_PREFIX, CENTERS_NAME = "backbone.", "classifier.weight"
@@ -48,11 +50,15 @@ BACKBONE_PREFIX, CENTERS_NAME = "backbone.", "classifier.weight"
 
 @dataclass
 class Position:
-    """Where the run is: `step` steps are done in all, `step_in_epoch` of them in epoch `epoch` (from 0)."""
+    """Where the run is: `step` steps are done in all, `step_in_epoch` of them in epoch `epoch` (from 0).
+
+    best_score: the best mean accuracy of --val-pairs and --val-bin so far.
+    """
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
+    best_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,10 @@ def _shards_path(path: str, state: dict[str, Any]) -> str:
 # In every process
 
 
-def save_checkpoint(state: TrainState, options: Options, worker: Worker) -> None:
-    """Collective. Write shards, then the file that names them; then remove the shards of older checkpoints.
+def save_checkpoint(state: TrainState, options: Options, worker: Worker, *, is_best: bool = False) -> None:
+    """Collective. Write shards, then the file that names them; then remove the shards that no file names any more.
+
+    is_best: it is model_best.pth.tar too, until a better one comes.
 
     Until the new file takes the old one's place the old checkpoint is whole. Raises OSError (a full disk, say).
     """
@@ -143,12 +151,27 @@ def save_checkpoint(state: TrainState, options: Options, worker: Worker) -> None
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
+        best_path = os.path.join(options.output, BEST_FILE_NAME)
+        if is_best:
+            shutil.copyfile(path + ".part", best_path + ".part")
+            os.replace(best_path + ".part", best_path)
         os.replace(path + ".part", path)
-        parent = os.path.join(options.output, SHARDS_DIRECTORY)
-        for name in os.listdir(parent):
-            if name != os.path.basename(directory):
-                shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+        _remove_shards(options.output, keep={directory, _shards_of(best_path)})
     dist.barrier()
+
+
+def _shards_of(path: str) -> str | None:
+    """The directory that the checkpoint `path` names, if there is one and it can be read."""
+    try:
+        return read_torch_file(path)["shards"]["directory"]
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def _remove_shards(output: str, keep: set[str | None]) -> None:
+    for name in os.listdir(os.path.join(output, SHARDS_DIRECTORY)):
+        if f"{SHARDS_DIRECTORY}/{name}" not in keep:
+            shutil.rmtree(os.path.join(output, SHARDS_DIRECTORY, name), ignore_errors=True)
 
 
 def load_checkpoint(state: TrainState, contents: dict[str, Any], options: Options) -> None:
@@ -175,6 +198,7 @@ def load_checkpoint(state: TrainState, contents: dict[str, Any], options: Option
     position, sampler = contents["position"], contents["sampler"]
     state.position.step = position["step"]
     state.position.epoch = position["epoch"]
+    state.position.best_score = position.get("best_score")
     # An epoch's order depends on the images and the seed, not on the batch: go on behind the images that it has seen.
     if sampler["num_images"] == state.num_images:
         state.position.step_in_epoch = position["step_in_epoch"] * sampler["global_batch"] // state.global_batch
