@@ -92,7 +92,7 @@ def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     contents = torch.load(path, weights_only=True)
     assert contents["arch"] == "mobilefacenet" and contents["num_classes"] == 50 and contents["embedding_size"] == 512
-    assert contents["position"] == {"epoch": 0, "step_in_epoch": 2, "step": 2}
+    assert contents["position"] == {"epoch": 0, "step_in_epoch": 2, "step": 2, "best_score": None}
     assert not any("classifier" in name for name in contents["state_dict"])  # the classifier lies in the shards alone
     assert len(list((tmp_path / "checkpoint-shards").iterdir())) == 1
     for flags, words in (
