@@ -79,7 +79,8 @@ def embed_images_together(
     share = -(-total // world_size)
     mine = [min(i, total - 1) for i in range(worker.rank * share, (worker.rank + 1) * share)]
     rows = _embed_rows(backbone, Subset(dataset, mine), batch_size=batch_size, workers=workers, device=worker.device,
-                       flip=flip, progress=progress and worker.is_main, print_freq=print_freq)
+                       flip=flip, progress=progress and worker.is_main, print_freq=print_freq,
+                       whose=" of rank 0" if world_size > 1 else "")
     if world_size > 1:
         rows = all_gather_rows(torch.from_numpy(rows).to(worker.device), dist.group.WORLD).cpu().numpy()
     return _without_unusable(rows[:total], warn=worker.is_main)
@@ -127,8 +128,9 @@ def _embed_rows(
     flip: bool,
     progress: bool,
     print_freq: int,
+    whose: str = "",
 ) -> np.ndarray:
-    """What embed_images returns, but for NaN in the rows of embeddings that are NaN or infinite."""
+    """What embed_images returns, but for NaN in the rows of embeddings that are NaN or infinite. whose: for the progress."""
     total = len(dataset)
     if total == 0:
         raise ValueError("there are no images to embed")
@@ -138,7 +140,7 @@ def _embed_rows(
     backbone.eval()
     embeddings: np.ndarray | None = None
     done = 0
-    report = _Progress(total, batch_size, print_freq, enabled=progress)
+    report = _Progress(total, batch_size, print_freq, enabled=progress, whose=whose)
     try:
         with torch.no_grad():
             for images in _uint8_batches(dataset, batch_size, workers):
@@ -172,9 +174,10 @@ def _unit_rows(output: torch.Tensor) -> np.ndarray:
 class _Progress:
     """A bar on a terminal, else a line each `print_freq` batches and at the end."""
 
-    def __init__(self, total: int, batch_size: int, print_freq: int, enabled: bool) -> None:
+    def __init__(self, total: int, batch_size: int, print_freq: int, enabled: bool, whose: str) -> None:
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc="embedding", unit=" images", disable=not (enabled and terminal))
+        self.whose = whose
+        self.bar = tqdm(total=total, desc="embedding", unit=" images" + whose, disable=not (enabled and terminal))
         self.lines = enabled and not terminal
         self.total, self.step = total, batch_size * print_freq
         self.started = time.perf_counter()
@@ -183,7 +186,7 @@ class _Progress:
         self.bar.update(done - self.bar.n)
         if self.lines and (done % self.step == 0 or done == self.total):
             rate = done / (time.perf_counter() - self.started)
-            print(f"embedded {done}/{self.total} images, {rate:.1f} images/s", flush=True)
+            print(f"embedded {done}/{self.total} images{self.whose}, {rate:.1f} images/s", flush=True)
 
     def close(self) -> None:
         self.bar.close()

@@ -392,7 +392,7 @@ def test_several_sets_pictures_and_processes(faces: Path, tmp_path: Path) -> Non
     assert result.returncode == 0 and result.stderr == "", result.stderr
     four = FOUR_LINES.removesuffix("$")
     assert re.search(f"^faces0\n{four}packed\n{four}$", result.stdout.replace(faces.name, "faces0"), re.MULTILINE), result.stdout
-    assert "2 processes, each cpu" in result.stdout and result.stdout.count("embedded 12/12 images") == 2
+    assert "2 processes, each cpu" in result.stdout and result.stdout.count("embedded 12/12 images of rank 0, ") == 2
     sets = json.loads((tmp_path / "both.json").read_text(), parse_constant=pytest.fail)["sets"]
     assert list(sets) == [faces.name, "packed"] and sets[faces.name] == sets["packed"]
     assert result.stdout.count(f"Accuracy: {sets['packed']['accuracy']:.5f}") == 2
