@@ -168,7 +168,7 @@ def test_a_killed_rank_stops_all_within_seconds(faces, tmp_path):
     assert re.search(r"error: rank 1 \(process \d+\) was ended by SIGKILL", output.rstrip().splitlines()[-1])
 
 
-@pytest.mark.skipif("ARCFACE_REAL_FACES" not in os.environ, reason="ARCFACE_REAL_FACES names no folder of real faces")
+@pytest.mark.skipif(not os.environ.get("ARCFACE_REAL_FACES"), reason="ARCFACE_REAL_FACES names no folder of real faces")
 def test_real_faces(tmp_path):
     faces = Path(os.environ["ARCFACE_REAL_FACES"])
     run("main.py", faces, *processes(2), "--enable-model-parallel", "-a", "mobilefacenet", "-b", 16, "--num-classes", 1184,
