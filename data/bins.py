@@ -4,7 +4,7 @@ They come from the internet, and pickle.load runs whatever code such a file name
 the pickle's instructions. It knows only those that such files are made of, calls nothing, and makes nothing but numbers,
 lists, tuples and notes of *where* strings lie in the file. So a file of any content costs memory in proportion to its size
 and no claim in it is believed, and the images stay on the disk until they are wanted: whoever gets a PairBin sent (a rank,
-a loading process) gets 40 bytes per image, and the page cache is shared.
+a loading process) gets some 50 bytes per image, and the page cache is shared.
 """
 
 from __future__ import annotations

@@ -177,19 +177,22 @@ class _Progress:
     def __init__(self, total: int, batch_size: int, print_freq: int, enabled: bool, whose: str) -> None:
         terminal = sys.stderr.isatty()
         self.whose = whose
-        self.bar = tqdm(total=total, desc="embedding", unit=" images" + whose, disable=not (enabled and terminal))
+        # None, not a disabled bar: tqdm's lock is a semaphore, which a rank that is stopped leaves behind with a warning.
+        self.bar = tqdm(total=total, desc="embedding", unit=" images" + whose) if enabled and terminal else None
         self.lines = enabled and not terminal
         self.total, self.step = total, batch_size * print_freq
         self.started = time.perf_counter()
 
     def update(self, done: int) -> None:
-        self.bar.update(done - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
         if self.lines and (done % self.step == 0 or done == self.total):
             rate = done / (time.perf_counter() - self.started)
             print(f"embedded {done}/{self.total} images{self.whose}, {rate:.1f} images/s", flush=True)
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 class _BatchReader(Dataset):

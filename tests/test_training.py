@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import shutil
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 import valid
 from commands import read_metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TinyBackbone
 
 from data.folder import FaceFolder
@@ -26,6 +28,7 @@ from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint import read_resumable
 from utils.distributed import Worker
 from utils.errors import UserError
+from utils.meters import TrainingLog
 from utils.options import parse_options
 from utils.verification import VerificationResult, squared_distance
 
@@ -171,16 +174,22 @@ def train_and_keep_distances(rank: int, world_size: int, argv: list[str]) -> lis
     return kept
 
 
-def train_with_accuracies(rank: int, world_size: int, argv: list[str], accuracies: list[float]) -> None:
-    """`train`, its evaluations giving `accuracies`, one after the other (rank 0)."""
-    answers = iter(accuracies)
+def train_with_accuracies(rank: int, world_size: int, argv: list[str], accuracies: list[float], seconds: float = 0) -> float:
+    """`train`, its evaluations giving `accuracies`, one after the other (rank 0), and taking `seconds` each; returns how
+    many seconds were left out of the images per second."""
+    answers, paused = iter(accuracies), []
 
     def evaluate_pairs(pairs: PairSet, embeddings: np.ndarray, distance: np.ndarray) -> VerificationResult:
+        time.sleep(seconds)
         return dataclasses.replace(valid.evaluate_pairs(pairs, embeddings, distance), accuracy=next(answers))
 
-    with mock.patch.object(main, "evaluate_pairs", evaluate_pairs):
+    with (
+        mock.patch.object(main, "evaluate_pairs", evaluate_pairs),
+        mock.patch.object(TrainingLog, "pause", lambda self, seconds: paused.append(seconds)),
+    ):
         train(rank, world_size, argv)
     assert rank != 0 or next(answers, None) is None, "fewer evaluations than expected"
+    return sum(paused)
 
 
 def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -254,12 +263,15 @@ def test_evaluation_without_checkpoints(pools, faces, tmp_path):
     """Two sets, of which one is a file: their mean counts, and nothing is saved."""
     images = [open(path, "rb").read() for path in sorted((faces / "lfw/imgs").rglob("*.jpg"))[:8]]
     (tmp_path / "small.bin").write_bytes(pickle.dumps((images, [True, False] * 2)))
-    pools(1).run(train_with_accuracies, [
+    paused, = pools(1).run(train_with_accuracies, [
         str(faces), *RESUME, "--val-pairs", str(faces / "lfw" / "pair.list"), "--val-bin", str(tmp_path / "small.bin"),
         "--no-save", "--output", str(tmp_path / "run"),
-    ], [0.9, 0.5, 0.6, 0.6])
+    ], [0.9, 0.5, 0.6, 0.6], 0.1)
+    assert paused >= 4 * 0.1  # its time is not the training's
     assert [{name: result["accuracy"] for name, result in line["val"].items()} for line in read_metrics(tmp_path / "run")
             if "val" in line] == [{"lfw": 0.9, "small": 0.5}, {"lfw": 0.6, "small": 0.6}]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 6)) for event in events.Scalars("val/lfw/accuracy")] == [(4, 0.9), (8, 0.6)]
     assert not list((tmp_path / "run").glob("*.tar")) and not (tmp_path / "run" / "checkpoint-shards").exists()
 
 

@@ -502,15 +502,16 @@ def test_pair_mistakes_are_found_before_the_checkpoint_is_read(
             "--resume", str(faces / "checkpoint.pth.tar"))
 
 
-def test_a_mistake_is_one_line_and_exit_status_2(faces: Path) -> None:
-    bad = faces / "bad"
+@pytest.mark.parametrize("flags", [[], ["--multiprocessing-distributed", "--nproc-per-node", "2"]], ids=["one", "two"])
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, flags: list[str]) -> None:
+    bad = tmp_path
     (bad / "0").mkdir(parents=True)
     for image in range(4):
         Image.new("RGB", (112, 112 - image // 3)).save(bad / "0" / f"{image}.png")
     (bad / "pair.list").write_text("0/0.png 0/1.png 1\n0/1.png 0/2.png 1\n0/0.png 0/3.png 0\n0/1.png 0/3.png 0\n")
     result = script(
         ROOT, "valid.py", "--imgs-root", str(bad), "--pair-list", str(bad / "pair.list"), "--device", "cpu",
-        "--untrained", "-a", "mobilefacenet", "-workers", "2",
+        "--untrained", "-a", "mobilefacenet", "-workers", "2", *flags,
     )
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if not line.startswith("warning: too few pairs")]
