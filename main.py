@@ -202,7 +202,8 @@ def evaluate_backbone(
         position.best_score = float(score)
     seconds = time.perf_counter() - started
     if worker.is_main:
-        log.add_evaluation(step=position.step, epoch=position.epoch, results={
+        epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
+        log.add_evaluation(step=position.step, epoch=epoch, results={
             name: {key: value for key, value in vars(result).items() if isinstance(value, (int, float))}
             for name, result in results.items()
         })
@@ -276,7 +277,7 @@ def shared_facts(options: Options, dataset: FaceFolder, sets: dict[str, PairSet]
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
     return {**flags, "--resume given": bool(options.resume), "number of images": len(dataset),
             "number of identities": len(dataset.identities),
-            "sets to evaluate": {name: f"{len(pairs)} pairs of {pairs.num_images} images" for name, pairs in (sets or {}).items()}}
+            "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
 
 
 def choose_seed(options: Options, worker: Worker) -> int:

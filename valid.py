@@ -229,7 +229,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     group.add_argument("--pair-list", metavar="FILE",
                        help="lines of: path1 path2 0|1, the paths relative to --imgs-root")
     group.add_argument("--bin", type=file_list, default=(), metavar="FILE,FILE,...",
-                       help="evaluation sets in one file each, such as lfw.bin,cfp_fp.bin; instead of a pair list, or beside it")
+                       help="evaluation sets in one file each, such as lfw.bin,cfp_fp.bin, instead of a list or beside it")
 
     group = parser.add_argument_group("model")
     group.add_argument("--resume", metavar="PATH",

@@ -77,7 +77,6 @@ class PairBin:
         self._starts = np.array([image.start for image in kept], dtype=np.int64)
         self._stops = np.array([image.stop for image in kept], dtype=np.int64)
         self._codings = [image.coding for image in kept]
-        self._size = len(data)
         self._descriptor: int | None = self._open()
 
     def __len__(self) -> int:

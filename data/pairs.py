@@ -147,21 +147,21 @@ def check_images(pairs: PairSet, progress: bool) -> None:
         ThreadPoolExecutor(_DECODING_THREADS) as threads,
         tqdm(total=len(images), desc="checking pairs", delay=1.0, leave=False, disable=not visible) as bar,
     ):
-        for errors in threads.map(lambda chunk: _errors(images, chunk), chunks):
-            if errors:
+        for chunk, error in zip(chunks, threads.map(lambda chunk: _first_error(images, chunk), chunks)):
+            if error:
                 threads.shutdown(wait=False, cancel_futures=True)
-                raise UserError(errors[0])
-            bar.update(64)
+                raise UserError(error)
+            bar.update(len(chunk))
 
 
-def _errors(images: PairImages, chunk: range) -> list[str]:
-    errors = []
+def _first_error(images: PairImages, chunk: range) -> str:
+    """What is wrong with the first image of the chunk that is bad; "" if none is."""
     for i in chunk:
         try:
             images[i]
         except UserError as error:
-            errors.append(str(error))
-    return errors
+            return str(error)
+    return ""
 
 
 def _read_lines(pair_list: str, flag: str) -> list[tuple[int, str, str, bool]]:

@@ -71,8 +71,10 @@ def main() -> None:
         }
         seconds = {what: [seconds_of(work) for _ in range(options.repeat)] for what, work in works.items()}
     spread = {what: percentiles(values) for what, values in seconds.items()}
-    print(f"{options.pairs:,} pairs, embedding {options.embedding_size}, {2 * options.pairs:,} images of {options.image_bytes:,} bytes")
-    print(aligned([("", "p20", "p50", "p80"), *((what, *(f"{value:.4f} s" for value in values)) for what, values in spread.items())]))
+    print(f"{options.pairs:,} pairs, embedding {options.embedding_size}, {2 * options.pairs:,} images of "
+          f"{options.image_bytes:,} bytes")
+    rows = [(what, *(f"{value:.4f} s" for value in values)) for what, values in spread.items()]
+    print(aligned([("", "p20", "p50", "p80"), *rows]))
     if options.csv is not None:
         common = {**describe_machine(CPU), **vars(options)}
         append_csv(options.csv, CSV_COLUMNS, [
@@ -90,7 +92,8 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def threshold_by_threshold(first: np.ndarray, second: np.ndarray, is_same: np.ndarray) -> dict[str, float]:
     """Accuracy and validation rate by counting all pairs anew for each fold and each threshold of the grids."""
-    first, second = (e.astype(np.float64) / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True) for e in (first, second))
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    first, second = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (first, second))
     distance = ((first - second) ** 2).sum(axis=1)
     thresholds, fine = np.arange(0, 4, 0.01), np.arange(0, 4, 0.001)
     accuracy, val = [], []

@@ -208,6 +208,7 @@ def test_evaluation_changes_nothing(pools, faces, tmp_path, world_size, mode):
     lines = read_metrics(evaluated)
     assert [line["step"] for line in lines if "val" in line] == [3, 6, 8]  # every three steps, and at the end
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
+    assert [line["epoch"] for line in lines] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
     keys = ("step", "epoch", "loss", "lr")
     assert [[line[key] for key in keys] for line in lines if "val" not in line] == [
         [line[key] for key in keys] for line in read_metrics(alone)]
@@ -241,7 +242,8 @@ def test_the_best_checkpoint_is_kept_with_its_shards(pools, faces, tmp_path):
     assert len(list((tmp_path / "checkpoint-shards").iterdir())) == 2
     # It is whole: a run goes on from it. What it writes elsewhere it has from here.
     other = tmp_path / "other"
-    pools(2).run(train, [str(faces), *RESUME, "--enable-model-parallel", "--resume", str(best), "--output", str(other), "--no-save"])
+    pools(2).run(train, [str(faces), *RESUME, "--enable-model-parallel", "--resume", str(best), "--output", str(other),
+                         "--no-save"])
     assert [line["step"] for line in read_metrics(other)] == [3, 4, 5, 6, 7, 8]
     assert read_metrics(other)[0]["loss"] == read_metrics(tmp_path)[4]["loss"] and read_metrics(tmp_path)[4]["step"] == 3
 

@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
                        help="images of the pairs (--val-pairs without it: imgs/ beside each list)")
     group.add_argument("--pair-list", default=None, metavar="FILE", help="lines of: path1 path2 0|1")
     group.add_argument("--val-pairs", type=file_list, default=(), metavar="LIST,LIST,...",
-                       help="pair lists to evaluate the backbone on while training; the best one is kept as model_best.pth.tar")
+                       help="pair lists to evaluate on while training; the best checkpoint is kept as model_best.pth.tar")
     group.add_argument("--val-bin", type=file_list, default=(), metavar="FILE,FILE,...",
                        help="evaluation sets in one file each, such as lfw.bin,cfp_fp.bin, beside --val-pairs or instead")
     group.add_argument("--val-freq", type=int, default=None, metavar="STEPS",
