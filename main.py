@@ -13,7 +13,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,14 +30,19 @@ from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
 from models.embedding import buffers_of_rank_0, embed_images_together
 from models.sync_batchnorm import convert_sync_batchnorm
-from utils.checkpoint import BEST_FILE_NAME, FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
+from utils.checkpoint import CheckpointWriter, Position, TrainState, find_checkpoint, load_checkpoint, read_resumable
+from utils.checkpoint_files import BEST, LATEST
 from utils.distributed import (
-    ProcessPlan, Worker, broadcast_integer, is_first_process, launch, plan_processes, require_same_on_all_ranks,
+    ProcessPlan, Worker, broadcast_integer, fix_gradient_buckets, is_first_process, launch, plan_processes,
+    require_same_on_all_ranks, seed_random_numbers,
 )
 from utils.errors import UserError, exit_on_user_error
+from utils.interchange import check_initial, start_from
 from utils.meters import TrainingLog
+from utils.nonfinite import NotFinite, StepGuard, require_finite_weights
 from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
 from utils.options import EMBEDDING_SIZE, Options, parse_options
+from utils.output_lock import OutputLock, lock_output
 from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.verification import format_result, squared_distance
 from valid import evaluate_pairs, validate
@@ -50,11 +55,14 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank): see ArcFaceClassifier."""
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank, finite): see ArcFaceClassifier.
+
+        finite: bool scalar, whether all of this rank's embeddings are: what tells the rank of a loss that is not.
+        """
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             embedding = self.backbone(images)
-        return self.classifier(embedding, labels)
+        return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
 
 
 def main() -> None:
@@ -67,8 +75,10 @@ def main() -> None:
     check_arch(options.training_arch)
     check_batch(options, plan)
     check_fused_update(options, plan)
-    if options.resume:
-        read_resumable(options)  # only to check it: every process reads it for itself
+    # Both only to check them: every process reads for itself.
+    goes_on = bool(options.resume) and read_resumable(options) is not None
+    if options.init_from and not goes_on:
+        check_initial(options.init_from, options.training_arch, EMBEDDING_SIZE)
     sets = open_validation_sets(options)
     dataset = open_dataset(options, plan)
     table = run_table(options, plan, dataset, sets)
@@ -77,27 +87,42 @@ def main() -> None:
     if options.plan:
         return
     make_output(options)
+    # One lock for all nodes, which share the directory. It lives as long as any process that it is passed on to.
+    lock = lock_output(options.output) if plan.node_rank == 0 and is_first_process() else None
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.init_method}", flush=True)
-    launch(train, plan, options, dataset, sets)
+    launch(train, plan, options, dataset, sets, lock)
 
 
-def train(worker: Worker, options: Options, dataset: FaceFolder, sets: dict[str, PairSet] | None = None) -> None:
-    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on, by name."""
+def train(
+    worker: Worker,
+    options: Options,
+    dataset: FaceFolder,
+    sets: dict[str, PairSet] | None = None,
+    lock: OutputLock | None = None,
+) -> None:
+    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on, by name. `lock`, of --output,
+    is only to be held."""
     require_same_on_all_ranks(worker, shared_facts(options, dataset, sets))
-    checkpoint = read_resumable(options) if options.resume else None
+    checkpoint = find_checkpoint(options, worker)
     global_batch = options.batch_size * worker.nodes
-    seed = checkpoint["seed"] if checkpoint else choose_seed(options, worker)
-    state, model = build_training(worker, options, seed, len(dataset), global_batch)
+    seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, worker)
+    state, model = build_training(worker, options, seed, len(dataset), global_batch, dataset.identities)
     sampler = GlobalBatchSampler(
         len(dataset), global_batch, options.accumulation_steps, worker.rank, worker.world_size, seed
     )
     position, steps_per_epoch = state.position, sampler.steps_per_epoch
+    origin = ""
     if checkpoint:
+        its = checkpoint.contents["options"]  # which loading clears
+        other_sets = any(tuple(its.get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin"))
         load_checkpoint(state, checkpoint, options)
-        if any(tuple(checkpoint["options"].get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin")):
+        if other_sets:
             position.best_score = None  # accuracies on other sets do not compare
-    elif options.start_epoch:
+        origin = f", going on from {checkpoint.path} at step {position.step}"
+    elif options.init_from:
+        origin = ", " + start_from(options.init_from, options.training_arch, state.backbone, state.classifier, dataset.identities)
+    if options.start_epoch and not checkpoint:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
     last_step = min(position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch,
                     options.max_steps or float("inf"))
@@ -106,24 +131,33 @@ def train(worker: Worker, options: Options, dataset: FaceFolder, sets: dict[str,
         pin_memory=worker.device.type == "cuda",
     )
     log = TrainingLog(worker, options.output, fresh=checkpoint is None, step=position.step, total_steps=last_step, epochs=options.epochs,
-                      global_batch=global_batch, print_freq=options.print_freq)
-    log.say(f"seed {seed}" + (f", going on from {options.resume} at step {position.step}" if checkpoint else ""))
+                      global_batch=global_batch, print_freq=options.print_freq,
+                      skip_nonfinite=options.on_nonfinite == "skip")
+    log.say(f"seed {seed}{origin}")
+    writer = CheckpointWriter(options, worker, log.say, fresh=checkpoint is None)
 
-    saved = False
-    while position.step < last_step:
-        sampler.set_position(position.epoch, position.step_in_epoch)
-        steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-        train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, sets)
-        if position.step_in_epoch == steps_per_epoch:
-            position.epoch, position.step_in_epoch = position.epoch + 1, 0
-        log.flush()
-        due = options.val_freq is None or position.step % options.val_freq == 0 or position.step == last_step
-        is_best = due and evaluate_backbone(worker, options, state, sets, log)
-        if not options.no_save:
-            save(worker, options, state, log, is_best=is_best)
-            saved = True
+    evaluation = Evaluation(worker, options, state, sets or {}, log)
+    try:
+        while position.step < last_step:
+            sampler.set_position(position.epoch, position.step_in_epoch)
+            steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
+            train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation)
+            if position.step_in_epoch == steps_per_epoch:
+                position.epoch, position.step_in_epoch = position.epoch + 1, 0
+            due = options.val_freq is None or evaluation.is_due(position.step) or position.step == last_step
+            save(state, log, writer, is_best=due and evaluation.run())
+    except NotFinite:  # on all ranks: what is being saved just now is from before, and good
+        writer.wait()
+        raise
     log.close()
-    log.say(f"done: {position.step} steps; " + (os.path.join(options.output, FILE_NAME) if saved else "nothing saved"))
+    log.say(f"done: {position.step} steps; {writer.close()}")
+
+
+def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter, *, is_best: bool) -> None:
+    """Collective. Losses and weights are looked at first: what is not finite is never saved. Raises NotFinite on all ranks."""
+    log.flush()  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
+    require_finite_weights(state.backbone, state.classifier.weight, state.position.step)
+    log.pause(writer.save(state, is_best=is_best))
 
 
 def train_one_epoch(
@@ -135,94 +169,106 @@ def train_one_epoch(
     steps: int,
     steps_per_epoch: int,
     log: TrainingLog,
-    sets: dict[str, PairSet] | None = None,
+    writer: CheckpointWriter | None = None,
+    evaluation: Evaluation | None = None,
 ) -> None:
-    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, with the evaluations within."""
+    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in; between them `evaluation` looks at
+    the backbone and `writer` saves."""
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images = 0
+    guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
     batches = iter(loader)
-    for remaining in reversed(range(steps)):
+    for steps_left in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
-        losses, target_ranks = [], []
+        losses, target_ranks, finite = [], [], []
+        guard.remember()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images.to(worker.device, non_blocking=True), dtype, augment=options.augment,
                                    seed=state.seed, epoch=position.epoch, indices=indices)
             labels = labels.to(worker.device, non_blocking=True)
             last = micro_batch == micro_batches - 1
+            seed_random_numbers(state.seed, position.step * micro_batches + micro_batch, worker)
             with contextlib.nullcontext() if last else model.no_sync():
-                loss, target_rank = model(images, labels)
+                loss, target_rank, embeddings_finite = model(images, labels)
                 state.scaler.scale(loss / micro_batches).backward()
             losses.append(loss.detach())
             target_ranks.append(target_rank)
+            finite.append(embeddings_finite)
             skipped_images += skipped
-        state.scaler.step_all(optimizers.all)
+        nonfinite = guard.nonfinite(losses)
+        state.scaler.step_all(optimizers.all, nonfinite)
+        guard.take_back(nonfinite)
         optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                target_rank=torch.cat(target_ranks))
-        if remaining and options.val_freq and position.step % options.val_freq == 0:
-            is_best = evaluate_backbone(worker, options, state, sets, log)
-            if is_best and not options.no_save:
-                save(worker, options, state, log, is_best=True)
+                target_rank=torch.cat(target_ranks), finite=torch.stack(finite).all())
+        if steps_left:  # after the last one the caller does both
+            is_best = evaluation is not None and evaluation.is_due(position.step) and evaluation.run()
+            if writer is not None and (is_best or writer.is_due(position.step)):
+                save(state, log, writer, is_best=is_best)
     log.count_skipped(skipped_images)
 
 
-def evaluate_backbone(
-    worker: Worker, options: Options, state: TrainState, sets: dict[str, PairSet] | None, log: TrainingLog
-) -> bool:
-    """Collective. The pair accuracy of the backbone as a checkpoint would hold it, on each set; nothing else changes.
+class Evaluation:
+    """The pair accuracy of the backbone while it trains, on the sets by name; without sets, nothing."""
 
-    Returns whether the mean accuracy over the sets is the best so far, which the position then holds.
-    """
-    if not sets:
-        return False
-    started = time.perf_counter()
-    log.flush()
-    position, results = state.position, {}
-    images_at_a_time = max(options.batch_size // worker.processes_per_node // options.accumulation_steps, 32)
-    # The bare backbone: DistributedDataParallel would synchronise, and a rank may have fewer batches than another.
-    with buffers_of_rank_0(worker, state.backbone):
-        for name, pairs in sets.items():
-            embeddings = embed_images_together(
-                worker, state.backbone, PairImages(pairs), batch_size=images_at_a_time,
-                workers=-(-options.workers // worker.processes_per_node), progress=False,
-            )
-            if worker.is_main:
-                distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
-                results[name] = evaluate_pairs(pairs, embeddings, distance)
-    score = torch.tensor([result.accuracy for result in results.values()] or [0.0], dtype=torch.float64,
-                         device=worker.device).mean()
-    dist.broadcast(score, src=0)
-    is_best = position.best_score is None or float(score) > position.best_score
-    if is_best:
-        position.best_score = float(score)
-    seconds = time.perf_counter() - started
-    if worker.is_main:
-        epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
-        log.add_evaluation(step=position.step, epoch=epoch, results={
-            name: {key: value for key, value in vars(result).items() if isinstance(value, (int, float))}
-            for name, result in results.items()
-        })
-    figures = "  ".join(f"{name} {100 * r.accuracy:.2f}% +- {100 * r.accuracy_std:.2f}" for name, r in results.items())
-    log.say(f"validation at step {position.step}: {figures}  mean {100 * float(score):.2f}% "
-            f"({'the best so far' if is_best else f'best {100 * position.best_score:.2f}%'})  in {seconds:.1f} s")
-    log.pause(time.perf_counter() - started)
-    return is_best
+    def __init__(
+        self, worker: Worker, options: Options, state: TrainState, sets: dict[str, PairSet], log: TrainingLog
+    ) -> None:
+        self.worker, self.options, self.state, self.sets, self.log = worker, options, state, sets, log
 
+    def is_due(self, step: int) -> bool:
+        """Whether --val-freq asks for an evaluation after this step."""
+        return self.options.val_freq is not None and step % self.options.val_freq == 0
 
-def save(worker: Worker, options: Options, state: TrainState, log: TrainingLog, *, is_best: bool) -> None:
-    """Collective. Write a checkpoint; the time is not the training's."""
-    started = time.perf_counter()
-    save_checkpoint(state, options, worker, is_best=is_best)
-    log.pause(time.perf_counter() - started)
+    def run(self) -> bool:
+        """Collective. Embed and evaluate each set with the backbone as a checkpoint would hold it; nothing else changes.
+
+        Returns whether the mean accuracy over the sets is the best so far, which the position then holds.
+        """
+        if not self.sets:
+            return False
+        started = time.perf_counter()
+        worker, options, log, position = self.worker, self.options, self.log, self.state.position
+        log.flush()
+        results = {}
+        images_at_a_time = max(options.batch_size // worker.processes_per_node // options.accumulation_steps, 32)
+        # The bare backbone: DistributedDataParallel would synchronise, and a rank may have fewer batches than another.
+        with buffers_of_rank_0(worker, self.state.backbone):
+            for name, pairs in self.sets.items():
+                embeddings = embed_images_together(
+                    worker, self.state.backbone, PairImages(pairs), batch_size=images_at_a_time,
+                    workers=-(-options.workers // worker.processes_per_node), progress=False,
+                )
+                if worker.is_main:
+                    distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
+                    results[name] = evaluate_pairs(pairs, embeddings, distance)
+        score = torch.tensor([result.accuracy for result in results.values()] or [0.0], dtype=torch.float64,
+                             device=worker.device).mean()
+        dist.broadcast(score, src=0)
+        is_best = position.best_score is None or float(score) > position.best_score
+        if is_best:
+            position.best_score = float(score)
+        if worker.is_main:
+            epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
+            log.add_evaluation(step=position.step, epoch=epoch, results={
+                name: {key: value for key, value in vars(result).items() if isinstance(value, (int, float))}
+                for name, result in results.items()
+            })
+        figures = "  ".join(f"{name} {100 * r.accuracy:.2f}% +- {100 * r.accuracy_std:.2f}" for name, r in results.items())
+        log.say(f"validation at step {position.step}: {figures}  mean {100 * float(score):.2f}% "
+                f"({'the best so far' if is_best else f'best {100 * position.best_score:.2f}%'})  "
+                f"in {time.perf_counter() - started:.1f} s")
+        log.pause(time.perf_counter() - started)
+        return is_best
 
 
 def build_training(
-    worker: Worker, options: Options, seed: int, num_images: int, global_batch: int
+    worker: Worker, options: Options, seed: int, num_images: int, global_batch: int, identities: Sequence[str] = ()
 ) -> tuple[TrainState, DistributedDataParallel]:
     """Collective. Backbone, this rank's classes, optimizers: the same initial weights at every world size."""
     torch.backends.cudnn.benchmark = True
@@ -250,7 +296,11 @@ def build_training(
     classifier.loss = classifier_loss(options, worker, classifier, autocast_dtype, optimizers)
     scaler = SharedGradScaler(worker.device.type, enabled=autocast_dtype == torch.float16)
     wrapped = DistributedDataParallel(model, device_ids=[worker.device] if worker.device.type == "cuda" else None)
-    return TrainState(backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch), wrapped
+    fix_gradient_buckets(wrapped)
+    state = TrainState(
+        backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch, list(identities)
+    )
+    return state, wrapped
 
 
 def classifier_loss(
@@ -267,16 +317,17 @@ def classifier_loss(
         memory_mib=memory_mib,
         operands=autocast_dtype if worker.device.type == "cuda" else None,  # a CPU only loses by it
         update=optimizers.of_shard if options.fuse_classifier_update else None,
+        update_if_finite=options.on_nonfinite == "skip",
     )
 
 
 def shared_facts(options: Options, dataset: FaceFolder, sets: dict[str, PairSet] | None) -> dict[str, object]:
     """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
-    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list",
+    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list",
            "val_pairs", "val_bin"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
-    return {**flags, "--resume given": bool(options.resume), "number of images": len(dataset),
-            "number of identities": len(dataset.identities),
+    return {**flags, "--resume given": bool(options.resume), "--init-from given": bool(options.init_from),
+            "number of images": len(dataset), "number of identities": len(dataset.identities),
             "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
 
 
@@ -350,8 +401,8 @@ def make_output(options: Options) -> None:
         os.makedirs(options.output, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output):
             pass
-        if os.path.isdir(os.path.join(options.output, FILE_NAME)):
-            raise IsADirectoryError(0, f"{FILE_NAME} is a directory there")
+        if os.path.isdir(os.path.join(options.output, LATEST)):
+            raise IsADirectoryError(0, f"{LATEST} is a directory there")
     except OSError as error:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
@@ -401,7 +452,7 @@ def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder, sets: di
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
         rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
-                              + ("" if options.no_save else f"; the best: {BEST_FILE_NAME}"))
+                              + ("" if options.no_save else f"; the best: {BEST}"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

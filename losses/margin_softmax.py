@@ -55,6 +55,7 @@ def margin_softmax(
     memory_mib: float = 0.0,
     operands: torch.dtype | None = None,
     update: SGD | None = None,
+    update_if_finite: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. The loss of the module's docstring, and the rank of each row's target class.
@@ -72,6 +73,7 @@ def margin_softmax(
             of `centers` all the same. None: operands have it, too.
         update: an SGD optimizer of `centers` alone (learning rate, momentum, weight decay). The backward walk makes its
             step chunk by chunk, so that the (C_r, d) gradient never exists; `centers.grad` stays None.
+        update_if_finite: that step is left out, by a mask on the device, if the loss is inf or NaN.
         chunk: classes walked at a time; None: as many as stay in the cache.
 
     Returns:
@@ -85,7 +87,7 @@ def margin_softmax(
         shard=shard, scale=scale, margin=margin, easy_margin=easy_margin, group=group,
         chunk=max(1, min(chunk or _chunk_size(embedding), shard.size)),
         kept_bytes=int(memory_mib * 2**20) if backward_follows else 0,
-        operands=operands if operands != centers.dtype else None, update=update,
+        operands=operands if operands != centers.dtype else None, update=update, update_if_finite=update_if_finite,
     )
     return _MarginSoftmax.apply(embedding, centers, label, walk)
 
@@ -123,6 +125,7 @@ class _Walk:
     kept_bytes: int
     operands: torch.dtype | None
     update: SGD | None
+    update_if_finite: bool
 
     @property
     def chunks(self) -> list[slice]:
@@ -220,7 +223,9 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx.save_for_backward(embedding, centers, factor, columns, log_total.to(embedding.dtype),
                               target_grad.to(embedding.dtype), references, kept)
         ctx.mark_non_differentiable(target_rank)
-        return row_loss.mean().to(embedding.dtype), target_rank
+        loss = row_loss.mean().to(embedding.dtype)
+        ctx.finite = loss.isfinite() if walk.update_if_finite else None
+        return loss, target_rank
 
     @staticmethod
     @once_differentiable
@@ -271,7 +276,7 @@ class _MarginSoftmax(torch.autograd.Function):
             along = torch.mul(grad, here, out=product[:width]).sum(dim=1).mul_((factor[classes] / walk.scale).square_())
             grad.addcmul_(here, along.unsqueeze(1), value=-1)
             if walk.update is not None:
-                _sgd_step(walk.update, classes, grad)
+                _sgd_step(walk.update, classes, grad, ctx.finite)
         if walk.operands is not None:
             embedding_grad *= unit
         return embedding_grad, centers_grad, None, None
@@ -295,10 +300,23 @@ def _make_momentum(optimizer: SGD) -> None:
         state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor) -> None:
-    """torch.optim.SGD's step (momentum, weight decay) for some rows of its one parameter; `grad` is overwritten."""
+def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor, finite: Tensor | None = None) -> None:
+    """torch.optim.SGD's step (momentum, weight decay) for some rows of its one parameter; `grad` is overwritten.
+
+    finite: bool scalar on the device; where it is False, parameter and momentum keep their values. None: they change.
+    """
     (settings,) = optimizer.param_groups
     (parameter,) = settings["params"]
+    if finite is not None:
+        # The step as it is, then back: a gradient of zeros would not do, momentum and weight decay go on without one.
+        changed = [parameter.detach()[rows]]
+        if settings["momentum"]:
+            changed.append(optimizer.state[parameter]["momentum_buffer"][rows])
+        before = [tensor.clone() for tensor in changed]
+        _sgd_step(optimizer, rows, grad)
+        for tensor, old in zip(changed, before):
+            tensor.copy_(torch.where(finite, tensor, old))
+        return
     weight = parameter.detach()[rows]
     grad.add_(weight, alpha=settings["weight_decay"])
     if settings["momentum"]:
