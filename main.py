@@ -12,9 +12,11 @@ import itertools
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -22,14 +24,15 @@ from torch.utils.data import DataLoader
 from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
-from data.pairs import PairList
+from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
 from data.recordio import RecordIODataset, is_recordio
 from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
+from models.embedding import buffers_of_rank_0, embed_images_together
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint import CheckpointWriter, Position, TrainState, find_checkpoint, load_checkpoint, read_resumable
-from utils.checkpoint_files import LATEST
+from utils.checkpoint_files import BEST, LATEST
 from utils.distributed import (
     ProcessPlan, Worker, broadcast_integer, fix_gradient_buckets, is_first_process, launch, plan_processes,
     require_same_on_all_ranks, seed_random_numbers,
@@ -42,8 +45,11 @@ from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
 from utils.options import EMBEDDING_SIZE, Options, parse_options
 from utils.output_lock import OutputLock, lock_output
 from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
-from utils.verification import format_result
-from valid import validate
+from utils.verification import format_result, squared_distance
+from valid import evaluate_pairs, validate
+
+
+TrainingImages = FaceFolder | RecordIODataset
 
 
 class TrainingModel(nn.Module):
@@ -77,8 +83,9 @@ def main() -> None:
     goes_on = bool(options.resume) and read_resumable(options) is not None
     if options.init_from and not goes_on:
         check_initial(options.init_from, options.training_arch, EMBEDDING_SIZE)
+    sets = open_validation_sets(options)
     dataset = open_dataset(options, plan)
-    table = run_table(options, plan, dataset)
+    table = run_table(options, plan, dataset, sets)
     if is_first_process():
         print(table, flush=True)
     if options.plan:
@@ -88,12 +95,19 @@ def main() -> None:
     lock = lock_output(options.output) if plan.node_rank == 0 and is_first_process() else None
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.init_method}", flush=True)
-    launch(train, plan, options, dataset, lock)
+    launch(train, plan, options, dataset, sets, lock)
 
 
-def train(worker: Worker, options: Options, dataset: FaceFolder | RecordIODataset, lock: OutputLock | None = None) -> None:
-    """Runs in every process, all of them together. `lock`, of --output, is only to be held."""
-    require_same_on_all_ranks(worker, shared_facts(options, dataset))
+def train(
+    worker: Worker,
+    options: Options,
+    dataset: TrainingImages,
+    sets: dict[str, PairSet] | None = None,
+    lock: OutputLock | None = None,
+) -> None:
+    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on, by name. `lock`, of --output,
+    is only to be held."""
+    require_same_on_all_ranks(worker, shared_facts(options, dataset, sets))
     checkpoint = find_checkpoint(options, worker)
     global_batch = options.batch_size * worker.nodes
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, worker)
@@ -104,7 +118,11 @@ def train(worker: Worker, options: Options, dataset: FaceFolder | RecordIODatase
     position, steps_per_epoch = state.position, sampler.steps_per_epoch
     origin = ""
     if checkpoint:
+        its = checkpoint.contents["options"]  # which loading clears
+        other_sets = any(tuple(its.get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin"))
         load_checkpoint(state, checkpoint, options)
+        if other_sets:
+            position.best_score = None  # accuracies on other sets do not compare
         origin = f", going on from {checkpoint.path} at step {position.step}"
     elif options.init_from:
         origin = ", " + start_from(options.init_from, options.training_arch, state.backbone, state.classifier, dataset.identities)
@@ -122,14 +140,16 @@ def train(worker: Worker, options: Options, dataset: FaceFolder | RecordIODatase
     log.say(f"seed {seed}{origin}")
     writer = CheckpointWriter(options, worker, log.say, fresh=checkpoint is None)
 
+    evaluation = Evaluation(worker, options, state, sets or {}, log)
     try:
         while position.step < last_step:
             sampler.set_position(position.epoch, position.step_in_epoch)
             steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-            train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer)
+            train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation)
             if position.step_in_epoch == steps_per_epoch:
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
-            save(state, log, writer)
+            due = options.val_freq is None or evaluation.is_due(position.step) or position.step == last_step
+            save(state, log, writer, is_best=due and evaluation.run())
     except NotFinite:  # on all ranks: what is being saved just now is from before, and good
         writer.wait()
         raise
@@ -137,11 +157,11 @@ def train(worker: Worker, options: Options, dataset: FaceFolder | RecordIODatase
     log.say(f"done: {position.step} steps; {writer.close()}")
 
 
-def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter) -> None:
+def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter, *, is_best: bool) -> None:
     """Collective. Losses and weights are looked at first: what is not finite is never saved. Raises NotFinite on all ranks."""
     log.flush()  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
     require_finite_weights(state.backbone, state.classifier.weight, state.position.step)
-    log.pause(writer.save(state))
+    log.pause(writer.save(state, is_best=is_best))
 
 
 def train_one_epoch(
@@ -154,8 +174,10 @@ def train_one_epoch(
     steps_per_epoch: int,
     log: TrainingLog,
     writer: CheckpointWriter | None = None,
+    evaluation: Evaluation | None = None,
 ) -> None:
-    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in; `writer` saves between them."""
+    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in; between them `evaluation` looks at
+    the backbone and `writer` saves."""
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
@@ -186,9 +208,65 @@ def train_one_epoch(
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
                 target_rank=torch.cat(target_ranks), finite=torch.stack(finite).all())
-        if writer is not None and steps_left and writer.is_due(position.step):  # after the last one the caller saves
-            save(state, log, writer)
+        if steps_left:  # after the last one the caller does both
+            is_best = evaluation is not None and evaluation.is_due(position.step) and evaluation.run()
+            if writer is not None and (is_best or writer.is_due(position.step)):
+                save(state, log, writer, is_best=is_best)
     log.count_skipped(skipped_images)
+
+
+class Evaluation:
+    """The pair accuracy of the backbone while it trains, on the sets by name; without sets, nothing."""
+
+    def __init__(
+        self, worker: Worker, options: Options, state: TrainState, sets: dict[str, PairSet], log: TrainingLog
+    ) -> None:
+        self.worker, self.options, self.state, self.sets, self.log = worker, options, state, sets, log
+
+    def is_due(self, step: int) -> bool:
+        """Whether --val-freq asks for an evaluation after this step."""
+        return self.options.val_freq is not None and step % self.options.val_freq == 0
+
+    def run(self) -> bool:
+        """Collective. Embed and evaluate each set with the backbone as a checkpoint would hold it; nothing else changes.
+
+        Returns whether the mean accuracy over the sets is the best so far, which the position then holds.
+        """
+        if not self.sets:
+            return False
+        started = time.perf_counter()
+        worker, options, log, position = self.worker, self.options, self.log, self.state.position
+        log.flush()
+        results = {}
+        images_at_a_time = max(options.batch_size // worker.processes_per_node // options.accumulation_steps, 32)
+        # The bare backbone: DistributedDataParallel would synchronise, and a rank may have fewer batches than another.
+        with buffers_of_rank_0(worker, self.state.backbone):
+            for name, pairs in self.sets.items():
+                embeddings = embed_images_together(
+                    worker, self.state.backbone, PairImages(pairs), batch_size=images_at_a_time,
+                    workers=-(-options.workers // worker.processes_per_node), progress=False,
+                )
+                if worker.is_main:
+                    distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
+                    results[name] = evaluate_pairs(pairs, embeddings, distance)
+        score = torch.tensor([result.accuracy for result in results.values()] or [0.0], dtype=torch.float64,
+                             device=worker.device).mean()
+        dist.broadcast(score, src=0)
+        is_best = position.best_score is None or float(score) > position.best_score
+        if is_best:
+            position.best_score = float(score)
+        if worker.is_main:
+            epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
+            log.add_evaluation(step=position.step, epoch=epoch, results={
+                name: {key: value for key, value in vars(result).items() if isinstance(value, (int, float))}
+                for name, result in results.items()
+            })
+        figures = "  ".join(f"{name} {100 * r.accuracy:.2f}% +- {100 * r.accuracy_std:.2f}" for name, r in results.items())
+        log.say(f"validation at step {position.step}: {figures}  mean {100 * float(score):.2f}% "
+                f"({'the best so far' if is_best else f'best {100 * position.best_score:.2f}%'})  "
+                f"in {time.perf_counter() - started:.1f} s")
+        log.pause(time.perf_counter() - started)
+        return is_best
 
 
 def build_training(
@@ -245,12 +323,14 @@ def classifier_loss(
     )
 
 
-def shared_facts(options: Options, dataset: FaceFolder | RecordIODataset) -> dict[str, object]:
+def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
     """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
-    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list"}
+    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list",
+           "val_pairs", "val_bin"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
-    return {**flags, "--resume given": bool(options.resume), "--init-from given": bool(options.init_from), "number of images": len(dataset),
-            "number of identities": len(dataset.identities)}
+    return {**flags, "--resume given": bool(options.resume), "--init-from given": bool(options.init_from),
+            "number of images": len(dataset), "number of identities": len(dataset.identities),
+            "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
 
 
 def choose_seed(options: Options, worker: Worker) -> int:
@@ -294,7 +374,16 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
 
-def open_dataset(options: Options, plan: ProcessPlan) -> FaceFolder | RecordIODataset:
+def open_validation_sets(options: Options) -> dict[str, PairSet]:
+    """The sets of --val-pairs and --val-bin by name, every image decoded once: not after an epoch. Raises UserError."""
+    lists = [(options.imgs_root, path) for path in options.val_pairs]
+    sets = open_pair_sets(lists, list(options.val_bin), list_flag="--val-pairs", bin_flag="--val-bin")
+    for pairs in sets.values():
+        check_images(pairs, progress=is_first_process())
+    return sets
+
+
+def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
     """Open and check the training images. Raises UserError.
 
     One process of a node does the work: the others are started later, or wait for the first one and take its index.
@@ -328,7 +417,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder | RecordIODataset) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: dict[str, PairSet]) -> str:
     """What is about to run, a line each."""
     backbone_parameters = sum(
         parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()
@@ -370,6 +459,10 @@ def run_table(options: Options, plan: ProcessPlan, dataset: FaceFolder | RecordI
         "precision": precision,
         "output": os.path.abspath(options.output) + (" (no checkpoints)" if options.no_save else ""),
     }
+    if sets:
+        when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
+        rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
+                              + ("" if options.no_save else f"; the best: {BEST}"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -1,36 +1,70 @@
-"""Pairs of face images: lines of `path1 path2 0|1` (1: the same person), paths relative to the directory of images."""
+"""Pairs of face images: lines of `path1 path2 0|1` (1: the same person), paths relative to the directory of images.
+
+PairList reads these, data.bins.PairBin the sets that come in one file; PairSet is what both of them are.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from data.decode import read_image
+from data.bins import PairBin
+from data.decode import decode_image, read_bytes
 from utils.errors import UserError
 from utils.verification import usable_folds
+
+_DECODING_THREADS = 8  # Pillow decodes outside of the interpreter's lock
+
+
+class PairSet(Protocol):
+    """P pairs of U different images, each of which is embedded once."""
+
+    path: str  # the file
+    num_images: int  # U
+    index1: np.ndarray  # int64 (P,): the numbers of pair p's images
+    index2: np.ndarray
+    is_same: np.ndarray  # bool (P,)
+
+    def __len__(self) -> int:
+        """P."""
+
+    def image_name(self, i: int) -> str:
+        """What an error calls image i."""
+
+    def encoded(self, i: int) -> tuple[bytes, str]:
+        """Image i before it is decoded, and its name. Raises UserError where it cannot be read."""
 
 
 class PairList:
     """The pairs of `pair_list`, whose paths are relative to `imgs_root`; blanks separate, blank lines are ignored.
 
     Attributes, for P pairs of U different images:
+    path: the list;
     paths: list of U paths, `imgs_root` included, in order of first appearance;
+    num_images: U;
     index1, index2: int64 (P,), where the images of pair p are in `paths`;
     is_same: bool (P,).
+    flag: what errors call the flag that names the list.
 
     Everything is checked here, before any other work. Raises UserError, naming the file, and the line where there is
     one: the list is missing, empty or no text; a line is malformed; a label is not 0 or 1; an image is missing; fewer
     than two pairs of a label, so that the protocol of utils.verification has no numbers for them.
     """
 
-    def __init__(self, imgs_root: str | os.PathLike[str], pair_list: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, imgs_root: str | os.PathLike[str], pair_list: str | os.PathLike[str], *, flag: str = "--pair-list"
+    ) -> None:
         imgs_root, pair_list = os.fspath(imgs_root), os.fspath(pair_list)
         if not os.path.isdir(imgs_root):
             raise UserError(f"--imgs-root {imgs_root}: no such directory; it must hold the images of the pairs")
-        pairs = _read_lines(pair_list)
+        pairs = _read_lines(pair_list, flag)
         first_line: dict[str, int] = {}  # in order of first appearance
         for line, path1, path2, _ in pairs:
             first_line.setdefault(path1, line)
@@ -39,6 +73,7 @@ class PairList:
 
         position = {path: i for i, path in enumerate(first_line)}
         self.paths = [os.path.join(imgs_root, path) for path in first_line]
+        self.path, self.num_images = pair_list, len(self.paths)
         self.index1 = np.array([position[path1] for _, path1, _, _ in pairs], dtype=np.int64)
         self.index2 = np.array([position[path2] for _, _, path2, _ in pairs], dtype=np.int64)
         self.is_same = np.array([is_same for _, _, _, is_same in pairs], dtype=bool)
@@ -50,28 +85,93 @@ class PairList:
     def __len__(self) -> int:
         return len(self.is_same)
 
+    def image_name(self, i: int) -> str:
+        return self.paths[i]
+
+    def encoded(self, i: int) -> tuple[bytes, str]:
+        return read_bytes(self.paths[i]), self.paths[i]
+
 
 class PairImages(Dataset):
-    """The images of `pairs`, each of them once: item i is (uint8 (3, 112, 112) of pairs.paths[i], 0)."""
+    """The images of `pairs`, each of them once: item i is (uint8 (3, 112, 112) of its image i, 0)."""
 
-    def __init__(self, pairs: PairList) -> None:
-        self.paths = pairs.paths
+    def __init__(self, pairs: PairSet) -> None:
+        self.pairs = pairs
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return self.pairs.num_images
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return read_image(self.paths[i]), 0
+        return decode_image(*self.pairs.encoded(i)), 0
 
 
-def _read_lines(pair_list: str) -> list[tuple[int, str, str, bool]]:
+def open_pair_sets(
+    lists: list[tuple[str | None, str]], bins: list[str], *, list_flag: str, bin_flag: str
+) -> dict[str, PairSet]:
+    """The sets by name: of each (directory of images, pair list), then of each file in `bins`.
+
+    Without a directory the images are in imgs/ beside the list. A set is called what its file is called (lfw for lfw.bin),
+    one in a file pair.list what its directory is; by their paths where that is not unique. Raises UserError.
+    """
+    sets: list[tuple[str, str, PairSet]] = []
+    for imgs_root, path in lists:
+        if imgs_root is None:
+            imgs_root = os.path.join(os.path.dirname(path), "imgs")
+            if os.path.isfile(path) and not os.path.isdir(imgs_root):
+                raise UserError(f"{list_flag} {path}: there is no directory {imgs_root} with its images; "
+                                "give it with --imgs-root")
+        directory, name = os.path.split(os.path.abspath(path))
+        name = os.path.basename(directory) if name == "pair.list" else os.path.splitext(name)[0]
+        sets.append((name, path, PairList(imgs_root, path, flag=list_flag)))
+    for path in bins:
+        sets.append((os.path.splitext(os.path.basename(path))[0], path, PairBin(path)))
+    names = [name for name, _, _ in sets]
+    named = {name if names.count(name) == 1 else path: pairs for name, path, pairs in sets}
+    if len(named) < len(sets):
+        paths = [path for _, path, _ in sets]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        flag = bin_flag if twice in bins else list_flag
+        raise UserError(f"{flag} {twice}: is given twice; drop one of them")
+    return named
+
+
+def check_images(pairs: PairSet, progress: bool) -> None:
+    """Decode all images once. Raises the UserError of the first bad one: found now, and not when hours are at stake.
+
+    progress: show a bar on stderr, if that is a terminal and the work takes longer than a second.
+    """
+    images = PairImages(pairs)
+    chunks = [range(start, min(start + 64, len(images))) for start in range(0, len(images), 64)]
+    visible = progress and sys.stderr.isatty()
+    with (
+        ThreadPoolExecutor(_DECODING_THREADS) as threads,
+        tqdm(total=len(images), desc="checking pairs", delay=1.0, leave=False, disable=not visible) as bar,
+    ):
+        for chunk, error in zip(chunks, threads.map(lambda chunk: _first_error(images, chunk), chunks)):
+            if error:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise UserError(error)
+            bar.update(len(chunk))
+
+
+def _first_error(images: PairImages, chunk: range) -> str:
+    """What is wrong with the first image of the chunk that is bad; "" if none is."""
+    for i in chunk:
+        try:
+            images[i]
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def _read_lines(pair_list: str, flag: str) -> list[tuple[int, str, str, bool]]:
     """(line number, path1, path2, is_same) of every line that is not blank."""
     try:
         # surrogateescape: file names need not be UTF-8. utf-8-sig: editors on Windows begin a file with a mark.
         with open(pair_list, encoding="utf-8-sig", errors="surrogateescape") as file:
             pairs = [_parse(pair_list, number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except OSError as error:
-        raise UserError(f"--pair-list {pair_list}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{flag} {pair_list}: cannot be read ({error.strerror})") from None
     if not pairs:
         raise UserError(f"{pair_list}: the pair list is empty; it needs lines of: path1 path2 0|1")
     return pairs

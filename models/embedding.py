@@ -5,6 +5,7 @@ Shapes: n images of a batch, N images in all, d embedding size.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -14,12 +15,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data.augment import prepare_batch
 from data.loader import start_loader_worker
+from utils.distributed import Worker, all_gather_rows
 from utils.errors import UserError
 
 
@@ -51,6 +54,83 @@ def embed_images(
 
     An embedding without a direction (zero, NaN or infinite) becomes zero; a warning on stderr tells how many there are.
     """
+    rows = _embed_rows(backbone, dataset, batch_size=batch_size, workers=workers, device=device, flip=flip,
+                       progress=progress, print_freq=print_freq)
+    return _without_unusable(rows, warn=True)
+
+
+def embed_images_together(
+    worker: Worker,
+    backbone: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    workers: int,
+    flip: bool = False,
+    progress: bool = True,
+    print_freq: int = 100,
+) -> np.ndarray:
+    """Collective. `embed_images` with the images shared out: each rank reads and embeds its own, all get all embeddings.
+
+    All ranks must have the same backbone, buffers included, and the same dataset. Rank r takes a contiguous part of
+    ceil(N / W) images; what is missing at the end is made up by the last image, embedded again. Rank 0 warns.
+    """
+    total, world_size = len(dataset), worker.world_size
+    share = -(-total // world_size)
+    mine = [min(i, total - 1) for i in range(worker.rank * share, (worker.rank + 1) * share)]
+    rows = _embed_rows(backbone, Subset(dataset, mine), batch_size=batch_size, workers=workers, device=worker.device,
+                       flip=flip, progress=progress and worker.is_main, print_freq=print_freq,
+                       whose=" of rank 0" if world_size > 1 else "")
+    if world_size > 1:
+        rows = all_gather_rows(torch.from_numpy(rows).to(worker.device), dist.group.WORLD).cpu().numpy()
+    return _without_unusable(rows[:total], warn=worker.is_main)
+
+
+@contextlib.contextmanager
+def buffers_of_rank_0(worker: Worker, module: nn.Module) -> Iterator[None]:
+    """Collective. Within it every rank's `module` has the buffers of rank 0, and afterwards its own again, to the bit.
+
+    Between two steps the ranks' BatchNorm statistics differ, as each has seen its own images; a checkpoint holds rank 0's.
+    """
+    if worker.world_size == 1:
+        yield
+        return
+    own = [buffer.clone() for buffer in module.buffers()]
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(module.buffers(), own):
+            buffer.copy_(value)
+
+
+def _without_unusable(rows: np.ndarray, warn: bool) -> np.ndarray:
+    """Zero instead of the rows that are NaN, in place."""
+    not_finite = np.isnan(rows[:, 0])
+    zero = np.count_nonzero(~rows.any(axis=1))
+    rows[not_finite] = 0
+    if warn and (zero or not_finite.any()):
+        print(
+            f"warning: {zero + np.count_nonzero(not_finite)} of {len(rows)} embeddings are unusable "
+            f"({np.count_nonzero(not_finite)} NaN or infinite, {zero} zero); they are set to zero", file=sys.stderr,
+        )
+    return rows
+
+
+def _embed_rows(
+    backbone: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    flip: bool,
+    progress: bool,
+    print_freq: int,
+    whose: str = "",
+) -> np.ndarray:
+    """What embed_images returns, but for NaN in the rows of embeddings that are NaN or infinite. whose: for the progress."""
     total = len(dataset)
     if total == 0:
         raise ValueError("there are no images to embed")
@@ -59,8 +139,8 @@ def embed_images(
     training = {module: module.training for module in backbone.modules()}
     backbone.eval()
     embeddings: np.ndarray | None = None
-    done = not_finite = zero = 0
-    report = _Progress(total, batch_size, print_freq, enabled=progress)
+    done = 0
+    report = _Progress(total, batch_size, print_freq, enabled=progress, whose=whose)
     try:
         with torch.no_grad():
             for images in _uint8_batches(dataset, batch_size, workers):
@@ -68,13 +148,11 @@ def embed_images(
                 output = backbone(x)
                 if flip:
                     output = output + backbone(x.flip(3))
-                unit, length = _unit_rows(output)
+                unit = _unit_rows(output)
                 if embeddings is None:
                     embeddings = np.empty((total, unit.shape[1]), dtype=np.float32)
                 embeddings[done : done + len(unit)] = unit
                 done += len(unit)
-                zero += np.count_nonzero(length == 0)
-                not_finite += np.count_nonzero(~np.isfinite(length))
                 report.update(done)
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {batch_size}: does not fit into the GPU's memory; use a smaller one") from None
@@ -82,41 +160,39 @@ def embed_images(
         report.close()
         for module, mode in training.items():
             module.training = mode
-    if zero or not_finite:
-        print(
-            f"warning: {zero + not_finite} of {total} embeddings are unusable "
-            f"({not_finite} NaN or infinite, {zero} zero); they are set to zero", file=sys.stderr,
-        )
     return embeddings
 
 
-def _unit_rows(output: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(n, d) -> float32 (n, d), its rows divided by their lengths, or zero where that cannot be; the lengths (n,)."""
+def _unit_rows(output: torch.Tensor) -> np.ndarray:
+    """(n, d) -> float32 (n, d), its rows divided by their lengths; zero stays zero, NaN where a row is not finite."""
     output = output.double()  # where no length of a float32 vector overflows or vanishes
-    length = torch.linalg.vector_norm(output, dim=1)
-    usable = torch.isfinite(length) & (length > 0)
-    unit = torch.where(usable[:, None], output / length[:, None], 0)
-    return unit.float().cpu().numpy(), length.cpu().numpy()
+    length = torch.linalg.vector_norm(output, dim=1, keepdim=True)
+    unit = torch.where(length > 0, output / length, 0)
+    return torch.where(torch.isfinite(length), unit, torch.nan).float().cpu().numpy()
 
 
 class _Progress:
     """A bar on a terminal, else a line each `print_freq` batches and at the end."""
 
-    def __init__(self, total: int, batch_size: int, print_freq: int, enabled: bool) -> None:
+    def __init__(self, total: int, batch_size: int, print_freq: int, enabled: bool, whose: str) -> None:
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc="embedding", unit=" images", disable=not (enabled and terminal))
+        self.whose = whose
+        # None, not a disabled bar: tqdm's lock is a semaphore, which a rank that is stopped leaves behind with a warning.
+        self.bar = tqdm(total=total, desc="embedding", unit=" images" + whose) if enabled and terminal else None
         self.lines = enabled and not terminal
         self.total, self.step = total, batch_size * print_freq
         self.started = time.perf_counter()
 
     def update(self, done: int) -> None:
-        self.bar.update(done - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
         if self.lines and (done % self.step == 0 or done == self.total):
             rate = done / (time.perf_counter() - self.started)
-            print(f"embedded {done}/{self.total} images, {rate:.1f} images/s", flush=True)
+            print(f"embedded {done}/{self.total} images{self.whose}, {rate:.1f} images/s", flush=True)
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 class _BatchReader(Dataset):
@@ -149,6 +225,7 @@ def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[
             num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
             collate_fn=_unchanged, worker_init_fn=functools.partial(start_loader_worker, os.getpid()),
             multiprocessing_context="fork" if workers > 0 else None,  # Python 3.14's default would import all again
+            generator=torch.Generator(),  # else it would take a number from the global one, which a training run may use
         ))
     for batch in batches:
         if isinstance(batch, UserError):

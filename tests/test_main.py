@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -34,11 +35,24 @@ PUBLISHED = {
 def test_published_single_node_commands_then_valid(faces, tmp_path, name):
     # bf16 without hardware for it is slow on a CPU
     shorter = ["-b", "4", "--max-steps", "1"] if "AMP" in name else []
-    output = run("main.py", *PUBLISHED[name].format(data=faces).split(), *SHORT, *shorter, cwd=tmp_path)
+    sets = []
+    if name == "base":
+        images = [path.read_bytes() for path in sorted((faces / "lfw/imgs").rglob("*.jpg"))[:8]]
+        (tmp_path / "small.bin").write_bytes(pickle.dumps((images, [True, False] * 2)))
+        sets = ["--val-pairs", faces / "lfw/pair.list", "--val-bin", "small.bin", "--val-freq", 1]
+    output = run("main.py", *PUBLISHED[name].format(data=faces).split(), *SHORT, *shorter, *sets, cwd=tmp_path)
     steps = 1 if "AMP" in name else 2
+    lines = read_metrics(tmp_path)
+    if name == "base":
+        assert re.search(r"^evaluation +lfw \(60 pairs\), small \(4 pairs\), every 1 steps; the best: model_best", output, re.MULTILINE)
+        assert len(re.findall(r"^validation at step [12]: lfw \d\S+% \+- \S+  small \d\S+% \+- \S+  mean", output, re.MULTILINE)) == 2
+        assert [(line["step"], list(line["val"])) for line in lines if "val" in line] == [(s, ["lfw", "small"]) for s in (1, 2)]
+        best = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
+        assert best["position"]["best_score"] == max(
+            sum(result["accuracy"] for result in line["val"].values()) / 2 for line in lines if "val" in line)
     for words in ("mobilefacenet", "48 of 8 identities", "seed", f"done: {steps} steps"):
         assert words in output, output
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, steps + 1))
+    assert [line["step"] for line in lines if "val" not in line] == list(range(1, steps + 1))
     if name == "sharded":
         output = run("valid.py", "--batch-size", 1024, "-workers", 2, "--imgs-root", faces / "lfw/imgs", "--pair-list",
                      faces / "lfw/pair.list", "--resume", "checkpoint.pth.tar", "--json", "result.json", cwd=tmp_path)
@@ -92,7 +106,7 @@ def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     contents = torch.load(path, weights_only=True)
     assert contents["arch"] == "mobilefacenet" and contents["num_classes"] == 50 and contents["embedding_size"] == 512
-    assert contents["position"] == {"epoch": 0, "step_in_epoch": 2, "step": 2}
+    assert contents["position"] == {"epoch": 0, "step_in_epoch": 2, "step": 2, "best_score": None}
     assert not any("classifier" in name for name in contents["state_dict"])  # the classifier lies in the shards alone
     assert os.readlink(path) == "checkpoints/step-00000002/state.pth.tar"
     assert contents["identities"] == sorted(os.listdir(faces / "train"))

@@ -11,6 +11,7 @@ from commands import run
 from PIL import Image
 
 from data.synthetic import draw_face, sample_pairs, write_identity_set, write_pairs
+from scripts import plot
 from utils.errors import UserError
 
 SMALL = ("--identities", 3, "--images", 4, "--pairs", 12, "--pair-identities", 3)
@@ -115,6 +116,15 @@ def test_plot_training_curve_with_a_torn_last_line(tmp_path: Path) -> None:
     run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > 600
+        plain = picture.height
+
+    with metrics.open("a") as file:
+        file.write('ss": 1.0, "epoch": 0, "lr": 0.1}\n')  # the line that was torn
+        for step, accuracy in ((20, 0.6), (60, 0.7)):
+            file.write(json.dumps({"step": step, "epoch": 0, "val": {"lfw": {"accuracy": accuracy}, "agedb": {"accuracy": 0.5}}}) + "\n")
+    run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.height > plain + 200  # a panel more
 
     metrics.write_text("no\n" + json.dumps(rows[0]) + "\n")
     message = run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "other.png", status=2)
@@ -125,11 +135,13 @@ def test_plot_roc_of_two_results(tmp_path: Path) -> None:
     rates = np.linspace(0, 1, 50)
     for name, power in (("good", 0.2), ("poor", 0.9)):
         result = {"accuracy": 0.8, "auc": 0.9, "fpr": rates.tolist(), "tpr": (rates**power).tolist()}
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        (tmp_path / f"{name}.json").write_text(json.dumps(result if name == "good" else {"sets": {"lfw": result, "agedb": result}}))
     run("scripts/plot.py", "--roc", f"{tmp_path / 'good.json'}=trained", "--roc", tmp_path / "poor.json",
         "--output", tmp_path / "roc.png")
     with Image.open(tmp_path / "roc.png") as picture:
         assert picture.width > 600
+    assert [curve.label for curve in plot.read_roc(str(tmp_path / "poor.json"))] == ["poor, lfw", "poor, agedb"]
+    assert [curve.label for curve in plot.read_roc(f"{tmp_path / 'good.json'}=trained")] == ["trained"]
 
 
 @pytest.mark.parametrize("arguments", [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -19,7 +22,8 @@ from torch.utils.data import Dataset
 import valid
 from data.pairs import PairImages, PairList
 from models import build_backbone
-from models.embedding import choose_device, embed_images
+from models.embedding import buffers_of_rank_0, choose_device, embed_images, embed_images_together
+from utils.distributed import Worker
 from utils.errors import UserError
 from utils.verification import evaluate
 
@@ -184,6 +188,59 @@ def test_unusable_embeddings_become_zero_with_a_warning(capsys: pytest.CaptureFi
     )
 
 
+def embed_together(rank: int, world_size: int, count: int, factors: list[float]) -> tuple[np.ndarray, str]:
+    worker = Worker(rank, world_size, world_size, CPU)
+    backbone = Pixels()
+    backbone.register_forward_hook(lambda module, args, output: output * factor_of(args[0], factors))
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        rows = embed_images_together(worker, backbone, Colours(count), batch_size=3, workers=0, progress=False)
+    return rows, errors.getvalue()
+
+
+def factor_of(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    """(n, 1): the entry of `factors` for the image's number, which is found by its first pixel."""
+    first = (Colours(len(factors)).colours[:, :, 0] / 255 - 0.5) / 0.5
+    number = (images[:, None, :, 0, 0] - torch.from_numpy(first).float()).abs().sum(2).argmin(1)
+    return torch.tensor(factors)[number][:, None]
+
+
+@pytest.mark.parametrize("world_size, count", [(2, 20), (3, 20), (3, 7), (3, 2), (2, 1)])
+def test_ranks_share_the_images(pools, world_size: int, count: int) -> None:
+    """All ranks get what one process computes; what is unusable is counted once, although the last image fills up."""
+    factors = [1.0] * count
+    factors[-1] = float("nan")
+    if count > 5:
+        factors[4] = 0.0
+    everywhere = pools(world_size).run(embed_together, count, factors)
+    usable = np.array(factors) == 1
+    for embeddings, _ in everywhere:
+        np.testing.assert_allclose(embeddings, Colours(count).expected(False) * usable[:, None], atol=1e-6)
+    warning = f"warning: {count - usable.sum()} of {count} embeddings are unusable (1 NaN or infinite, {int(count > 5)} zero)"
+    assert warning in everywhere[0][1] and not any(errors for _, errors in everywhere[1:])
+
+
+def borrow_buffers(rank: int, world_size: int) -> tuple[list[float], list[float], list[float]]:
+    module = nn.BatchNorm1d(2)
+    module.running_mean += 10 * rank + 0.1
+    module.num_batches_tracked += rank
+    state = [[float(module.running_mean[0]), int(module.num_batches_tracked)]]
+    with buffers_of_rank_0(Worker(rank, world_size, world_size, CPU), module):
+        state.append([float(module.running_mean[0]), int(module.num_batches_tracked)])
+    return *state, [float(module.running_mean[0]), int(module.num_batches_tracked)]
+
+
+def test_buffers_of_rank_0(pools) -> None:
+    for rank, (before, within, after) in enumerate(pools(2).run(borrow_buffers)):
+        assert within == pytest.approx([0.1, 0]) and after == before
+        assert (within == before) == (rank == 0)
+
+
+def test_embedding_leaves_the_random_state() -> None:
+    state = torch.get_rng_state()
+    embed_images(Pixels(), Colours(4), batch_size=2, workers=1, device=CPU, progress=False)
+    assert (torch.get_rng_state() == state).all()
+
+
 def test_choose_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == CPU
@@ -218,8 +275,8 @@ def test_the_published_command(faces: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["result.json"]
 
     written = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
-    numbers = {"accuracy", "accuracy_std", "val", "val_std", "far", "auc", "eer"}
-    assert set(written) == {*numbers, "thresholds", "tpr", "fpr"}
+    numbers = {"accuracy", "accuracy_std", "val", "val_std", "far", "auc", "eer", "exact_accuracy", "exact_accuracy_std"}
+    assert set(written) == {*numbers, "thresholds", "tpr", "fpr", "threshold", "tar_at_far", "undecidable_pairs"}
     assert f"Accuracy: {written['accuracy']:.5f}" in result.stdout
 
 
@@ -314,7 +371,86 @@ def test_json_replaces_the_old_file_whole_or_not_at_all(
     assert json.loads(output.read_text()) and os.listdir(tmp_path) == ["result.json"]
 
 
+def pack(faces: Path, path: Path) -> None:
+    """The pairs of `faces` as a .bin."""
+    images, labels = [], []
+    for line in (faces / "pair.list").read_text().splitlines():
+        path1, path2, label = line.split()
+        images += [(faces / "imgs" / path1).read_bytes(), (faces / "imgs" / path2).read_bytes()]
+        labels.append(label == "1")
+    path.write_bytes(pickle.dumps((images, labels), 2))
+
+
+def test_several_sets_pictures_and_processes(faces: Path, tmp_path: Path) -> None:
+    """A list and a .bin of the same pairs, by two processes: the same numbers, headed by the sets' names."""
+    pack(faces, tmp_path / "packed.bin")
+    result = script(
+        tmp_path, str(ROOT / "valid.py"), *arguments(faces, "--bin", "packed.bin"),
+        "--resume", str(faces / "checkpoint.pth.tar"), "-j", "2", "-b", "5", "--multiprocessing-distributed", "--nproc-per-node", "2", "--json", "both.json",
+        "--plot", "roc.png", "--montage", "worst.png",
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    four = FOUR_LINES.removesuffix("$")
+    assert re.search(f"^{re.escape(faces.name)}\n{four}packed\n{four}$", result.stdout, re.MULTILINE), result.stdout
+    assert "2 processes, each cpu" in result.stdout and result.stdout.count("embedded 12/12 images of rank 0, ") == 2
+    sets = json.loads((tmp_path / "both.json").read_text(), parse_constant=pytest.fail)["sets"]
+    assert list(sets) == [faces.name, "packed"] and sets[faces.name] == sets["packed"]
+    assert result.stdout.count(f"Accuracy: {sets['packed']['accuracy']:.5f}") == 2
+    for name in ("roc.png", "worst.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 800
+
+
+def test_a_bin_alone_gives_the_numbers_of_its_pairs(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(faces, tmp_path / "packed.bin")
+    model = ("--resume", str(faces / "checkpoint.pth.tar"), "--device", "cpu", "-j", "0")
+    outputs = [run(capsys, monkeypatch, *source, *model, "--json", str(tmp_path / f"{i}.json"))[0] for i, source in enumerate((
+        ["--bin", str(tmp_path / "packed.bin")], ["--imgs-root", str(faces / "imgs"), "--pair-list", str(faces / "pair.list")],
+    ))]
+    results = [re.search(FOUR_LINES, output) for output in outputs]
+    assert results[0] and results[1] and results[0].group() == results[1].group()
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+    assert re.search(r"=> packed: accuracy at exact thresholds \d\.\d{5}\+-\d\.\d{5}; TAR at FAR 1e-1 \d\.\d{5}\n", outputs[0])
+
+
+def test_the_montage_shows_the_worst_pairs(tmp_path: Path) -> None:
+    """Pairs of one colour each, at known distances: those on the wrong side of the threshold, the worst ones first."""
+    colours = np.arange(40, dtype=np.uint8) * 6
+    images = [np.broadcast_to(colour, (112, 112, 3)) for colour in colours]
+    for i, image in enumerate(images):
+        Image.fromarray(np.ascontiguousarray(image)).save(tmp_path / f"{i}.png")
+    lines = [f"{2 * p}.png {2 * p + 1}.png {int(p < 10)}" for p in range(20)]
+    (tmp_path / "pair.list").write_text("\n".join(lines))
+    pairs = PairList(tmp_path, tmp_path / "pair.list")
+    distance = np.linspace(0.1, 2, 20)
+    distance[3], distance[7], distance[15], distance[12], distance[5] = 1.9, 1.5, 0.2, 0.1, np.nan
+    accepts, rejects = valid.montage_sections("lfw", pairs, distance, 1.0)
+    assert accepts.title == "lfw: 2 false accepts of 10 pairs (different people, distance below 1.00)"
+    assert rejects.title == "lfw: 2 false rejects of 10 pairs (one person, distance at least 1.00)"
+    assert [caption for _, _, caption in accepts.pairs] == ["pair 13: distance 0.100", "pair 16: distance 0.200"]
+    assert [caption for _, _, caption in rejects.pairs] == ["pair 4: distance 1.900", "pair 8: distance 1.500"]
+    valid.draw_montage([accepts, rejects], str(tmp_path / "worst.png"))
+    with Image.open(tmp_path / "worst.png") as picture:
+        pixels = np.asarray(picture)
+    for p in (12, 15, 3, 7):
+        for i in (2 * p, 2 * p + 1):
+            assert 112 * 112 <= np.count_nonzero((pixels == colours[i]).all(axis=2)) < 1.2 * 112 * 112
+    assert not (pixels == colours[0]).all(axis=2).sum() > 5000
+
+
 MISTAKES = [
+    (["--untrained", "-a", "mobilefacenet", "--bin", "none.bin"], "none.bin: cannot be read"),
+    (["--untrained", "-a", "mobilefacenet", "--bin", "a.bin,"], "--bin: 'a.bin,' is not a comma-separated list of files"),
+    (["--untrained", "-a", "mobilefacenet", "--bin", "{faces}/pair.list"], "pair.list: is not an evaluation set"),
+    (["--untrained", "-a", "mobilefacenet", "--bin", "a.bin", "--pair-list", ""], "--pair-list is missing"),
+    (["--untrained", "-a", "mobilefacenet", "--nproc-per-node", "2"], "--nproc-per-node 2: add --multiprocessing-distrib"),
+    (["--untrained", "-a", "mobilefacenet", "--nproc-per-node", "0"], "--nproc-per-node 0: give a number of at least 1"),
+    (["--untrained", "-a", "mobilefacenet", "--plot", "roc.gif"], "--plot roc.gif: the name must end in .png, .svg or .pdf"),
+    (["--untrained", "-a", "mobilefacenet", "--montage", "x.svg"], "--montage x.svg: the name must end in .png or .jpg"),
+    (["--untrained", "-a", "mobilefacenet", "--plot", "/nowhere/x.png"], "--plot /nowhere/x.png: there is no directory"),
+    (["--untrained", "-a", "mobilefacenet", "--montage", "/nowhere/x.png"], "--montage /nowhere/x.png: there is no dir"),
     (["--resume", ""], "--resume is missing"),
     ([], "--resume is missing: .* or --untrained with -a ARCH"),
     (["--resume", "nothing.pth.tar"], "--resume nothing.pth.tar: no such file"),
@@ -366,15 +502,16 @@ def test_pair_mistakes_are_found_before_the_checkpoint_is_read(
             "--resume", str(faces / "checkpoint.pth.tar"))
 
 
-def test_a_mistake_is_one_line_and_exit_status_2(faces: Path) -> None:
-    bad = faces / "bad"
+@pytest.mark.parametrize("flags", [[], ["--multiprocessing-distributed", "--nproc-per-node", "2"]], ids=["one", "two"])
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, flags: list[str]) -> None:
+    bad = tmp_path
     (bad / "0").mkdir(parents=True)
     for image in range(4):
         Image.new("RGB", (112, 112 - image // 3)).save(bad / "0" / f"{image}.png")
     (bad / "pair.list").write_text("0/0.png 0/1.png 1\n0/1.png 0/2.png 1\n0/0.png 0/3.png 0\n0/1.png 0/3.png 0\n")
     result = script(
         ROOT, "valid.py", "--imgs-root", str(bad), "--pair-list", str(bad / "pair.list"), "--device", "cpu",
-        "--untrained", "-a", "mobilefacenet", "-workers", "2",
+        "--untrained", "-a", "mobilefacenet", "-workers", "2", *flags,
     )
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if not line.startswith("warning: too few pairs")]

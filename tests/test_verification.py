@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.verification import VerificationResult, evaluate, format_result, usable_folds
+from utils.verification import (
+    VerificationResult, evaluate, evaluate_distances, format_result, squared_distance, usable_folds, worst_errors,
+)
 
-NUMBERS = ("accuracy", "accuracy_std", "val", "val_std", "far", "auc", "eer")
+NUMBERS = ("accuracy", "accuracy_std", "val", "val_std", "far", "auc", "eer", "exact_accuracy", "exact_accuracy_std")
 CURVES = ("thresholds", "tpr", "fpr")
 
 
@@ -50,7 +52,7 @@ def literal_protocol(embeddings1: np.ndarray, embeddings2: np.ndarray, is_same: 
         return tp / (tp + fn), fp / (fp + tn), (tp + tn) / len(pairs)
 
     thresholds, fine = np.arange(0, 4, 0.01).tolist(), np.arange(0, 4, 0.001).tolist()  # lists: faster in loops
-    tpr, fpr, accuracy, val, far = [], [], [], [], []
+    tpr, fpr, accuracy, val, far, exact_accuracy = [], [], [], [], [], []
     for k in range(folds):
         inside = [p for p in range(len(is_same)) if fold_of[p] == k]
         outside = [p for p in range(len(is_same)) if fold_of[p] != k]
@@ -63,6 +65,10 @@ def literal_protocol(embeddings1: np.ndarray, embeddings2: np.ndarray, is_same: 
         curve = [rates(inside, t) for t in thresholds]
         tpr.append([point[0] for point in curve])
         fpr.append([point[1] for point in curve])
+
+        values = sorted({distance[p] for p in outside if distance[p] is not None})
+        candidates = [values[0], *((a + b) / 2 for a, b in zip(values, values[1:])), math.inf] if values else [0.0]
+        exact_accuracy.append(rates(inside, max(candidates, key=lambda t: rates(outside, t)[2]))[2])
 
         different = [p for p in outside if not is_same[p]]
         far_outside = [sum(accepted(p, t) for p in different) / len(different) for t in fine]
@@ -81,11 +87,27 @@ def literal_protocol(embeddings1: np.ndarray, embeddings2: np.ndarray, is_same: 
     auc = 0.0
     for i in range(1, len(thresholds)):
         auc += (fpr[i] - fpr[i - 1]) * (tpr[i] + tpr[i - 1]) / 2
+    everywhere = range(len(is_same))
     return {
         "accuracy": np.mean(accuracy), "accuracy_std": np.std(accuracy), "val": np.mean(val), "val_std": np.std(val),
         "far": np.mean(far), "auc": auc, "eer": equal_error_rate(tpr, fpr),
+        "exact_accuracy": np.mean(exact_accuracy), "exact_accuracy_std": np.std(exact_accuracy),
+        "threshold": max(thresholds, key=lambda t: rates(everywhere, t)[2]),
+        "undecidable_pairs": distance.count(None), "tar_at_far": tar_at_far(distance, is_same),
         "thresholds": thresholds, "tpr": tpr, "fpr": fpr,
     }
+
+
+def tar_at_far(distance: list[float | None], is_same: np.ndarray) -> dict[str, float]:
+    """Of all thresholds that distances of different pairs are, the one with the most true accepts among those allowed."""
+    different = [-math.inf if d is None else d for d, label in zip(distance, is_same) if not label]
+    same = [math.inf if d is None else d for d, label in zip(distance, is_same) if label]
+    rates = {}
+    for k in range(1, 7):
+        if 10**k <= len(different):
+            allowed = [t for t in different if sum(d < t for d in different) * 10**k <= len(different)]
+            rates[f"1e-{k}"] = max(sum(d < t for d in same) for t in allowed) / len(same)
+    return rates
 
 
 def equal_error_rate(tpr: np.ndarray, fpr: np.ndarray) -> float:
@@ -136,6 +158,9 @@ def assert_equals_literal(
         assert getattr(result, name) == pytest.approx(expected[name], abs=1e-12), name
     for name in CURVES:
         np.testing.assert_allclose(getattr(result, name), expected[name], rtol=0, atol=1e-12, err_msg=name)
+    assert result.threshold == pytest.approx(expected["threshold"], abs=1e-12)
+    assert result.undecidable_pairs == expected["undecidable_pairs"]
+    assert result.tar_at_far == pytest.approx(expected["tar_at_far"], abs=1e-12)
 
 
 def assert_finite(result: VerificationResult) -> None:
@@ -316,11 +341,53 @@ def test_the_result_as_json() -> None:
     is_same = official_order(100)
     result = evaluate(*faces(rng, is_same), is_same)
     read = json.loads(json.dumps(result.to_json_dict(), allow_nan=False))
-    assert set(read) == {*NUMBERS, *CURVES}
+    assert set(read) == {*NUMBERS, *CURVES, "threshold", "tar_at_far", "undecidable_pairs"}
     assert read["accuracy"] == result.accuracy
     assert len(read["thresholds"]) == len(read["tpr"]) == len(read["fpr"]) == 400
     assert (read["thresholds"][0], read["thresholds"][-1]) == (0, pytest.approx(3.99))
     assert np.all(np.diff(read["tpr"]) >= 0) and np.all(np.diff(read["fpr"]) >= 0)
+
+
+@pytest.mark.parametrize(("different", "rates"), [(9, 0), (10, 1), (99, 1), (100, 2), (1000, 3), (3000, 3), (10**6, 6)])
+def test_tar_is_told_where_there_are_pairs_enough(different: int, rates: int) -> None:
+    """The same pairs lie at 0, 1, ..., 9, the different ones at 5 and at 0.5, 1.5, ... beyond: known rates."""
+    distance = np.concatenate([np.arange(10) + 0.25, 1000 + np.arange(different)])
+    allowed = {f"1e-{k}": different // 10**k for k in range(1, rates + 1)}
+    for count, far in [(count, far) for far, count in allowed.items()]:
+        shifted = distance.copy()
+        shifted[10 : 10 + count] = 3  # as many false accepts as the rate allows, and one more further on
+        shifted[10 + count] = 7
+        result = evaluate_distances(shifted, np.arange(len(distance)) < 10, folds=2)
+        assert list(result.tar_at_far) == list(allowed)
+        assert result.tar_at_far[far] == 0.7
+    if not rates:
+        assert evaluate_distances(distance, np.arange(len(distance)) < 10, folds=2).tar_at_far == {}
+
+
+def test_the_exact_threshold_separates_what_the_grid_cannot() -> None:
+    """All distances lie between two points of the grid."""
+    is_same = official_order(200)
+    distance = np.where(is_same, 1.0012, 1.0049) + np.linspace(0, 1e-3, 200)
+    result = evaluate_distances(distance, is_same)
+    assert (result.exact_accuracy, result.exact_accuracy_std) == (1, 0) and result.accuracy == 0.5
+    one, next_to_it = 1.0, float(np.nextafter(1.0, 2))  # no number lies between them
+    assert evaluate_distances(np.where(is_same, one, next_to_it), is_same).exact_accuracy == 1
+    assert evaluate_distances(np.where(is_same, next_to_it, one), is_same).exact_accuracy == 0.5
+
+
+def test_worst_errors() -> None:
+    rng = np.random.default_rng(7)
+    is_same = official_order(200)
+    first, second = faces(rng, is_same, noise=1.5)
+    first[5], first[15] = np.nan, 0
+    distance = squared_distance(first, second)
+    threshold = evaluate_distances(distance, is_same).threshold
+    accepts, rejects = worst_errors(distance, is_same, threshold, 1000)
+    assert set(accepts) == {p for p in range(200) if not is_same[p] and distance[p] < threshold} != set()
+    assert set(rejects) == {p for p in range(200) if is_same[p] and distance[p] >= threshold} != set()
+    assert (np.diff(distance[accepts]) >= 0).all() and (np.diff(distance[rejects]) <= 0).all()
+    few = worst_errors(distance, is_same, threshold, 3)
+    assert few[0].tolist() == accepts[:3].tolist() and few[1].tolist() == rejects[:3].tolist()
 
 
 def test_six_thousand_pairs_take_well_under_a_third_of_a_second() -> None:

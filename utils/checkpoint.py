@@ -61,11 +61,15 @@ _WRITING_TIMEOUT = datetime.timedelta(hours=2)
 
 @dataclass
 class Position:
-    """Where the run is: `step` steps are done in all, `step_in_epoch` of them in epoch `epoch` (from 0)."""
+    """Where the run is: `step` steps are done in all, `step_in_epoch` of them in epoch `epoch` (from 0).
+
+    best_score: the best mean accuracy of --val-pairs and --val-bin so far.
+    """
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
+    best_score: float | None = None
 
 
 @dataclass(frozen=True)

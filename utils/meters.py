@@ -148,6 +148,14 @@ class TrainingLog:
             print(f"epoch {line['epoch'] + 1}/{self._epochs}  step {line['step']}/{self._total_steps}  {figures}  "
                   f"eta {_hours(remaining)}", flush=True)
 
+    def add_evaluation(self, *, step: int, epoch: int, results: dict[str, dict[str, float]]) -> None:
+        """Rank 0 only, after `flush`: a line of its own, {"step", "epoch", "val": {set: {name: number}}}."""
+        self._file.write(json.dumps({"step": step, "epoch": epoch, "val": results}) + "\n")
+        self._file.flush()
+        for name, numbers in results.items():
+            for kind, value in numbers.items():
+                self._tensorboard.add_scalar(f"val/{name}/{kind}", value, step)
+
     def say(self, text: str) -> None:
         """Print a line on rank 0 without tearing the progress bar."""
         if self._worker.is_main:

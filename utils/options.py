@@ -50,6 +50,9 @@ class Options:
     evaluate: bool
     imgs_root: str | None
     pair_list: str | None
+    val_pairs: tuple[str, ...]
+    val_bin: tuple[str, ...]
+    val_freq: int | None
     multiprocessing_distributed: bool
     nproc_per_node: int | None
     world_size: int
@@ -84,6 +87,14 @@ def _number_list(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers such as 10,16,21") from None
+
+
+def file_list(text: str) -> tuple[str, ...]:
+    """'a.bin,b.bin' -> ('a.bin', 'b.bin')."""
+    paths = tuple(text.split(","))
+    if not all(paths):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of files such as lfw.bin,cfp_fp.bin")
+    return paths
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,8 +174,15 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("evaluation")
     group.add_argument("-e", "--evaluate", action="store_true",
                        help="evaluate the model of --resume on --imgs-root and --pair-list, and stop")
-    group.add_argument("--imgs-root", default=None, metavar="DIR", help="images of the pairs")
+    group.add_argument("--imgs-root", default=None, metavar="DIR",
+                       help="images of the pairs (--val-pairs without it: imgs/ beside each list)")
     group.add_argument("--pair-list", default=None, metavar="FILE", help="lines of: path1 path2 0|1")
+    group.add_argument("--val-pairs", type=file_list, default=(), metavar="LIST,LIST,...",
+                       help="pair lists to evaluate on while training; the best checkpoint is kept as model_best.pth.tar")
+    group.add_argument("--val-bin", type=file_list, default=(), metavar="FILE,FILE,...",
+                       help="evaluation sets in one file each, such as lfw.bin,cfp_fp.bin, beside --val-pairs or instead")
+    group.add_argument("--val-freq", type=int, default=None, metavar="STEPS",
+                       help="steps between evaluations (default: after every epoch); one more at the end of the run")
 
     group = parser.add_argument_group("processes and devices")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="start one process per GPU of this node")
@@ -233,6 +251,7 @@ def _check_ranges(o: Options) -> None:
         ("--save-freq", o.save_freq, 1),
         ("--keep", o.keep, 1),
         ("--print-freq", o.print_freq, 1),
+        ("--val-freq", o.val_freq, 1),
         ("--nproc-per-node", o.nproc_per_node, 1),
         ("--gpu", o.gpu, 0),
         ("--warmup-epochs", o.warmup_epochs, 0),
@@ -262,8 +281,12 @@ def _check_combinations(o: Options) -> None:
                  "--evaluate: give the images and the pairs with --imgs-root and --pair-list")
     else:
         _require(o.data is not None, "DIR is missing: give the directory of the training images (see python3 main.py --help)")
-        _require(o.imgs_root is None and o.pair_list is None,
+        _require(o.pair_list is None and (o.imgs_root is None or bool(o.val_pairs)),
                  "--imgs-root and --pair-list are used with --evaluate: add it, or drop them")
+    _require(not (o.evaluate and (o.val_pairs or o.val_bin)),
+             "--val-pairs and --val-bin are used while training, and --evaluate does not train: drop one of them")
+    _require(o.val_freq is None or bool(o.val_pairs or o.val_bin),
+             f"--val-freq {o.val_freq}: has no effect alone; give what to evaluate with --val-pairs or --val-bin")
     # With auto they go together: a job that is requeued begins from these weights once, and from its own later.
     _require(not o.init_from or o.resume in ("", "auto"),
              f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them")

@@ -18,6 +18,7 @@ from utils.errors import UserError
 THRESHOLD_STEP = 0.01  # of the accuracy and the ROC; squared L2 distances of unit vectors lie in 0..4
 VAL_THRESHOLD_STEP = 0.001
 TARGET_FAR = 1e-3
+FAR_EXPONENTS = range(1, 7)  # TAR is told at FAR = 1e-1 ... 1e-6, as far as there are pairs
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,16 @@ class VerificationResult:
     thresholds: np.ndarray  # (T,) squared L2 distance, 0, 0.01, ..., 3.99
     tpr: np.ndarray  # (T,) true positive rate at each threshold, mean over the folds
     fpr: np.ndarray  # (T,) false positive rate
+    exact_accuracy: float  # as `accuracy`, the threshold not from a grid: any number between two distances
+    exact_accuracy_std: float
+    threshold: float  # the first of `thresholds` that decides the most of all pairs rightly
+    tar_at_far: dict[str, float]  # "1e-3": share of the same pairs accepted where that share of the different ones is
+    undecidable_pairs: int  # with an embedding that is zero, NaN or infinite
 
     def to_json_dict(self) -> dict[str, Any]:
         """The attributes by name, arrays as lists: only what strict JSON can hold."""
         return {
-            name: value.tolist() if isinstance(value, np.ndarray) else float(value)
-            for name, value in vars(self).items()
+            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
         }
 
 
@@ -60,6 +65,10 @@ def evaluate(
     val and far are the shares of the fold's same and different pairs below it.
     auc: trapezoids under the points (fpr, tpr) of the grid, as published: nothing is added beyond the last point.
     eer: the false positive rate where fpr = 1 - tpr, on straight lines between these points, continued to (1, 1).
+    exact_accuracy: per fold, the threshold with the best accuracy on the other folds, of all there are: below their
+    smallest distance, midway between two neighbours (the first of equally good ones), or above their greatest.
+    tar_at_far: at FAR = 1e-k, for k from 1 to 6 as far as 10^k <= D, the different pairs: over all pairs, without folds,
+    at the greatest threshold that accepts at most D // 10^k of the different ones.
 
     A pair with an embedding that has no direction (zero, NaN or infinite) counts as decided wrongly at every threshold.
 
@@ -71,9 +80,16 @@ def evaluate(
         raise ValueError(
             f"evaluate takes (P, d), (P, d) and (P,), not {embeddings1.shape}, {embeddings2.shape} and {is_same.shape}"
         )
+    usable_folds(is_same, folds)
+    return evaluate_distances(squared_distance(embeddings1, embeddings2), is_same, folds)
+
+
+def evaluate_distances(distance: np.ndarray, is_same: np.ndarray, folds: int = 10) -> VerificationResult:
+    """`evaluate` of what `squared_distance` returned: float64 (P,), NaN for a pair that counts as decided wrongly."""
+    is_same = _as_bool(is_same)
     folds = usable_folds(is_same, folds)
-    distance = _squared_distance(embeddings1, embeddings2)
     undecidable = np.isnan(distance)
+    distance = distance.copy()
     distance[undecidable] = np.where(is_same[undecidable], np.inf, -np.inf)  # never accepted, always accepted
 
     # The sorted distances of each fold: how many are below a threshold is then a binary search.
@@ -90,6 +106,7 @@ def evaluate(
     fpr = np.mean(false_accepts / different_size[:, None], axis=0)
 
     val, far = _validation_rate(same, different)
+    exact_accuracy = _exact_accuracy(same, different)
     return VerificationResult(
         accuracy=float(np.mean(accuracy)),
         accuracy_std=float(np.std(accuracy)),
@@ -101,7 +118,23 @@ def evaluate(
         thresholds=thresholds,
         tpr=tpr,
         fpr=fpr,
+        exact_accuracy=float(np.mean(exact_accuracy)),
+        exact_accuracy_std=float(np.std(exact_accuracy)),
+        threshold=float(thresholds[np.argmax(correct.sum(axis=0))]),
+        tar_at_far=_tar_at_far(np.concatenate(same), np.concatenate(different)),
+        undecidable_pairs=int(np.count_nonzero(undecidable)),
     )
+
+
+def worst_errors(
+    distance: np.ndarray, is_same: np.ndarray, threshold: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs most on the wrong side of `threshold`, int64 (<= count,) each, the worst ones first: false accepts, the
+    different pairs of the smallest distances, and false rejects, the same pairs of the greatest. NaN is on no side."""
+    accepts = np.flatnonzero(~is_same & (distance < threshold))
+    rejects = np.flatnonzero(is_same & (distance >= threshold))
+    return (accepts[np.argsort(distance[accepts], kind="stable")][:count],
+            rejects[np.argsort(-distance[rejects], kind="stable")][:count])
 
 
 def usable_folds(is_same: np.ndarray, folds: int = 10) -> int:
@@ -137,7 +170,7 @@ def _as_bool(is_same: np.ndarray) -> np.ndarray:
     return is_same.astype(bool)
 
 
-def _squared_distance(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
+def squared_distance(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
     """|e1/|e1| - e2/|e2||^2: float64 (P,), NaN where an embedding has no direction."""
     distance = np.empty(len(embeddings1))
     # In blocks that stay in the cache: half the time of whole arrays, and no float64 copies of them.
@@ -177,6 +210,46 @@ def _validation_rate(same: list[np.ndarray], different: list[np.ndarray]) -> tup
     val = [np.searchsorted(part, t, side="left") / len(part) for part, t in zip(same, chosen)]
     far = [np.searchsorted(part, t, side="left") / len(part) for part, t in zip(different, chosen)]
     return np.array(val), np.array(far)
+
+
+def _exact_accuracy(same: list[np.ndarray], different: list[np.ndarray]) -> np.ndarray:
+    """Per fold, float64 (K,), from the sorted distances of the folds."""
+    folds = len(same)
+    distance = np.concatenate(same + different)
+    fold = np.concatenate([np.full(len(part), k % folds) for k, part in enumerate(same + different)])
+    gain = np.concatenate([np.ones(sum(map(len, same))), -np.ones(sum(map(len, different)))])  # of accepting a pair
+    order = np.argsort(distance, kind="stable")
+    order = order[np.isfinite(distance[order])]  # what is wrong at every threshold does not choose one
+    accuracy = np.empty(folds)
+    for k in range(folds):
+        others = order[fold[order] != k]
+        threshold = _best_threshold(distance[others], gain[others])
+        correct = np.count_nonzero(same[k] < threshold) + np.count_nonzero(different[k] >= threshold)
+        accuracy[k] = correct / (len(same[k]) + len(different[k]))
+    return accuracy
+
+
+def _best_threshold(distance: np.ndarray, gain: np.ndarray) -> float:
+    """The threshold t with the greatest sum of `gain` over `distance` < t, both (P,), the distances sorted."""
+    if len(distance) == 0:
+        return 0.0
+    ends = np.flatnonzero(np.append(distance[1:] > distance[:-1], True))  # the last of each run of equal distances
+    total = np.append(0.0, np.cumsum(gain)[ends])
+    best = int(np.argmax(total))
+    if best == 0:
+        return float(distance[0])
+    if best == len(ends):
+        return np.inf
+    below, above = distance[ends[best - 1]], distance[ends[best - 1] + 1]
+    return float(max((below + above) / 2, np.nextafter(below, np.inf)))  # rounding must not make it `below` itself
+
+
+def _tar_at_far(same: np.ndarray, different: np.ndarray) -> dict[str, float]:
+    different = np.sort(different)
+    return {
+        f"1e-{k}": float(np.mean(same < different[len(different) // 10**k]))
+        for k in FAR_EXPONENTS if 10**k <= len(different)
+    }
 
 
 def _equal_error_rate(tpr: np.ndarray, fpr: np.ndarray) -> float:
