@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import secrets
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until training begins Ctrl-C ends the program at once, without a traceback of the imports that follow, say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,8 +42,10 @@ from utils.distributed import (
 )
 from utils.errors import UserError, exit_on_user_error
 from utils.meters import TrainingLog
+from utils.nodes import program_fingerprint
 from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
 from utils.options import EMBEDDING_SIZE, Options, parse_options
+from utils.preemption import EXIT_SAVED, StopSignal
 from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.verification import format_result
 from valid import validate
@@ -75,12 +85,12 @@ def main() -> None:
         return
     make_output(options)
     if plan.nodes > 1:
-        print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.init_method}", flush=True)
-    launch(train, plan, options, dataset)
+        print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.url}", flush=True)
+    sys.exit(launch(train, plan, options, dataset))
 
 
-def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
-    """Runs in every process, all of them together."""
+def train(worker: Worker, options: Options, dataset: FaceFolder) -> int:
+    """Runs in every process, all of them together. Returns the exit status: not 0 if a signal stopped it."""
     require_same_on_all_ranks(worker, shared_facts(options, dataset))
     checkpoint = read_resumable(options) if options.resume else None
     global_batch = options.batch_size * worker.nodes
@@ -104,11 +114,11 @@ def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
                       global_batch=global_batch, print_freq=options.print_freq)
     log.say(f"seed {seed}" + (f", going on from {options.resume} at step {position.step}" if checkpoint else ""))
 
-    saved = False
-    while position.step < last_step:
+    stop, stopped_by, saved = StopSignal(worker.world_size, timeout=options.dist_timeout), None, False
+    while position.step < last_step and not stopped_by:
         sampler.set_position(position.epoch, position.step_in_epoch)
         steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-        train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log)
+        stopped_by = train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, stop)
         if position.step_in_epoch == steps_per_epoch:
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
         log.flush()
@@ -117,8 +127,15 @@ def train(worker: Worker, options: Options, dataset: FaceFolder) -> None:
             save_checkpoint(state, options, worker)
             log.pause(time.perf_counter() - start)
             saved = True
+    stop.close()
     log.close()
-    log.say(f"done: {position.step} steps; " + (os.path.join(options.output, FILE_NAME) if saved else "nothing saved"))
+    path = os.path.join(options.output, FILE_NAME)
+    if position.step < last_step:
+        log.say(f"stopped by {stopped_by.name} after step {position.step}: " + (
+            f"the same command with --resume {path} goes on" if saved else "nothing saved (--no-save)"))
+        return EXIT_SAVED if saved else 128 + stopped_by
+    log.say(f"done: {position.step} steps; " + (path if saved else "nothing saved"))
+    return 0
 
 
 def train_one_epoch(
@@ -130,12 +147,13 @@ def train_one_epoch(
     steps: int,
     steps_per_epoch: int,
     log: TrainingLog,
-) -> None:
-    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in."""
+    stop: StopSignal,
+) -> signal.Signals | None:
+    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, or up to the signal returned."""
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
-    skipped_images = 0
+    skipped_images, stopped_by = 0, None
     batches = iter(loader)
     for _ in range(steps):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
@@ -158,7 +176,11 @@ def train_one_epoch(
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
                 target_rank=torch.cat(target_ranks))
+        stopped_by = stop.poll()
+        if stopped_by:
+            break
     log.count_skipped(skipped_images)
+    return stopped_by
 
 
 def build_training(
@@ -211,11 +233,20 @@ def classifier_loss(
 
 
 def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
-    """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
+    """What must be the same on all nodes: program, data, and every flag but those that are about one node alone."""
     own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
-    return {**flags, "--resume given": bool(options.resume), "number of images": len(dataset),
-            "number of identities": len(dataset.identities)}
+    return {"program (hash of its files)": program_fingerprint(), **flags, "--resume given": bool(options.resume),
+            "number of images": len(dataset), "number of identities": len(dataset.identities),
+            "training data (hash of identity names and labels)": data_fingerprint(dataset)}
+
+
+def data_fingerprint(dataset: FaceFolder) -> str:
+    """Of the labels in order and the identities' names: what decides which class an image is trained as. A second for 10**8."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(np.ascontiguousarray(dataset.labels))
+    digest.update(b"\0".join(map(os.fsencode, dataset.identities)))
+    return digest.hexdigest()
 
 
 def choose_seed(options: Options, worker: Worker) -> int:
