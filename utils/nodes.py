@@ -371,7 +371,8 @@ class NodeLink:
 
         `cause` None: well, or because of `alarm`.
         """
-        self._connection.send({"report": dataclasses.asdict(cause) if cause else None})
+        if not self._over.is_set():
+            self._connection.send({"report": dataclasses.asdict(cause) if cause else None})
         self._over.wait()
         return first_cause([known for known in (cause, self._cause) if known is not None])
 
