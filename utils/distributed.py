@@ -428,7 +428,10 @@ def _join_group(local_rank: int, plan: ProcessPlan, store_port: int) -> Worker:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
         if plan.launcher == "torchrun":
-            dist.init_process_group(init_method="env://", **common)
+            store, _, _ = next(dist.rendezvous("env://", rank, plan.world_size, timeout=timeout))
+            # torchrun's store may outlive the ranks, and then holds the addresses of those before a restart.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            dist.init_process_group(store=dist.PrefixStore(f"attempt-{attempt}", store), **common)
         elif plan.world_size == 1:
             dist.init_process_group(store=dist.HashStore(), **common)  # a group of one needs no port
         else:
