@@ -15,8 +15,7 @@ import secrets
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until training begins Ctrl-C ends the program at once, without a traceback of the imports that follow, say.
@@ -36,15 +35,20 @@ from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
 from models.sync_batchnorm import convert_sync_batchnorm
-from utils.checkpoint import FILE_NAME, Position, TrainState, load_checkpoint, read_resumable, save_checkpoint
+from utils.checkpoint import CheckpointWriter, Position, TrainState, find_checkpoint, load_checkpoint, read_resumable
+from utils.checkpoint_files import LATEST
 from utils.distributed import (
-    ProcessPlan, Worker, broadcast_integer, is_first_process, launch, plan_processes, require_same_on_all_ranks,
+    ProcessPlan, Worker, broadcast_integer, fix_gradient_buckets, is_first_process, launch, plan_processes,
+    require_same_on_all_ranks, seed_random_numbers,
 )
 from utils.errors import UserError, exit_on_user_error
+from utils.interchange import check_initial, start_from
 from utils.meters import TrainingLog
 from utils.nodes import program_fingerprint
+from utils.nonfinite import NotFinite, StepGuard, require_finite_weights
 from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
-from utils.options import EMBEDDING_SIZE, Options, parse_options
+from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
+from utils.output_lock import OutputLock, lock_output
 from utils.preemption import EXIT_SAVED, StopSignal
 from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.verification import format_result
@@ -58,11 +62,14 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank): see ArcFaceClassifier."""
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank, finite): see ArcFaceClassifier.
+
+        finite: bool scalar, whether all of this rank's embeddings are: what tells the rank of a loss that is not.
+        """
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             embedding = self.backbone(images)
-        return self.classifier(embedding, labels)
+        return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
 
 
 def main() -> None:
@@ -75,8 +82,10 @@ def main() -> None:
     check_arch(options.training_arch)
     check_batch(options, plan)
     check_fused_update(options, plan)
-    if options.resume:
-        read_resumable(options)  # only to check it: every process reads it for itself
+    # Both only to check them: every process reads for itself.
+    goes_on = bool(options.resume) and read_resumable(options) is not None
+    if options.init_from and not goes_on:
+        check_initial(options.init_from, options.training_arch, EMBEDDING_SIZE)
     dataset = open_dataset(options, plan)
     table = run_table(options, plan, dataset)
     if is_first_process():
@@ -84,25 +93,34 @@ def main() -> None:
     if options.plan:
         return
     make_output(options)
+    # One lock for all nodes, which share the directory. It lives as long as any process that it is passed on to.
+    lock = lock_output(options.output) if plan.node_rank == 0 and is_first_process() else None
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.url}", flush=True)
-    sys.exit(launch(train, plan, options, dataset))
+    sys.exit(launch(train, plan, options, dataset, lock))
 
 
-def train(worker: Worker, options: Options, dataset: FaceFolder) -> int:
-    """Runs in every process, all of them together. Returns the exit status: not 0 if a signal stopped it."""
+def train(worker: Worker, options: Options, dataset: FaceFolder, lock: OutputLock | None = None) -> int:
+    """Runs in every process, all of them together. `lock`, of --output, is only to be held.
+
+    Returns the exit status: not 0 if a signal stopped it.
+    """
     require_same_on_all_ranks(worker, shared_facts(options, dataset))
-    checkpoint = read_resumable(options) if options.resume else None
+    checkpoint = find_checkpoint(options, worker)
     global_batch = options.batch_size * worker.nodes
-    seed = checkpoint["seed"] if checkpoint else choose_seed(options, worker)
-    state, model = build_training(worker, options, seed, len(dataset), global_batch)
+    seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, worker)
+    state, model = build_training(worker, options, seed, len(dataset), global_batch, dataset.identities)
     sampler = GlobalBatchSampler(
         len(dataset), global_batch, options.accumulation_steps, worker.rank, worker.world_size, seed
     )
     position, steps_per_epoch = state.position, sampler.steps_per_epoch
+    origin = ""
     if checkpoint:
         load_checkpoint(state, checkpoint, options)
-    elif options.start_epoch:
+        origin = f", going on from {checkpoint.path} at step {position.step}"
+    elif options.init_from:
+        origin = ", " + start_from(options.init_from, options.training_arch, state.backbone, state.classifier, dataset.identities)
+    if options.start_epoch and not checkpoint:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
     last_step = min(position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch,
                     options.max_steps or float("inf"))
@@ -111,31 +129,39 @@ def train(worker: Worker, options: Options, dataset: FaceFolder) -> int:
         pin_memory=worker.device.type == "cuda",
     )
     log = TrainingLog(worker, options.output, fresh=checkpoint is None, step=position.step, total_steps=last_step, epochs=options.epochs,
-                      global_batch=global_batch, print_freq=options.print_freq)
-    log.say(f"seed {seed}" + (f", going on from {options.resume} at step {position.step}" if checkpoint else ""))
+                      global_batch=global_batch, print_freq=options.print_freq,
+                      skip_nonfinite=options.on_nonfinite == "skip")
+    log.say(f"seed {seed}{origin}")
+    writer = CheckpointWriter(options, worker, log.say, fresh=checkpoint is None)
 
-    stop, stopped_by, saved = StopSignal(worker.world_size, timeout=options.dist_timeout), None, False
-    while position.step < last_step and not stopped_by:
-        sampler.set_position(position.epoch, position.step_in_epoch)
-        steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-        stopped_by = train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, stop)
-        if position.step_in_epoch == steps_per_epoch:
-            position.epoch, position.step_in_epoch = position.epoch + 1, 0
-        log.flush()
-        if not options.no_save:
-            start = time.perf_counter()
-            save_checkpoint(state, options, worker)
-            log.pause(time.perf_counter() - start)
-            saved = True
+    stop, stopped_by = StopSignal(worker.world_size, timeout=options.dist_timeout), None
+    try:
+        while position.step < last_step and not stopped_by:
+            sampler.set_position(position.epoch, position.step_in_epoch)
+            steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
+            stopped_by = train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer, stop)
+            if position.step_in_epoch == steps_per_epoch:
+                position.epoch, position.step_in_epoch = position.epoch + 1, 0
+            save(state, log, writer)
+    except NotFinite:  # on all ranks: what is being saved just now is from before, and good
+        writer.wait()
+        raise
     stop.close()
     log.close()
-    path = os.path.join(options.output, FILE_NAME)
+    saved = writer.close()
     if position.step < last_step:
-        log.say(f"stopped by {stopped_by.name} after step {position.step}: " + (
-            f"the same command with --resume {path} goes on" if saved else "nothing saved (--no-save)"))
-        return EXIT_SAVED if saved else 128 + stopped_by
-    log.say(f"done: {position.step} steps; " + (path if saved else "nothing saved"))
+        log.say(f"stopped by {stopped_by.name} after step {position.step}; {saved}"
+                + ("" if options.no_save else f"; the same command with --resume {AUTO} goes on"))
+        return 128 + stopped_by if options.no_save else EXIT_SAVED
+    log.say(f"done: {position.step} steps; {saved}")
     return 0
+
+
+def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter) -> None:
+    """Collective. Losses and weights are looked at first: what is not finite is never saved. Raises NotFinite on all ranks."""
+    log.flush()  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
+    require_finite_weights(state.backbone, state.classifier.weight, state.position.step)
+    log.pause(writer.save(state))
 
 
 def train_one_epoch(
@@ -147,44 +173,56 @@ def train_one_epoch(
     steps: int,
     steps_per_epoch: int,
     log: TrainingLog,
-    stop: StopSignal,
+    writer: CheckpointWriter | None = None,
+    stop: StopSignal | None = None,
 ) -> signal.Signals | None:
-    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, or up to the signal returned."""
+    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, or up to the signal returned.
+
+    `writer` saves between them, `stop` tells of signals.
+    """
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images, stopped_by = 0, None
+    guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
     batches = iter(loader)
-    for _ in range(steps):
+    for steps_left in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
-        losses, target_ranks = [], []
+        losses, target_ranks, finite = [], [], []
+        guard.remember()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images.to(worker.device, non_blocking=True), dtype, augment=options.augment,
                                    seed=state.seed, epoch=position.epoch, indices=indices)
             labels = labels.to(worker.device, non_blocking=True)
             last = micro_batch == micro_batches - 1
+            seed_random_numbers(state.seed, position.step * micro_batches + micro_batch, worker)
             with contextlib.nullcontext() if last else model.no_sync():
-                loss, target_rank = model(images, labels)
+                loss, target_rank, embeddings_finite = model(images, labels)
                 state.scaler.scale(loss / micro_batches).backward()
             losses.append(loss.detach())
             target_ranks.append(target_rank)
+            finite.append(embeddings_finite)
             skipped_images += skipped
-        state.scaler.step_all(optimizers.all)
+        nonfinite = guard.nonfinite(losses)
+        state.scaler.step_all(optimizers.all, nonfinite)
+        guard.take_back(nonfinite)
         optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                target_rank=torch.cat(target_ranks))
-        stopped_by = stop.poll()
+                target_rank=torch.cat(target_ranks), finite=torch.stack(finite).all())
+        stopped_by = stop.poll() if stop is not None else None
         if stopped_by:
             break
+        if writer is not None and steps_left and writer.is_due(position.step):  # after the last one the caller saves
+            save(state, log, writer)
     log.count_skipped(skipped_images)
     return stopped_by
 
 
 def build_training(
-    worker: Worker, options: Options, seed: int, num_images: int, global_batch: int
+    worker: Worker, options: Options, seed: int, num_images: int, global_batch: int, identities: Sequence[str] = ()
 ) -> tuple[TrainState, DistributedDataParallel]:
     """Collective. Backbone, this rank's classes, optimizers: the same initial weights at every world size."""
     torch.backends.cudnn.benchmark = True
@@ -212,7 +250,11 @@ def build_training(
     classifier.loss = classifier_loss(options, worker, classifier, autocast_dtype, optimizers)
     scaler = SharedGradScaler(worker.device.type, enabled=autocast_dtype == torch.float16)
     wrapped = DistributedDataParallel(model, device_ids=[worker.device] if worker.device.type == "cuda" else None)
-    return TrainState(backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch), wrapped
+    fix_gradient_buckets(wrapped)
+    state = TrainState(
+        backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch, list(identities)
+    )
+    return state, wrapped
 
 
 def classifier_loss(
@@ -229,15 +271,17 @@ def classifier_loss(
         memory_mib=memory_mib,
         operands=autocast_dtype if worker.device.type == "cuda" else None,  # a CPU only loses by it
         update=optimizers.of_shard if options.fuse_classifier_update else None,
+        update_if_finite=options.on_nonfinite == "skip",
     )
 
 
 def shared_facts(options: Options, dataset: FaceFolder) -> dict[str, object]:
     """What must be the same on all nodes: program, data, and every flag but those that are about one node alone."""
-    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "imgs_root", "pair_list"}
+    own = {"data", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
     return {"program (hash of its files)": program_fingerprint(), **flags, "--resume given": bool(options.resume),
-            "number of images": len(dataset), "number of identities": len(dataset.identities),
+            "--init-from given": bool(options.init_from), "number of images": len(dataset),
+            "number of identities": len(dataset.identities),
             "training data (hash of identity names and labels)": data_fingerprint(dataset)}
 
 
@@ -310,8 +354,8 @@ def make_output(options: Options) -> None:
         os.makedirs(options.output, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output):
             pass
-        if os.path.isdir(os.path.join(options.output, FILE_NAME)):
-            raise IsADirectoryError(0, f"{FILE_NAME} is a directory there")
+        if os.path.isdir(os.path.join(options.output, LATEST)):
+            raise IsADirectoryError(0, f"{LATEST} is a directory there")
     except OSError as error:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 

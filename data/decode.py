@@ -23,7 +23,7 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
 
 # Start-of-frame markers of JPEG: 0xC0 to 0xCF without DHT (0xC4), JPG (0xC8) and DAC (0xCC).
-_JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
@@ -81,16 +81,21 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 def check_header(path: str) -> None:
     """Raise read_image's UserError for what the file's first bytes tell: unreadable, empty, no image, wrong size."""
     data = read_bytes(path, _HEADER_BYTES)
+    check_encoded(data if _jpeg_frame(data) else read_bytes(path), path)
+
+
+def check_encoded(data: bytes, name: str) -> None:
+    """Raise decode_image's UserError for what the image's header tells: no image, wrong size."""
     frame = _jpeg_frame(data)
     if frame is not None:
-        _require_size(path, frame[0], frame[1])
+        _require_size(name, frame[0], frame[1])
         return
     try:
-        with Image.open(path, formats=_PILLOW_FORMATS) as image:  # lazy: reads the header only
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:  # lazy: reads the header only
             size = image.size
     except Exception as error:
-        raise _not_an_image(path, error) from None
-    _require_size(path, *size)
+        raise _not_an_image(name, error) from None
+    _require_size(name, *size)
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
@@ -104,7 +109,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
         marker = data[position + 1]
         if marker == 0xFF:  # a fill byte
             position += 1
-        elif marker in _JPEG_FRAME_MARKERS:
+        elif marker in JPEG_FRAME_MARKERS:
             height = data[position + 5] << 8 | data[position + 6]
             width = data[position + 7] << 8 | data[position + 8]
             return width, height, data[position + 9]

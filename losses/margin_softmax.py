@@ -13,7 +13,9 @@ the same, put together from torchshard's own parts, which hold about ten such ma
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,8 @@ _NOTHING = -1e30
 _SPARE = 16
 # What the buffers of a chunk may fill of a CPU's cache, bytes.
 _CPU_CACHE = 8 * 2**20
+_SMALL_PAGE, _LARGE_PAGE = mmap.PAGESIZE, 2 * 2**20
+_C_LIBRARY = ctypes.CDLL(None)
 # fp16 cannot hold the probability of one class among millions: the backward walk computes with this multiple of it.
 _FP16_GAIN = 2.0**13
 
@@ -51,6 +55,7 @@ def margin_softmax(
     memory_mib: float = 0.0,
     operands: torch.dtype | None = None,
     update: SGD | None = None,
+    update_if_finite: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. The loss of the module's docstring, and the rank of each row's target class.
@@ -68,6 +73,7 @@ def margin_softmax(
             of `centers` all the same. None: operands have it, too.
         update: an SGD optimizer of `centers` alone (learning rate, momentum, weight decay). The backward walk makes its
             step chunk by chunk, so that the (C_r, d) gradient never exists; `centers.grad` stays None.
+        update_if_finite: that step is left out, by a mask on the device, if the loss is inf or NaN.
         chunk: classes walked at a time; None: as many as stay in the cache.
 
     Returns:
@@ -81,9 +87,24 @@ def margin_softmax(
         shard=shard, scale=scale, margin=margin, easy_margin=easy_margin, group=group,
         chunk=max(1, min(chunk or _chunk_size(embedding), shard.size)),
         kept_bytes=int(memory_mib * 2**20) if backward_follows else 0,
-        operands=operands if operands != centers.dtype else None, update=update,
+        operands=operands if operands != centers.dtype else None, update=update, update_if_finite=update_if_finite,
     )
     return _MarginSoftmax.apply(embedding, centers, label, walk)
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Tensor.new_empty for what has the size of the shard: on a CPU in large pages.
+
+    The system clears such memory page by page when it is first written, in every step: in pages of 4 KiB that takes a tenth
+    of the whole step.
+    """
+    tensor = like.new_empty(shape, dtype=dtype)
+    if not tensor.is_cuda and tensor.nbytes >= _LARGE_PAGE:
+        start = -(-tensor.data_ptr() // _SMALL_PAGE) * _SMALL_PAGE
+        size = (tensor.data_ptr() + tensor.nbytes - start) // _SMALL_PAGE * _SMALL_PAGE
+        # Advice only: where the kernel has no such pages it says no, and nothing else changes.
+        _C_LIBRARY.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def _chunk_size(embedding: Tensor) -> int:
@@ -104,6 +125,7 @@ class _Walk:
     kept_bytes: int
     operands: torch.dtype | None
     update: SGD | None
+    update_if_finite: bool
 
     @property
     def chunks(self) -> list[slice]:
@@ -162,7 +184,7 @@ class _MarginSoftmax(torch.autograd.Function):
         compared = torch.empty_like(buffer)
         kept_type = torch.bfloat16 if walk.operands == torch.bfloat16 else buffer.dtype
         kept_chunks = min(len(chunks), walk.kept_bytes // (buffer.numel() * kept_type.itemsize))
-        kept = buffer.new_empty(kept_chunks, *buffer.shape, dtype=kept_type)
+        kept = _empty(buffer, kept_chunks, *buffer.shape, dtype=kept_type)
         columns = walk.target_columns(label)
         factor = centers.new_empty(centers.shape[0])
         references = embedding.new_empty(len(chunks), rows)
@@ -201,7 +223,9 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx.save_for_backward(embedding, centers, factor, columns, log_total.to(embedding.dtype),
                               target_grad.to(embedding.dtype), references, kept)
         ctx.mark_non_differentiable(target_rank)
-        return row_loss.mean().to(embedding.dtype), target_rank
+        loss = row_loss.mean().to(embedding.dtype)
+        ctx.finite = loss.isfinite() if walk.update_if_finite else None
+        return loss, target_rank
 
     @staticmethod
     @once_differentiable
@@ -220,7 +244,7 @@ class _MarginSoftmax(torch.autograd.Function):
         product = embedding.new_empty(walk.chunk, size)
         embedding_grad, part = torch.zeros_like(embedding), torch.empty_like(embedding)
         wants_grad = ctx.needs_input_grad[1] and walk.update is None
-        centers_grad = torch.empty_like(centers) if wants_grad else None
+        centers_grad = _empty(centers, *centers.shape) if wants_grad else None
         step = None
         if walk.update is not None:
             step = product.new_empty(walk.chunk, size)
@@ -252,7 +276,7 @@ class _MarginSoftmax(torch.autograd.Function):
             along = torch.mul(grad, here, out=product[:width]).sum(dim=1).mul_((factor[classes] / walk.scale).square_())
             grad.addcmul_(here, along.unsqueeze(1), value=-1)
             if walk.update is not None:
-                _sgd_step(walk.update, classes, grad)
+                _sgd_step(walk.update, classes, grad, ctx.finite)
         if walk.operands is not None:
             embedding_grad *= unit
         return embedding_grad, centers_grad, None, None
@@ -276,10 +300,23 @@ def _make_momentum(optimizer: SGD) -> None:
         state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor) -> None:
-    """torch.optim.SGD's step (momentum, weight decay) for some rows of its one parameter; `grad` is overwritten."""
+def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor, finite: Tensor | None = None) -> None:
+    """torch.optim.SGD's step (momentum, weight decay) for some rows of its one parameter; `grad` is overwritten.
+
+    finite: bool scalar on the device; where it is False, parameter and momentum keep their values. None: they change.
+    """
     (settings,) = optimizer.param_groups
     (parameter,) = settings["params"]
+    if finite is not None:
+        # The step as it is, then back: a gradient of zeros would not do, momentum and weight decay go on without one.
+        changed = [parameter.detach()[rows]]
+        if settings["momentum"]:
+            changed.append(optimizer.state[parameter]["momentum_buffer"][rows])
+        before = [tensor.clone() for tensor in changed]
+        _sgd_step(optimizer, rows, grad)
+        for tensor, old in zip(changed, before):
+            tensor.copy_(torch.where(finite, tensor, old))
+        return
     weight = parameter.detach()[rows]
     grad.add_(weight, alpha=settings["weight_decay"])
     if settings["momentum"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -23,6 +24,9 @@ CLASSIFIER_ENTRY = re.compile(r"(arcface_linear|arcface|classifier|logits)\.(wei
 ZIP_MAGIC = b"PK\x03\x04"  # first bytes of what torch.save writes since torch 1.6
 PICKLE_MAGIC = b"\x80"  # first byte of a Python pickle since protocol 2, so of what older torch wrote too
 ENTRIES_SHOWN = 3
+
+SAFETENSORS_EXTENSION = ".safetensors"
+IDENTITIES_TENSOR = "identities.json"  # in a safetensors file with class centers: the list of names as JSON, uint8
 
 
 def build_backbone(arch: str, embedding_size: int = 512) -> nn.Module:
@@ -54,7 +58,8 @@ def load_backbone(path: str, arch: str | None = None) -> tuple[nn.Module, str]:
       - this program's checkpoint.pth.tar: a dict with "arch", "embedding_size", "state_dict" and more;
       - a published backbone: the bare state dict; arch and embedding size follow from its names and shapes;
       - torchshard's {"epoch", "arch", "state_dict", "optimizer"}, its names with "module." in front, and beside them
-        the classifier "arcface_linear.weight", which is ignored.
+        the classifier "arcface_linear.weight", which is ignored;
+      - any of these weights as FILE.safetensors.
     Both of torch's serializations are read, and no code in them is ever run. Counters that old torch versions did not
     write (num_batches_tracked) start at 0. The global random state is left as it is.
 
@@ -66,9 +71,13 @@ def load_backbone(path: str, arch: str | None = None) -> tuple[nn.Module, str]:
         UserError: one line that names the file: missing, a directory, unreadable, not a checkpoint, or holding code;
             with names or shapes of no backbone in ARCHS; or of another architecture than `arch`.
     """
+    return backbone_of(path, read_weights_file(path), arch)
+
+
+def backbone_of(path: str, content: object, arch: str | None = None) -> tuple[nn.Module, str]:
+    """`load_backbone` from what `read_weights_file(path)` returned."""
     if arch is not None:
         check_arch(arch)
-    content = read_torch_file(path)
     weights = _find_weights(path, content)
     found = _nearest_arch(path, weights)
     if arch is not None and arch != found:
@@ -82,6 +91,35 @@ def load_backbone(path: str, arch: str | None = None) -> tuple[nn.Module, str]:
     _check_shapes(path, weights, expected, found)
     backbone.load_state_dict(expected | weights)
     return backbone.eval(), found
+
+
+def read_weights_file(path: str) -> object:
+    """What the file holds, mapped into memory where its format allows: see read_torch_file and _read_safetensors."""
+    return _read_safetensors(path) if path.endswith(SAFETENSORS_EXTENSION) else read_torch_file(path)
+
+
+def _read_safetensors(path: str) -> dict[str, object]:
+    """{"state_dict", "arch", "embedding_size", "identities"}, the last three where the file says them. Raises UserError."""
+    try:
+        import safetensors  # here: one format of four needs it
+    except ImportError:
+        raise UserError(f"{path}: the package safetensors is missing: pip install -r scripts/requirements.txt") from None
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; give a file of weights")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # mapped into memory, not read
+            metadata = file.metadata() or {}
+        content: dict[str, object] = {"state_dict": weights}
+        if "arch" in metadata:
+            content["arch"] = metadata["arch"]
+        if "embedding_size" in metadata:
+            content["embedding_size"] = int(metadata["embedding_size"])
+        if IDENTITIES_TENSOR in weights:
+            content["identities"] = json.loads(weights.pop(IDENTITIES_TENSOR).numpy().tobytes())
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is not a safetensors file, or a damaged one ({error}); copy or download it again") from None
+    return content
 
 
 def read_torch_file(path: str) -> object:

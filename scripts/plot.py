@@ -74,7 +74,8 @@ def read_metrics(path: str) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"]), "loss": float(row["loss"]), "lr": float(row["lr"])})
+            loss = np.nan if row["loss"] is None else float(row["loss"])  # null: it was inf or NaN
+            rows.append({**row, "step": int(row["step"]), "loss": loss, "lr": float(row["lr"])})
         except (ValueError, TypeError, KeyError):
             if number == len(lines):
                 break
@@ -103,11 +104,14 @@ def read_roc(argument: str) -> tuple[dict, str]:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, over fewer at the ends: as long as `values`."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    """Centred mean over `window` values, over fewer at the ends, and over the finite ones only: as long as `values`."""
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
     places = np.arange(len(values))
     first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    with np.errstate(invalid="ignore"):  # nan where a window has no finite value
+        return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
 
 def _tidy(axes: Axes, label: str) -> None:

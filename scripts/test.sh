@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
-setup_environment requirements.txt tests/requirements.txt
+setup_environment requirements.txt tests/requirements.txt scripts/requirements.txt
 exec "$PYTHON" -m pytest tests -q "$@"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +37,14 @@ def finish(process: subprocess.Popen, status: int = 0, timeout: float = 900) -> 
 
 def run(*command: object, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
     return finish(start(*command, cwd=cwd, **environment), status)
+
+
+def load_script(name: str) -> ModuleType:
+    """scripts/<name>.py as a module: what is tested of it without starting a program."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port() -> int:

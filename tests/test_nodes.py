@@ -477,6 +477,6 @@ def test_train_cut_one_node_off_see_the_message_resume(faces, tmp_path, network)
     network.mend(both[1].pid) if isinstance(network, Namespaces) else None
 
     step = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    both = start_both("--max-steps", step + 2, "--epochs", 10_000, "--resume", tmp_path / "checkpoint.pth.tar")
+    both = start_both("--max-steps", step + 2, "--epochs", 10_000, "--resume", "auto")
     outputs = [finish(node) for node in both]
     assert f"done: {step + 2} steps" in outputs[0] and "going on from" in outputs[0]

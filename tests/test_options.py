@@ -71,6 +71,11 @@ def test_the_options_cannot_be_changed():
     (["--batch-size", "0"], ["--batch-size 0"]),
     (["--max-steps", "0"], ["--max-steps 0"]),
     (["--accumulation-steps", "0"], ["--accumulation-steps 0"]),
+    (["--save-freq", "0"], ["--save-freq 0"]),
+    (["--keep", "0"], ["--keep 0"]),
+    (["--keep", "3", "--no-save"], ["--keep 3", "--no-save"]),
+    (["--save-freq", "3", "--no-save"], ["--save-freq 3", "--no-save"]),
+    (["-e", "--resume", "auto", "--imgs-root", "x", "--pair-list", "x"], ["--evaluate", "--resume auto"]),
     (["--no-such-flag"], ["--no-such-flag"]),
 ])
 def test_a_wrong_flag_is_named(flags, words):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from losses.margin_softmax import _chunk_size, margin_softmax
 from models import build_backbone
 from models.classifier import automatic_memory_mib
-from scripts import plan
+from scripts import bench_step, plan
+from utils.distributed import Worker
 from utils.errors import UserError, exit_on_user_error
 from utils.memory import (
     BackboneMemory, automatic_memory_bytes, chunk_classes, largest, measure_backbone, predict_memory,
@@ -132,6 +136,37 @@ def test_automatic_memory_is_that_of_the_trainer(fused_update):
     assert automatic_memory_bytes(centers.nbytes, total, fused_update) == pytest.approx(
         automatic_memory_mib(centers, 1, fused_update) * MIB, abs=1
     )
+
+
+def peak_allocations(rank: int, world_size: int, flags: list[str]) -> int:
+    """The most bytes that PyTorch has allocated at once in three steps of main.py's own training, from their trace."""
+    options, training = bench_step.parse_options(flags)
+    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    images, labels = bench_step.draw_batch(worker, options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        bench_step.OurTraining(worker, training, images, labels).run(3)
+    with tempfile.TemporaryDirectory() as directory:
+        profiler.export_chrome_trace(f"{directory}/trace.json")
+        with open(f"{directory}/trace.json", encoding="utf-8") as file:
+            events = [event for event in json.load(file)["traceEvents"] if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
+
+
+@pytest.mark.parametrize("flags", [[], ["--fuse-classifier-update"]])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_prediction_equals_the_allocations_of_a_training_run(pools, world_size, flags):
+    classes, batch = 20_000, 8
+    measured = max(pools(world_size).run(
+        peak_allocations, ["-a", "mobilefacenet", "--classes", str(classes), "--batch", str(batch), "--world-size",
+                           str(world_size), "--device", "cpu", *flags],
+    ))
+    backbone = measure_backbone(lambda: build_backbone("mobilefacenet", 512), device_type="cpu", autocast_dtype=None)
+    parts = predict_memory(backbone, **{
+        **SETTINGS, "classes": classes, "batch_size": batch, "world_size": world_size, "fused_update": bool(flags),
+        "classifier_memory_mib": None,
+    })
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
 
 
 def test_largest():

@@ -448,7 +448,7 @@ def test_embed_script_mistakes(
 # Real faces: 1,000 pairs of LFW's first view, in the layout that valid.py reads
 
 
-@pytest.mark.skipif("ARCFACE_REAL_FACES" not in os.environ, reason="ARCFACE_REAL_FACES names no folder of real faces")
+@pytest.mark.skipif(not os.environ.get("ARCFACE_REAL_FACES"), reason="ARCFACE_REAL_FACES names no folder of real faces")
 def test_pixels_of_real_faces() -> None:
     """What pixels alone are worth, as computed by a separate literal program; single-label folds give 0.38 to 0.56."""
     root = Path(os.environ["ARCFACE_REAL_FACES"]) / "lfw"

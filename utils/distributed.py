@@ -6,6 +6,7 @@ One process per GPU. A process group is always made, a group of one as well, so 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 from utils.nodes import Cause, Coordinator, NodeLink, first_cause, program_fingerprint, show
@@ -530,6 +532,39 @@ def require_same_on_all_ranks(worker: Worker, facts: dict[str, object]) -> None:
         name, value = difference[0]
         raise UserError(f"{name} is {value} on rank {int(differing)} and {of_rank_0[0].get(name)} on rank 0: "
                         "give every node the same flags and the same data")
+
+
+def fix_gradient_buckets(model: DistributedDataParallel) -> None:
+    """Collective. Let DistributedDataParallel decide now, as in every run, where in its buckets a gradient lies.
+
+    It does so once, after its first backward pass, by the order in which the gradients came. Where a number lies in a bucket is
+    the order in which three or more ranks add it up: the first step of a resumed run would differ from the same step of the
+    run that went on. So the first backward pass is one that costs nothing, of a sum of all parameters, whose gradients come
+    last parameter first, as they do in training. Its gradients are thrown away.
+    """
+    averaged = [
+        parameter for name, parameter in model.module.named_parameters()
+        if parameter.requires_grad and name not in model.parameters_to_ignore
+    ]
+    model.module.forward = lambda: torch.stack([parameter.sum() for parameter in averaged]).sum()
+    try:
+        model().backward()  # the buckets are laid out at the beginning of the next forward pass, whatever that is
+    finally:
+        del model.module.forward  # the class's own is there again
+    for parameter in averaged:
+        parameter.grad = None
+
+
+def seed_random_numbers(seed: int, micro_batch: int, worker: Worker) -> None:
+    """Make what torch draws next a function of the run's seed, the micro-batch (counted over all steps) and the rank.
+
+    The backbones draw nothing; one that does (dropout, say) sees the same in a resumed run, and there is no state to save.
+    """
+    digest = hashlib.blake2b(f"{seed} {micro_batch} {worker.rank}".encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "little") >> 1  # torch takes 63 bits
+    torch.default_generator.manual_seed(value)
+    if worker.device.type == "cuda":
+        torch.cuda.manual_seed(value)
 
 
 class AllReduceSum(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -13,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.distributed import Worker
+from utils.distributed import Worker, all_gather_rows
+from utils.nonfinite import ADVICE, NotFinite, nonfinite_step
 
 METRICS_FILE = "metrics.jsonl"
+# So many steps without a finite loss in a row are not a few bad batches: the weights are lost.
+_MAX_NONFINITE_IN_A_ROW = 100
 
 
 class TrainingLog:
@@ -29,14 +33,17 @@ class TrainingLog:
         total_steps, epochs: for the bar, the ETA and the lines.
         global_batch: images per step, of all ranks.
         print_freq: steps between reports.
+        skip_nonfinite: a step whose loss was inf or NaN was left out, and is counted. False: it ends the run.
     """
 
     def __init__(self, worker: Worker, output: str, *, fresh: bool, step: int, total_steps: int, epochs: int,
-                 global_batch: int, print_freq: int) -> None:
+                 global_batch: int, print_freq: int, skip_nonfinite: bool = False) -> None:
         self._worker, self._print_freq = worker, print_freq
         self._total_steps, self._epochs, self._global_batch = total_steps, epochs, global_batch
         self._pending: list[dict] = []
         self._pending_values: list[Tensor] = []
+        self._pending_nonfinite: list[Tensor] = []
+        self._skip_nonfinite, self._skipped, self._skipped_in_a_row = skip_nonfinite, 0, 0
         self._hits: list[tuple[float, float]] = []  # top-1, top-5 of the steps since the last report
         self._first_step = self._window_step = step
         self._window_start = time.perf_counter()
@@ -44,7 +51,7 @@ class TrainingLog:
         self._bar = None
         if worker.is_main:
             self._path = os.path.join(output, METRICS_FILE)
-            _put_aside(self._path) if fresh else _keep_lines_until(self._path, step)
+            put_aside(self._path) if fresh else _keep_lines_until(self._path, step)
             self._file = open(self._path, "a", encoding="utf-8")
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up that only rank 0 needs
 
@@ -52,51 +59,88 @@ class TrainingLog:
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def add(self, *, step: int, epoch: int, lr: float, loss: Tensor, target_rank: Tensor) -> None:
-        """Collective every print_freq steps. `loss` scalar and `target_rank` (M,) of this rank, on the device; step from 1."""
+    def add(self, *, step: int, epoch: int, lr: float, loss: Tensor, target_rank: Tensor, finite: Tensor) -> None:
+        """Collective every print_freq steps. All of this rank, on the device; step from 1.
+
+        loss: scalar. target_rank: (M,). finite: bool scalar, whether the embeddings were.
+        """
         hits = [(target_rank < k).double().mean() for k in (1, 5)]
         self._pending.append({"step": step, "epoch": epoch, "loss": None, "lr": lr})
         self._pending_values.append(torch.stack([loss.detach().double(), *hits]))
+        self._pending_nonfinite.append(torch.stack([finite, loss.detach().isfinite()]).logical_not())
         if self._bar is not None:
             self._bar.update(1)
         if step % self._print_freq == 0:
             self.flush(report=True)
 
     def flush(self, report: bool = False) -> None:
-        """Collective. Write the steps so far: the ranks' mean of each loss. Every rank's share of a global batch is equal."""
+        """Collective. Write the steps so far: the ranks' mean of each loss. Every rank's share of a global batch is equal.
+
+        Raises NotFinite, on all ranks, for a loss that is inf or NaN: with skip_nonfinite for very many in a row only.
+        """
         if not self._pending:
             return
         values = torch.stack(self._pending_values)
         dist.all_reduce(values)
         rows = (values / self._worker.world_size).tolist()
+        nonfinite = self._nonfinite_steps([loss for loss, _, _ in rows])
         for line, (loss, top1, top5) in zip(self._pending, rows):
-            line["loss"] = loss
-            self._hits.append((top1, top5))
+            if math.isfinite(loss):
+                line["loss"] = loss
+                self._hits.append((top1, top5))
+            else:
+                line["nonfinite"] = True  # and "loss" stays null: JSON knows neither inf nor NaN
+            self._skipped_in_a_row = 0 if math.isfinite(loss) else self._skipped_in_a_row + 1
+        if self._skip_nonfinite:
+            self._skipped += len(nonfinite)
+            for text in nonfinite:
+                self.say(f"left out {text}")
         if report:
             self._report(self._pending[-1])
         if self._worker.is_main:
             for line in self._pending:
-                self._file.write(json.dumps(line) + "\n")
-                for name in line.keys() - {"step", "epoch"}:
-                    self._tensorboard.add_scalar(name, line[name], line["step"])
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
+                for name in line.keys() - {"step", "epoch", "nonfinite"}:
+                    if line[name] is not None:
+                        self._tensorboard.add_scalar(name, line[name], line["step"])
             self._file.flush()
-        self._pending, self._pending_values = [], []
+        self._pending, self._pending_values, self._pending_nonfinite = [], [], []
+        if nonfinite and not self._skip_nonfinite:
+            raise NotFinite(f"{nonfinite[0]}; training stopped, no checkpoint was written over. To go on: {ADVICE}, "
+                            "or leave such steps out with --on-nonfinite skip")
+        if self._skipped_in_a_row >= _MAX_NONFINITE_IN_A_ROW:
+            raise NotFinite(f"{nonfinite[-1]}, as it was {self._skipped_in_a_row} steps in a row: there is nothing left to train "
+                            f"(--on-nonfinite skip); {ADVICE}")
+
+    def _nonfinite_steps(self, losses: list[float]) -> list[str]:
+        """Collective if a loss, the same on all ranks, is not finite. A line for each pending step of which that is true."""
+        steps = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not steps:
+            return []
+        mine = torch.stack([self._pending_nonfinite[number] for number in steps]).to(torch.uint8)
+        found = all_gather_rows(mine.unsqueeze(0), dist.group.WORLD).bool().tolist()
+        return [nonfinite_step(self._pending[number]["step"], losses[number], [its[place] for its in found])
+                for place, number in enumerate(steps)]
 
     def _report(self, line: dict) -> None:
         """Add the figures of the window since the last report to `line`, and show them."""
         now = time.perf_counter()
         seconds = now - self._window_start - self._window_paused
         steps = line["step"] - self._window_step
-        line["top1"] = 100 * sum(top1 for top1, _ in self._hits) / len(self._hits)
-        line["top5"] = 100 * sum(top5 for _, top5 in self._hits) / len(self._hits)
+        line["top1"] = 100 * sum(top1 for top1, _ in self._hits) / max(len(self._hits), 1)
+        line["top5"] = 100 * sum(top5 for _, top5 in self._hits) / max(len(self._hits), 1)
         line["images_per_second"] = steps * self._global_batch / seconds
         line["memory_mib"] = _peak_memory_mib(self._worker.device)
+        if self._skipped:
+            line["skipped_steps"] = self._skipped
         remaining = (self._total_steps - line["step"]) * seconds / steps
         self._hits, self._window_step, self._window_start, self._window_paused = [], line["step"], now, 0.0
         if not self._worker.is_main:
             return
-        figures = (f"loss {line['loss']:.4f}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.4g}  "
-                   f"{line['images_per_second']:.1f} images/s  memory {line['memory_mib']:.0f} MiB")
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        figures = (f"loss {loss}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.4g}  "
+                   f"{line['images_per_second']:.1f} images/s  memory {line['memory_mib']:.0f} MiB"
+                   + (f"  left out {self._skipped} steps" if self._skipped else ""))
         if self._bar is not None:
             self._bar.set_description(f"epoch {line['epoch'] + 1}/{self._epochs}", refresh=False)
             self._bar.set_postfix_str(figures)
@@ -130,13 +174,13 @@ class TrainingLog:
                 self._bar.close()
 
 
-def _put_aside(path: str) -> None:
-    """Rename an older file to path.1, path.2, ..."""
-    if os.path.exists(path):
+def put_aside(path: str) -> None:
+    """Rename an older file, link or directory to path.1, path.2, ..."""
+    if os.path.lexists(path):
         number = 1
-        while os.path.exists(f"{path}.{number}"):
+        while os.path.lexists(f"{path}.{number}"):
             number += 1
-        os.replace(path, f"{path}.{number}")
+        os.rename(path, f"{path}.{number}")
 
 
 def _keep_lines_until(path: str, step: int) -> None:

@@ -34,7 +34,7 @@ class Optimizers:
 
     Args:
         model: with the sharded parameters registered (`utils.sharding.register_parallel_dim`).
-        options: lr, momentum, weight_decay, enable_zero_optim.
+        options: lr, momentum, weight_decay, enable_zero_optim, on_nonfinite.
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -45,14 +45,16 @@ class Optimizers:
         # Parameter names beside each optimizer: momentum is saved by name, so that it does not matter who held it.
         self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
         parameters = [parameter for _, parameter in replicated]
+        # Of torch's three implementations only the fused one can leave a step out by a mask on the device.
+        maskable = {"fused": True} if options.on_nonfinite == "skip" else {}
         self._zero: Optimizer | None = None
         if options.enable_zero_optim:
             from torch.distributed.optim import ZeroRedundancyOptimizer  # here: seconds of start-up that few need
 
-            self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=SGD, **settings)
+            self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=SGD, **settings, **maskable)
             self._named.append((self._zero, replicated))
         else:
-            self._named.append((SGD(parameters, **settings), replicated))
+            self._named.append((SGD(parameters, **settings, **maskable), replicated))
         if sharded:
             # torch's other two implementations add the weight decay to a copy of the gradient: as much memory as the shard.
             self._named.append((SGD([parameter for _, parameter in sharded], **settings, fused=True), sharded))
@@ -103,8 +105,19 @@ class SharedGradScaler(torch.amp.GradScaler):
     others step, and the replicas would differ from then on without a word.
     """
 
-    def step_all(self, optimizers: Sequence[Optimizer]) -> None:
-        """Collective when enabled. Unscale, agree on whether any gradient anywhere is inf or NaN, step or skip, update."""
+    def step_all(self, optimizers: Sequence[Optimizer], nonfinite: Tensor | None = None) -> None:
+        """Collective when enabled. Unscale, agree on whether any gradient anywhere is inf or NaN, step or skip, update.
+
+        nonfinite: float32 scalar on the device, the same on all ranks: where it is 1, weights and momentum stay as they are,
+            and so does the scale, because that cannot be the cause of a loss that is inf or NaN. The optimizers must be
+            torch's fused ones then (or ZeRO of them). None: every step counts, as far as the scale is concerned.
+        """
+        if nonfinite is not None:
+            for optimizer in map(_local_optimizer, optimizers):
+                optimizer.found_inf = nonfinite
+        if self.is_enabled() or nonfinite is not None:
+            for optimizer in map(_local_optimizer, optimizers):
+                _make_momentum(optimizer)
         if self.is_enabled():
             for optimizer in optimizers:
                 self.unscale_(optimizer)
@@ -113,13 +126,36 @@ class SharedGradScaler(torch.amp.GradScaler):
                 for optimizer in optimizers
                 for flag in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
             ]
-            anywhere = torch.stack(found).max()
+            anywhere = torch.stack(found if nonfinite is None else [*found, nonfinite]).max()
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
             for flag in found:
                 flag.fill_(anywhere)
         for optimizer in optimizers:
             self.step(optimizer)
+        if not self.is_enabled() or nonfinite is None:
+            self.update()
+            return
+        before = self._scale.clone(), self._growth_tracker.clone()
         self.update()
+        for state, old in zip((self._scale, self._growth_tracker), before):
+            state.copy_(torch.where(nonfinite > 0, old, state))
+
+
+def _local_optimizer(optimizer: Optimizer) -> Optimizer:
+    """ZeRO's optimizer of the parameters that this rank steps; any other optimizer itself."""
+    return getattr(optimizer, "optim", optimizer)
+
+
+def _make_momentum(optimizer: Optimizer) -> None:
+    """Zeros where there is no momentum yet, from which the first step goes as it would without.
+
+    The fused SGD makes its momentum as memory that is not written, for the first step to fill: if that step is left out, what
+    happened to be there would be the momentum of the second.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def amp_dtype(options: Options, device_type: str) -> torch.dtype:

@@ -10,6 +10,7 @@ from utils.errors import Parser, UserError
 
 EMBEDDING_SIZE = 512
 DIST_TIMEOUT = 1800.0
+AUTO = "auto"  # --resume: the newest whole checkpoint in --output
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Options:
     seed: int | None
     output: str
     resume: str
+    init_from: str
     no_save: bool
+    save_freq: int | None
+    keep: int | None
+    on_nonfinite: str
     print_freq: int
     plan: bool
     evaluate: bool
@@ -133,8 +138,20 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument("--output", default=".", metavar="DIR",
                        help="where checkpoint.pth.tar and metrics.jsonl go (default: the current directory)")
-    group.add_argument("--resume", default="", metavar="PATH", help="checkpoint.pth.tar to continue from, or to evaluate")
+    group.add_argument("--resume", default="", metavar="PATH",
+                       help="checkpoint.pth.tar to continue from, or to evaluate; auto: continue from the newest whole checkpoint "
+                            "in --output, or start anew if there is none")
+    group.add_argument("--init-from", default="", metavar="PATH",
+                       help="start a fresh run from the weights in a checkpoint.pth.tar, a published backbone, or what "
+                            "scripts/export.py wrote; class centers by identity name where both sides know names")
     group.add_argument("--no-save", action="store_true", help="write no checkpoint")
+    group.add_argument("--save-freq", type=int, default=None, metavar="N",
+                       help="save every N steps too, beside after every epoch and at the end")
+    group.add_argument("--keep", type=int, default=None, metavar="N",
+                       help="checkpoints that stay, the newest N and the best (default: 2)")
+    group.add_argument("--on-nonfinite", choices=("stop", "skip"), default="stop",
+                       help="a loss that is inf or NaN: stop when it is read, before anything is saved; or leave the step out, "
+                            "weights, momentum and BatchNorm statistics as they were (default: %(default)s)")
     group.add_argument("-p", "--print-freq", type=int, default=10, metavar="N",
                        help="steps between reports; losses stay on the device until then (default: %(default)s)")
     group.add_argument("--plan", action="store_true", help="check everything, print the table of the run, and stop")
@@ -212,6 +229,8 @@ def _check_ranges(o: Options) -> None:
         ("--max-steps", o.max_steps, 1),
         ("--batch-size", o.batch_size, 1),
         ("--accumulation-steps", o.accumulation_steps, 1),
+        ("--save-freq", o.save_freq, 1),
+        ("--keep", o.keep, 1),
         ("--print-freq", o.print_freq, 1),
         ("--nproc-per-node", o.nproc_per_node, 1),
         ("--gpu", o.gpu, 0),
@@ -234,14 +253,21 @@ def _check_ranges(o: Options) -> None:
 
 
 def _check_combinations(o: Options) -> None:
+    for flag, value in (("--save-freq", o.save_freq), ("--keep", o.keep)):
+        _require(value is None or not o.no_save, f"{flag} {value} with --no-save: choose one of them")
     if o.evaluate:
         _require(bool(o.resume), "--evaluate: give the checkpoint to evaluate with --resume")
+        _require(o.resume != AUTO, "--evaluate with --resume auto: give the checkpoint to evaluate by its path")
         _require(o.imgs_root is not None and o.pair_list is not None,
                  "--evaluate: give the images and the pairs with --imgs-root and --pair-list")
     else:
         _require(o.data is not None, "DIR is missing: give the directory of the training images (see python3 main.py --help)")
         _require(o.imgs_root is None and o.pair_list is None,
                  "--imgs-root and --pair-list are used with --evaluate: add it, or drop them")
+    # With auto they go together: a job that is requeued begins from these weights once, and from its own later.
+    _require(not o.init_from or o.resume in ("", "auto"),
+             f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them")
+    _require(not o.init_from or not o.evaluate, f"--init-from {o.init_from} with --evaluate: give the model with --resume")
     _require(o.start_epoch is None or not o.resume,
              f"--start-epoch {o.start_epoch}: the checkpoint of --resume says where to continue; drop --start-epoch")
     _require(o.start_epoch is None or o.start_epoch < o.epochs,

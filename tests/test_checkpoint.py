@@ -1,0 +1,465 @@
+"""Checkpoints: whole at every instant, read at any world size and in any mode, refused in words when they are not what was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import threading
+from pathlib import Path
+from unittest import mock
+
+import main
+import pytest
+import torch
+from commands import read_metrics, run
+from saved import assert_same_training, saved_training
+from test_training import MODES, train
+from tiny import TinyBackbone
+
+from utils import checkpoint, checkpoint_files, shard_files
+from utils.checkpoint import CheckpointWriter, read_resumable
+from utils.checkpoint_files import DamagedCheckpoint, check_files, checksum, newest_first, read_manifest
+from utils.distributed import Worker
+from utils.errors import UserError
+from utils.options import parse_options
+
+SHORT = ["-b", "12", "-j", "0", "--epochs", "2", "--lr-milestones", "1"]
+SHARDED = ["--enable-model-parallel"]
+
+
+def train_in_small_blocks(rank: int, world_size: int, argv: list[str]) -> None:
+    """`train`, with shards that are written in several blocks even of few classes."""
+    with mock.patch.object(shard_files, "BLOCK_CLASSES", 2):
+        train(rank, world_size, argv)
+
+
+def refusal(rank: int, world_size: int, argv: list[str]) -> str:
+    """What `train` says against it, and whether a code of the checkpoint was run."""
+    try:
+        train(rank, world_size, argv)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other world sizes and modes. 9 classes: 9; 5, 4; 3, 3, 3; 3, 3, 3, 0
+
+MATRIX = ["-b", "12", "-j", "0", "--num-classes", "9", "--precision", "float64", "--sync-bn", "--lr", "0.05", "--epochs", "9"]
+SAVED_IN = {1: "base", 2: "base, ZeRO", 3: "sharded, ZeRO", 4: "sharded"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pools, faces, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    pools(1).run(train, [str(faces), *MATRIX, "--seed", "3", "--max-steps", "6", "--output", str(output)])
+    return output
+
+
+@pytest.fixture(scope="module")
+def saved_at(pools, faces, tmp_path_factory):
+    """`saved_at(W)`: the directory of a run that W processes have left in the middle of an epoch."""
+    outputs: dict[int, Path] = {}
+
+    def output_of(world_size: int) -> Path:
+        if world_size not in outputs:
+            outputs[world_size] = tmp_path_factory.mktemp(f"saved-at-{world_size}")
+            flags = [*MATRIX, *MODES[SAVED_IN[world_size]], "--seed", "3", "--max-steps", "2"]
+            pools(world_size).run(train_in_small_blocks, [str(faces), *flags, "--output", str(outputs[world_size])])
+        return outputs[world_size]
+    return output_of
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+@pytest.mark.parametrize("before", [1, 2, 3, 4])
+def test_resume_at_another_world_size(pools, faces, tmp_path, uninterrupted, saved_at, before, after):
+    mode = list(MODES)[(before + after) % len(MODES)]
+    if mode == "sharded, fused update" and after == 1:
+        mode = "base"
+    resume = ["--resume", str(saved_at(before) / "checkpoint.pth.tar")]
+    pools(after).run(train, [str(faces), *MATRIX, *MODES[mode], *resume, "--max-steps", "6", "--output", str(tmp_path)])
+    expected = [line["loss"] for line in read_metrics(uninterrupted)]
+    assert [line["loss"] for line in read_metrics(saved_at(before))] == pytest.approx(expected[:2], rel=1e-9)
+    assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx(expected[2:], rel=1e-9)
+    assert_same_training(tmp_path, uninterrupted, tolerance=1e-9)
+
+
+def largest_read(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
+    """Rows of the largest tensor that a resume reads from the files, and of this rank's own shard."""
+    rows, load = [], torch.load
+
+    def watched(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        if isinstance(loaded, torch.Tensor):
+            rows.append(len(loaded))
+        return loaded
+
+    with mock.patch.object(torch, "load", watched):
+        train(rank, world_size, argv)
+    return max(rows, default=0), len(rows)
+
+
+def test_a_reader_holds_one_block_beside_its_own_classes(pools, faces, tmp_path, saved_at):
+    flags = [str(faces), *MATRIX, *SHARDED, "--resume", str(saved_at(4) / "checkpoint.pth.tar"), "--max-steps", "2"]
+    for rows, count in pools(2).run(largest_read, [*flags, "--output", str(tmp_path)]):
+        assert rows == 2 and count > 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole at every instant
+
+
+class Killed(BaseException):
+    pass
+
+
+def make_step(output: Path, step: int, keep: int = 2, links: tuple[str, ...] = ("checkpoint.pth.tar",)) -> str:
+    """A checkpoint of small files; its directory's name."""
+    directory = checkpoint_files.begin(str(output), step)
+    files = {}
+    for name in ("state.pth.tar", "shards/.metadata", "shards/__0_0.distcp"):
+        path = os.path.join(directory, name)
+        checkpoint_files.write_flushed(path, lambda file: torch.save({"directory": checkpoint_files.final_name(directory)}, file))
+        files[name] = checksum(path)
+    checkpoint_files.finish(str(output), directory, files, links=links, keep=keep)
+    return os.path.basename(checkpoint_files.final_name(directory))
+
+
+def names(output: Path) -> list[str]:
+    return [os.path.basename(path) for path in newest_first(str(output))]
+
+
+def referred(output: Path, link: str = "checkpoint.pth.tar") -> str:
+    return (output / link).resolve().parent.name
+
+
+def test_a_kill_at_any_instant_leaves_whole_checkpoints(tmp_path):
+    """Every call that changes the disk is once the one before which the process ends."""
+    killed_at = 0
+    while True:
+        output, calls = tmp_path / str(killed_at), 0
+        output.mkdir()
+        for step in (1, 2):
+            make_step(output, step)
+
+        def wrap(function):
+            def killable(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > killed_at:
+                    raise Killed
+                return function(*args, **kwargs)
+            return killable
+
+        changing = ("fsync", "rename", "replace", "symlink", "unlink", "rmdir", "mkdir")
+        try:
+            with mock.patch.multiple(os, **{name: wrap(getattr(os, name)) for name in changing}):
+                make_step(output, 3)
+            break
+        except Killed:
+            pass
+        assert referred(output) in ("step-00000002", "step-00000003")
+        assert names(output)[0] in ("step-00000002", "step-00000003")
+        for directory in newest_first(str(output)):
+            check_files(directory, read_manifest(directory))
+        make_step(output, 4)
+        assert names(output)[0] == referred(output) == "step-00000004" and len(names(output)) == 2
+        assert not list(output.glob("*.part")) and not list(output.glob("checkpoints/*.part"))
+        killed_at += 1
+    assert killed_at >= 15 and names(output) == ["step-00000003", "step-00000002"]
+
+
+def test_what_is_kept(tmp_path):
+    for step in range(1, 6):
+        make_step(tmp_path, step, keep=2, links=("checkpoint.pth.tar", "model_best.pth.tar")[:1 + (step == 2)])
+    assert names(tmp_path) == ["step-00000005", "step-00000004", "step-00000002"]
+    assert referred(tmp_path) == "step-00000005" and referred(tmp_path, "model_best.pth.tar") == "step-00000002"
+    # A run that went back to an earlier step: newer than those of later steps, and beside one of its own name.
+    assert make_step(tmp_path, 4, keep=1) == "step-00000004.1"
+    assert names(tmp_path) == ["step-00000004.1", "step-00000002"]
+
+
+def test_copies_where_there_are_no_symbolic_links(tmp_path):
+    with mock.patch.object(os, "symlink", side_effect=PermissionError(1, "Operation not permitted")):
+        for step in range(1, 5):
+            make_step(tmp_path, step, keep=1, links=("checkpoint.pth.tar", "model_best.pth.tar")[:1 + (step == 2)])
+        assert names(tmp_path) == ["step-00000004", "step-00000002"]
+    for link, step in (("checkpoint.pth.tar", 4), ("model_best.pth.tar", 2)):
+        path = tmp_path / link
+        assert not path.is_symlink()
+        contents = torch.load(path, weights_only=True)
+        assert checkpoint_files.step_directory(str(path), contents).endswith(f"step-{step:08d}")
+
+
+def test_a_fresh_run_keeps_an_older_ones_best(pools, faces, tmp_path):
+    flags = [str(faces), *SHORT, "--num-classes", "11", "--output", str(tmp_path), "--seed", "1"]
+    make_step(tmp_path, 7, links=("checkpoint.pth.tar", "model_best.pth.tar"))
+    make_step(tmp_path, 8)
+    pools(1).run(train, [*flags, "--save-freq", "1", "--max-steps", "3", "--keep", "1"])
+    assert names(tmp_path) == ["step-00000003", "step-00000007"]
+    assert referred(tmp_path) == "step-00000003" and not (tmp_path / "model_best.pth.tar").exists()
+    assert referred(tmp_path, "model_best.pth.tar.1") == "step-00000007"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A disk that is full
+
+
+def train_with_full_disk(rank: int, world_size: int, argv: list[str], full_on: int, at_step: int) -> str:
+    """`train`, while the kernel refuses this rank to write files larger than 4 KiB at one of the saves."""
+    save, (_, hard) = CheckpointWriter.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self, state, **kwargs):
+        self.wait()
+        full = rank == full_on and state.position.step == at_step
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if full else hard, hard))
+        return save(self, state, **kwargs)
+
+    try:
+        with mock.patch.object(CheckpointWriter, "save", limited):
+            return refusal(rank, world_size, argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+@pytest.mark.parametrize("full_on", [0, 1])
+@pytest.mark.parametrize("at_step", [2, 3])
+def test_a_full_disk(pools, faces, tmp_path, full_on, at_step):
+    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "--save-freq", "1", "--max-steps", "3", "--output", str(tmp_path)]
+    errors = pools(2).run(train_with_full_disk, flags, full_on, at_step)
+    assert len(read_metrics(tmp_path)) == 3
+    assert not list(tmp_path.glob("checkpoints/*.part"))
+    if at_step == 2:
+        assert errors == ["", ""] and names(tmp_path) == ["step-00000003", "step-00000001"]
+    else:
+        assert referred(tmp_path) == "step-00000002"
+        for error in errors:
+            assert "the last checkpoint could not be written" in error and f"on rank {full_on}" in error and "step-00000002" in error
+            assert "File too large" in error, error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside training
+
+
+def save_while_training(rank: int, world_size: int, output: str, free_bytes: int) -> tuple[bool, bool]:
+    """Save, with a disk that does not answer before the weights have changed. Whether that was waited for, and a thread."""
+    options = parse_options(["unused", "--num-classes", "11", *SHARDED, "--output", output, "-a", "mobilefacenet"])
+    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        state, model = main.build_training(worker, options, 1, 48, 12)
+    state.optimizers.load_momentum({name: torch.ones_like(value) for name, value in model.module.named_parameters()})
+    for parameter in model.parameters():
+        parameter.detach().fill_(1.0)
+    changed, begin = threading.Event(), checkpoint_files.begin
+
+    def slow_begin(*args) -> str:
+        changed.wait(timeout=5 if free_bytes else 0)
+        return begin(*args)
+
+    with (mock.patch.object(checkpoint_files, "begin", slow_begin),
+          mock.patch.object(checkpoint, "free_host_bytes", lambda: free_bytes)):
+        writer = CheckpointWriter(options, worker, lambda text: None, fresh=True)
+        writer.save(state)
+        threaded = writer._thread is not None
+        waited = os.path.exists(os.path.join(output, "checkpoint.pth.tar"))
+        for parameter in model.parameters():
+            parameter.detach().fill_(2.0)
+        state.position.step = 5
+        changed.set()
+        writer.close()
+    return threaded, waited
+
+
+@pytest.mark.parametrize("free_bytes", [2**40, 0])
+def test_saves_beside_training_if_memory_allows(pools, tmp_path, free_bytes):
+    results = pools(2).run(save_while_training, str(tmp_path), free_bytes)
+    assert results == ([(True, False)] * 2 if free_bytes else [(False, True)] * 2)
+    assert names(tmp_path) == ["step-00000000"]
+    for name, tensor in saved_training(tmp_path).items():
+        if not name.startswith("weight bn") and not name.startswith("weight features"):
+            assert (tensor == 1).all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are not what was saved
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def manifest_follows(directory: Path, name: str) -> None:
+    """Make the manifest agree with a file that was changed: a checkpoint that somebody has forged."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"][name] = checksum(str(directory / name))
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def change_state(directory: Path, **entries) -> None:
+    path = directory / "state.pth.tar"
+    torch.save({**torch.load(path, weights_only=True), **entries}, path)
+    manifest_follows(directory, "state.pth.tar")
+
+
+def forge(directory: Path, name: str, data: bytes) -> None:
+    """Put `data` in the place of a file's beginning; the rest, and its size, stay if it is longer."""
+    path = directory / name
+    path.write_bytes(data + path.read_bytes()[len(data):])
+    manifest_follows(directory, name)
+
+
+def forge_metadata(directory: Path, change) -> None:
+    path = directory / "shards/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+    manifest_follows(directory, "shards/.metadata")
+
+
+def leave_a_hole(metadata) -> None:
+    metadata.state_dict_metadata["centers"].chunks.pop()
+
+
+def refer_outside(metadata) -> None:
+    for stored in metadata.storage_data.values():
+        stored.relative_path = "../state.pth.tar"
+
+
+SHARD, METADATA = "shards/__1_0.distcp", "shards/.metadata"
+DAMAGES = {  # what is done to the step's directory (second argument: a path that no code may create), and words of the answer
+    "state truncated": (lambda d, _: cut(d / "state.pth.tar"), "checkpoint.pth.tar: .*truncated"),
+    "state empty": (lambda d, _: (d / "state.pth.tar").write_bytes(b""), "checkpoint.pth.tar: .*empty"),
+    "state garbage": (lambda d, _: (d / "state.pth.tar").write_bytes(b"garbage" * 99), "checkpoint.pth.tar: .*not a checkpoint"),
+    "state with a bit flipped": (lambda d, _: flip_a_bit(d / "state.pth.tar"), "state.pth.tar: is damaged.*checksum"),
+    "state that is code": (lambda d, p: (d / "state.pth.tar").write_bytes(pickle.dumps(Malicious(p), 2)), "checkpoint.pth.tar: .*code"),
+    "state with code in it": (lambda d, p: torch.save({"position": Malicious(p), "shards": 1}, d / "state.pth.tar"), "checkpoint.pth.tar: .*code"),
+    "state of weights alone": (lambda d, _: torch.save({"fc.weight": torch.ones(1)}, d / "state.pth.tar"), "holds no training state"),
+    "state of another version": (lambda d, _: change_state(d, format_version=1), "format version 1"),
+    "state without an entry's type": (lambda d, _: change_state(d, position={"step": "x"}), "no state of a training run"),
+    "state of other layers": (lambda d, _: change_state(d, state_dict={"a": torch.ones(1)}), "does not hold mobilefacenet"),
+    "shard missing": (lambda d, _: (d / SHARD).unlink(), "__1_0.distcp.*missing"),
+    "shard truncated": (lambda d, _: cut(d / SHARD), "__1_0.distcp.*damaged"),
+    "shard with a bit flipped": (lambda d, _: flip_a_bit(d / SHARD), "__1_0.distcp.*damaged.*checksum"),
+    "shard that is code": (lambda d, p: forge(d, SHARD, pickle.dumps(Malicious(p), 2)), "class centers.*cannot be read"),
+    "metadata missing": (lambda d, _: (d / METADATA).unlink(), ".metadata.*missing"),
+    "metadata garbage": (lambda d, _: forge(d, METADATA, b"garbage"), ".metadata.*damaged"),
+    "metadata that is code": (lambda d, p: forge(d, METADATA, pickle.dumps(Malicious(p))), ".metadata.*holds code"),
+    "metadata with a hole": (lambda d, _: forge_metadata(d, leave_a_hole), ".metadata.*does not describe"),
+    "metadata that leads outside": (lambda d, _: forge_metadata(d, refer_outside), ".metadata.*does not describe"),
+    "manifest missing": (lambda d, _: (d / "manifest.json").unlink(), "manifest.json.*missing"),
+    "manifest garbage": (lambda d, _: (d / "manifest.json").write_text("{"), "manifest.json.*damaged"),
+    "manifest foreign": (lambda d, _: (d / "manifest.json").write_text('{"files": {"a": 1}}'), "manifest.json.*no manifest"),
+    "manifest that leads outside": (
+        lambda d, _: (d / "manifest.json").write_text(json.dumps({"files": {"state.pth.tar": [1, 1], METADATA: [1, 1], "shards/../../x": [1, 1]}})),
+        "manifest.json.*no manifest"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(pools, faces, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("sound")
+    pools(2).run(train, [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "-a", "mobilefacenet", "--seed", "1", "--save-freq", "1",
+                         "--max-steps", "2", "--output", str(output)])
+    return output
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_foreign_and_malicious_files(pools, faces, tmp_path, sound, damage):
+    output, mark = tmp_path / "run", tmp_path / "code was run"
+    shutil.copytree(sound, output, symlinks=True)
+    do, words = DAMAGES[damage]
+    do(output / "checkpoints/step-00000002", mark)
+    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "-a", "mobilefacenet", "--output", str(output), "--max-steps", "3"]
+    before = sorted(output.rglob("*"))
+    errors = pools(2).run(refusal, [*flags, "--resume", str(output / "checkpoint.pth.tar")])
+    for error in errors:
+        assert re.search(f"^--resume .*{words}.*$", error), error
+    assert not mark.exists() and sorted(output.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--num-classes", "12"], "--num-classes 11"),
+    (["-a", "iresnet18"], "--arch mobilefacenet"),
+    (["--seed", "2"], "drop --seed"),
+])
+@pytest.mark.parametrize("how", ["checkpoint.pth.tar", "auto"])
+def test_a_whole_checkpoint_of_another_run(faces, sound, flags, words, how):
+    resume = how if how == "auto" else str(sound / how)
+    given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", *flags, "--output", str(sound), "--resume", resume])
+    with pytest.raises(UserError, match=words):
+        read_resumable(given)
+
+
+def test_a_copy_elsewhere_cannot_be_resumed(faces, sound, tmp_path):
+    copy = shutil.copy(sound / "checkpoint.pth.tar", tmp_path / "copy.pth.tar")
+    given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", "--resume", str(copy)])
+    with pytest.raises(UserError, match="copy of a state file without its class centers"):
+        read_resumable(given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --resume auto
+
+
+def test_auto_goes_back_to_the_last_whole_checkpoint(pools, faces, tmp_path):
+    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "--seed", "1", "--resume", "auto", "--save-freq", "1", "--keep", "3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pools(2).run(train, [*flags, "--output", str(whole)])
+    pools(2).run(train, [*flags, "--output", str(parts), "--max-steps", "5"])
+    step = parts / "checkpoints/step-00000005"
+    flip_a_bit(step / "shards/__0_0.distcp")
+    (parts / "checkpoints/step-00000006.part/shards").mkdir(parents=True)  # of a save that was interrupted
+    pools(2).run(train, [*flags, "--output", str(parts)])
+    assert_same_training(parts, whole)
+    assert (parts / "checkpoints/step-00000005.damaged").is_dir() and not list(parts.glob("checkpoints/*.part"))
+    assert [line["loss"] for line in read_metrics(parts)] == [line["loss"] for line in read_metrics(whole)]
+    for directory, manifest in zip(newest_first(str(parts)), ("{}", "[]", '{"files": {}, "saved_at": "?"}')):
+        (Path(directory) / "manifest.json").write_text(manifest)
+    errors = pools(2).run(refusal, [*flags, "--output", str(parts)])
+    assert all("no checkpoint" in error and "is whole" in error for error in errors)
+
+
+def test_auto_in_an_output_of_the_old_format(faces, tmp_path):
+    torch.save({"format_version": 1, "position": {}, "shards": {}}, tmp_path / "checkpoint.pth.tar")
+    with pytest.raises(UserError, match="format version 1"):
+        read_resumable(parse_options([str(faces), "--output", str(tmp_path), "--resume", "auto"]))
+
+
+def test_manifest_errors_are_of_their_own_kind(sound, tmp_path):
+    """--resume auto goes on to another checkpoint for these, and for nothing else."""
+    shutil.copytree(sound / "checkpoints", tmp_path / "checkpoints")
+    cut(tmp_path / "checkpoints/step-00000002" / SHARD)
+    with pytest.raises(DamagedCheckpoint):
+        read_manifest(str(tmp_path / "checkpoints/step-00000002"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed runs, eight processes: scripts/kill_test.sh does the first with main.py itself
+
+
+def test_killed_runs_and_eight_processes(faces, tmp_path):
+    """SIGKILL to whole runs, most of them inside a save: at last the weights of the run that nobody killed, to the bit.
+
+    In the same program: what four processes saved is continued by eight, two of them without any class.
+    """
+    result = json.loads(run("tests/forked.py", faces, tmp_path, 6, OMP_NUM_THREADS="1").splitlines()[-1])
+    assert result["kills"] >= 4 and result["inside a save"] >= 1, result

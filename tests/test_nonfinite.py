@@ -1,0 +1,233 @@
+"""A loss that is inf or NaN: found, told, left out, and never saved."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from unittest import mock
+
+import main
+import numpy as np
+import pytest
+import torch
+from commands import load_script, read_metrics
+from test_parity import RandomFaces, RecordingLog
+from test_training import RESUME, train
+from tiny import TinyBackbone
+
+from utils.distributed import Worker
+from utils.errors import UserError
+from utils.meters import TrainingLog
+from utils.nonfinite import nonfinite_step
+from utils.options import parse_options
+
+BATCH, CLASSES = 8, 5
+MODES = {
+    "base": [],
+    "base, ZeRO": ["--enable-zero-optim"],
+    "sharded": ["--enable-model-parallel"],
+    "sharded, ZeRO": ["--enable-model-parallel", "--enable-zero-optim"],
+    "sharded, fused update": ["--enable-model-parallel", "--fuse-classifier-update"],
+    "sharded, torchshard classifier": ["--enable-model-parallel", "--classifier", "torchshard"],
+    "sharded, accumulation": ["--enable-model-parallel", "--accumulation-steps", "2"],
+    "base, synchronised BatchNorm": ["--sync-bn"],
+    "base, fp16": ["--enable-amp-mode", "--amp-dtype", "fp16"],
+}
+
+
+class NotFiniteImages:
+    """In the place of main.prepare_batch: NaN images on one rank at some of its calls."""
+
+    def __init__(self, calls: set[int]) -> None:
+        self._calls, self._count, self._prepare = calls, itertools.count(), main.prepare_batch
+
+    def __call__(self, *args, **settings) -> torch.Tensor:
+        images = self._prepare(*args, **settings)
+        return images.fill_(float("nan")) if next(self._count) in self._calls else images
+
+
+def steps_on_batches(rank: int, world_size: int, batches: list[int], spoiled: list[int], flags: list[str]) -> dict[str, np.ndarray]:
+    """Steps of main.py's loop on these batches, of which the last rank has NaN in the `spoiled`; all that has changed after them."""
+    options = parse_options(["unused", "--num-classes", str(CLASSES), "--batch-size", str(BATCH), "--augment", "none", "--wd", "1e-3",
+                             *flags])
+    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    dataset, parts = RandomFaces(CLASSES), world_size * options.accumulation_steps
+    loader = []
+    for batch in batches:
+        micro_batches = torch.arange(batch * BATCH, (batch + 1) * BATCH).chunk(parts)
+        loader += [(dataset.images[indices], torch.from_numpy(dataset.labels[indices.numpy()]), indices, 0)
+                   for indices in micro_batches[rank::world_size]]
+    calls = {batches.index(batch) * options.accumulation_steps for batch in spoiled} if rank == world_size - 1 else set()
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        state, model = main.build_training(worker, options, 5, len(dataset), BATCH)
+    with mock.patch.object(main, "prepare_batch", NotFiniteImages(calls)):
+        main.train_one_epoch(worker, options, state, model, loader, len(batches), 1000, RecordingLog())
+    momentum = {f"momentum of {name}": tensor for name, tensor in state.optimizers.momentum().items()}
+    scaler = {"scale": torch.tensor(state.scaler.get_scale())}
+    return {name: tensor.detach().numpy().copy() for name, tensor in {**model.module.state_dict(), **momentum, **scaler}.items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_left_out_did_not_happen(pools, mode, world_size):
+    """The first step and one in the middle, on one rank only: afterwards all is as in a run without these two."""
+    flags = [*MODES[mode], "--on-nonfinite", "skip"]
+    with_nan = pools(world_size).run(steps_on_batches, [0, 1, 2, 3, 4], [0, 3], flags)
+    without = pools(world_size).run(steps_on_batches, [1, 2, 4], [], flags)
+    for mine, true in zip(with_nan, without):
+        assert mine.keys() == true.keys() and any("momentum" in name for name in without[0])
+        for name in true:
+            assert np.isfinite(mine[name]).all(), name
+            np.testing.assert_array_equal(mine[name], true[name], err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["base", "base, ZeRO", "sharded", "sharded, fused update"])
+def test_skip_changes_nothing_while_all_is_finite(pools, mode):
+    flags = [*MODES[mode], "--precision", "float64"]
+    skipping = pools(2).run(steps_on_batches, [0, 1, 2], [], [*flags, "--on-nonfinite", "skip"])
+    stopping = pools(2).run(steps_on_batches, [0, 1, 2], [], flags)
+    for mine, true in zip(skipping, stopping):
+        for name in true:
+            np.testing.assert_allclose(mine[name], true[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_without_skip_the_weights_are_lost(pools):
+    """The tests above can fail."""
+    for weights in pools(2).run(steps_on_batches, [0, 1], [0], MODES["sharded"]):
+        assert all(np.isnan(weights[name]).any() for name in ("backbone.fc.weight", "classifier.weight"))
+
+
+def scaler_decisions(rank: int, world_size: int) -> list[tuple[float, bool]]:
+    """The fp16 scale after three steps, and whether the weights moved: an overflow, a loss that is not finite, neither."""
+    options = parse_options(["unused", "--num-classes", "5", "--batch-size", "8", "--enable-model-parallel", "--enable-amp-mode",
+                             "--amp-dtype", "fp16", "--on-nonfinite", "skip"])
+    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
+        state, model = main.build_training(worker, options, 5, 80, 8)
+    state.scaler.scale(torch.ones(()))  # makes the scale tensor
+    outcome = []
+    for overflow, loss in ((True, 1.0), (False, float("nan")), (False, 1.0)):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if overflow and rank == world_size - 1:
+            model.module.classifier.weight.grad[0, 0] = float("inf")
+        state.scaler.step_all(state.optimizers.all, torch.tensor(float(loss != loss)))
+        moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters())]
+        assert len(set(moved)) == 1
+        outcome.append((state.scaler.get_scale(), moved[0]))
+    return outcome
+
+
+def test_only_an_overflow_of_the_gradients_lowers_the_scale(pools):
+    for outcome in pools(2).run(scaler_decisions):
+        assert outcome == [(32768.0, False), (32768.0, False), (32768.0, True)]
+
+
+def first_step_after_an_overflow(rank: int, world_size: int) -> float:
+    """The classifier's momentum after a first step that the fp16 scaler skips and a second one with gradient 1."""
+    options = parse_options(["unused", "--num-classes", "40", "--batch-size", "8", "--enable-model-parallel", "--enable-amp-mode",
+                             "--amp-dtype", "fp16", "--wd", "0"])
+    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
+        state, model = main.build_training(worker, options, 5, 80, 8)
+    state.scaler.scale(torch.ones(()))
+    weight = model.module.classifier.weight
+    for gradient in (float("inf"), 32768.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        # What torch's fused SGD would take for momentum after a skipped first step is whatever this memory holds.
+        with mock.patch.object(torch, "empty_like", lambda tensor, *args, **settings: torch.full_like(tensor, 1e3)):
+            state.scaler.step_all(state.optimizers.all)
+    return float((state.optimizers.of_shard.state[weight]["momentum_buffer"] - 1).abs().max())
+
+
+def test_the_momentum_of_a_shard_whose_first_step_overflowed(pools):
+    assert pools(1).run(first_step_after_an_overflow) == [0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def train_with_nan(rank: int, world_size: int, argv: list[str], bad_rank: int, bad_steps: list[int]) -> str:
+    """What `main.py <argv>` does where rank `bad_rank` has NaN images in these steps (from 1); its error, if any."""
+    images = NotFiniteImages({step - 1 for step in bad_steps} if rank == bad_rank else set())
+    try:
+        with mock.patch.object(main, "prepare_batch", images):
+            train(rank, world_size, argv)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("mode", ["base", "sharded"])
+def test_stop_names_step_and_rank_and_saves_nothing(pools, faces, tmp_path, mode):
+    flags = [str(faces), *RESUME, *MODES[mode], "--seed", "5", "--output", str(tmp_path), "-p", "10"]  # epochs of 4 steps
+    errors = pools(2).run(train_with_nan, flags, 1, [6])
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("step 6: the loss is nan (embeddings of rank 1); training stopped, no checkpoint was written over")
+    assert "--on-nonfinite skip" in errors[0] and "\n" not in errors[0]
+    saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    assert saved["position"]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["loss"] is None for line in lines] == [line.get("nonfinite", False) for line in lines] == 5 * [False] + 3 * [True]
+    # A resumed run goes on from what was saved.
+    assert pools(2).run(train_with_nan, [*flags[:-6], *flags[-4:], "--resume", str(tmp_path / "checkpoint.pth.tar")], 1, []) == ["", ""]
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path))
+
+
+def test_skip_counts_and_reports(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, *MODES["sharded"], "--output", str(tmp_path), "-p", "2", "--on-nonfinite", "skip"]
+    assert pools(2).run(train_with_nan, flags, 0, [2, 5]) == ["", ""]
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines if line.get("nonfinite")] == [2, 5]
+    assert [line.get("skipped_steps") for line in lines] == [None, 1, None, 1, None, 2, None, 2]
+    assert all(line["top1"] is not None for line in lines if "top1" in line)
+    saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    assert saved["position"]["step"] == 8 and all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+    plot = load_script("plot")
+    loss = [row["loss"] for row in plot.read_metrics(str(tmp_path / "metrics.jsonl"))]
+    assert [step for step, value in enumerate(loss, 1) if np.isnan(value)] == [2, 5]
+    np.testing.assert_allclose(plot.smoothed(np.array(loss[:4]), 3)[[0, 1, 3]], [loss[0], (loss[0] + loss[2]) / 2, sum(loss[2:4]) / 2])
+    plot.plot_metrics(str(tmp_path / "metrics.jsonl"), str(tmp_path / "curve.svg"))
+
+
+@pytest.mark.parametrize("mode", ["base", "sharded, fused update"])
+def test_weights_that_are_not_finite_are_not_saved(pools, faces, tmp_path, mode):
+    """The loss of the one step is finite, the weights after it are not."""
+    flags = [str(faces), *RESUME, *MODES[mode], "--output", str(tmp_path), "--max-steps", "1", "--lr", "1e38", "--wd", "1e30"]
+    errors = pools(2).run(train_with_nan, flags, 0, [])
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("after step 1 the weights are not finite (the backbone of all ranks, the class centers of all ranks)")
+    assert np.isfinite(read_metrics(tmp_path)[0]["loss"])
+    assert not (tmp_path / "checkpoint.pth.tar").exists()
+
+
+def many_nonfinite_steps(rank: int, world_size: int, output: str, steps: int) -> tuple[int, str]:
+    log = TrainingLog(Worker(rank, world_size, world_size, torch.device("cpu")), output, fresh=True, step=0, total_steps=1000,
+                      epochs=1, global_batch=8, print_freq=10, skip_nonfinite=True)
+    for step in range(1, steps + 1):
+        try:
+            log.add(step=step, epoch=0, lr=0.1, loss=torch.tensor(1.0 if step == 5 else float("inf")),
+                    target_rank=torch.zeros(4), finite=torch.tensor(True))
+        except UserError as error:
+            return step, str(error)
+    return steps, ""
+
+
+def test_skip_gives_up_where_no_step_is_left(pools, tmp_path):
+    ((step, error),) = pools(1).run(many_nonfinite_steps, str(tmp_path), 200)
+    assert step == 110
+    assert error.startswith("step 110: the loss is inf (loss of rank 0, though all embeddings were finite: the class centers")
+    assert "105 steps in a row" in error
+
+
+def test_the_cause_is_told():
+    nan = float("nan")
+    assert "embeddings of ranks 1, 3)" in nonfinite_step(7, nan, [(False, True), (True, True), (False, True), (True, True)])
+    assert "embeddings of all ranks)" in nonfinite_step(7, nan, [(True, True)] * 4)
+    assert "loss of rank 2, though all embeddings were finite" in nonfinite_step(7, nan, [(False, False)] * 2 + [(False, True)])
+    assert "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more" in nonfinite_step(7, nan, [(True, True)] * 10 + [(False, True)])
