@@ -24,7 +24,7 @@ EXIT_SAVED=75                                 # main.py: stopped by a signal, an
 
 : "${SLURM_JOB_ID:?start this script with sbatch, not with bash}"
 export MASTER_ADDR MASTER_PORT
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")  # the first
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"  # two jobs may share a node
 
 # In the background, so that this shell can answer the signals, which Slurm sends to it alone (B:): USR1 three minutes before
