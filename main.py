@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import secrets
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until training begins Ctrl-C ends the program at once, without a traceback of the imports that follow, say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,14 +48,15 @@ from utils.distributed import (
 from utils.errors import UserError, exit_on_user_error
 from utils.interchange import check_initial, start_from
 from utils.meters import TrainingLog
+from utils.nodes import program_fingerprint
 from utils.nonfinite import NotFinite, StepGuard, require_finite_weights
 from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
-from utils.options import EMBEDDING_SIZE, Options, parse_options
+from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
 from utils.output_lock import OutputLock, lock_output
+from utils.preemption import EXIT_SAVED, StopSignal
 from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.verification import format_result, squared_distance
 from valid import evaluate_pairs, validate
-
 
 TrainingImages = FaceFolder | RecordIODataset
 
@@ -94,8 +103,8 @@ def main() -> None:
     # One lock for all nodes, which share the directory. It lives as long as any process that it is passed on to.
     lock = lock_output(options.output) if plan.node_rank == 0 and is_first_process() else None
     if plan.nodes > 1:
-        print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.init_method}", flush=True)
-    launch(train, plan, options, dataset, sets, lock)
+        print(f"node {plan.node_rank} of {plan.nodes}: meeting the others at {plan.url}", flush=True)
+    sys.exit(launch(train, plan, options, dataset, sets, lock))
 
 
 def train(
@@ -104,9 +113,12 @@ def train(
     dataset: TrainingImages,
     sets: dict[str, PairSet] | None = None,
     lock: OutputLock | None = None,
-) -> None:
+) -> int:
     """Runs in every process, all of them together. `sets`: what to evaluate the backbone on, by name. `lock`, of --output,
-    is only to be held."""
+    is only to be held.
+
+    Returns the exit status: not 0 if a signal stopped it.
+    """
     require_same_on_all_ranks(worker, shared_facts(options, dataset, sets))
     checkpoint = find_checkpoint(options, worker)
     global_batch = options.batch_size * worker.nodes
@@ -141,20 +153,29 @@ def train(
     writer = CheckpointWriter(options, worker, log.say, fresh=checkpoint is None)
 
     evaluation = Evaluation(worker, options, state, sets or {}, log)
+    stop, stopped_by = StopSignal(worker.world_size, timeout=options.dist_timeout), None
     try:
-        while position.step < last_step:
+        while position.step < last_step and not stopped_by:
             sampler.set_position(position.epoch, position.step_in_epoch)
             steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-            train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation)
+            stopped_by = train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation, stop)
             if position.step_in_epoch == steps_per_epoch:
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
-            due = options.val_freq is None or evaluation.is_due(position.step) or position.step == last_step
+            # After a signal there may be little time left: what counts then is that the checkpoint gets written.
+            due = position.step == last_step or not stopped_by and (options.val_freq is None or evaluation.is_due(position.step))
             save(state, log, writer, is_best=due and evaluation.run())
     except NotFinite:  # on all ranks: what is being saved just now is from before, and good
         writer.wait()
         raise
+    stop.close()
     log.close()
-    log.say(f"done: {position.step} steps; {writer.close()}")
+    saved = writer.close()
+    if position.step < last_step:
+        log.say(f"stopped by {stopped_by.name} after step {position.step}; {saved}"
+                + ("" if options.no_save else f"; the same command with --resume {AUTO} goes on"))
+        return 128 + stopped_by if options.no_save else EXIT_SAVED
+    log.say(f"done: {position.step} steps; {saved}")
+    return 0
 
 
 def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter, *, is_best: bool) -> None:
@@ -175,13 +196,16 @@ def train_one_epoch(
     log: TrainingLog,
     writer: CheckpointWriter | None = None,
     evaluation: Evaluation | None = None,
-) -> None:
-    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in; between them `evaluation` looks at
-    the backbone and `writer` saves."""
+    stop: StopSignal | None = None,
+) -> signal.Signals | None:
+    """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, or up to the signal returned.
+
+    Between them `stop` tells of signals, `evaluation` looks at the backbone and `writer` saves.
+    """
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
-    skipped_images = 0
+    skipped_images, stopped_by = 0, None
     guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
     batches = iter(DeviceBatches(loader, worker.device))
     for steps_left in reversed(range(steps)):
@@ -208,11 +232,15 @@ def train_one_epoch(
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
                 target_rank=torch.cat(target_ranks), finite=torch.stack(finite).all())
+        stopped_by = stop.poll() if stop is not None else None
+        if stopped_by:
+            break
         if steps_left:  # after the last one the caller does both
             is_best = evaluation is not None and evaluation.is_due(position.step) and evaluation.run()
             if writer is not None and (is_best or writer.is_due(position.step)):
                 save(state, log, writer, is_best=is_best)
     log.count_skipped(skipped_images)
+    return stopped_by
 
 
 class Evaluation:
@@ -324,13 +352,23 @@ def classifier_loss(
 
 
 def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
-    """What must be the same on all nodes: the data's size, and every flag but those that are about one node alone."""
-    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root", "pair_list",
-           "val_pairs", "val_bin"}
+    """What must be the same on all nodes: program, data, and every flag but those that are about one node alone."""
+    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root",
+           "pair_list", "val_pairs", "val_bin"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
-    return {**flags, "--resume given": bool(options.resume), "--init-from given": bool(options.init_from),
-            "number of images": len(dataset), "number of identities": len(dataset.identities),
+    return {"program (hash of its files)": program_fingerprint(), **flags, "--resume given": bool(options.resume),
+            "--init-from given": bool(options.init_from), "number of images": len(dataset),
+            "number of identities": len(dataset.identities),
+            "training data (hash of identity names and labels)": data_fingerprint(dataset),
             "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
+
+
+def data_fingerprint(dataset: TrainingImages) -> str:
+    """Of the labels in order and the identities' names: what decides which class an image is trained as. A second for 10**8."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(np.ascontiguousarray(dataset.labels))
+    digest.update(b"\0".join(map(os.fsencode, dataset.identities)))
+    return digest.hexdigest()
 
 
 def choose_seed(options: Options, worker: Worker) -> int:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.decode import IMAGE_SIZE, CodecMessages, decode_into, jpeg_operator
 from utils.errors import UserError
+from utils.preemption import STOP_SIGNALS
 
 # So many unreadable images in a row are not a few bad files but a disk that is gone.
 _MAX_BAD_IN_A_ROW = 100
@@ -307,6 +308,8 @@ def start_loader_worker(parent: int, worker: int) -> None:
     """In every loading process: `parent` is the process that reads from it, `worker` its number."""
     if os.getppid() != parent:  # it has died already, and torch's own watch would take another for it
         os._exit(1)
-    # Ctrl-C reaches the whole process group; the main process alone answers it, and stops its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, and so may a batch system's signal: the main process alone answers, and may
+    # need more batches until it does; it stops its workers.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

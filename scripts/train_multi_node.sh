@@ -19,7 +19,7 @@ MASTER_ADDR="${MASTER_ADDR:-172.20.10.22}"    # address of node 0
 MASTER_PORT="${MASTER_PORT:-12355}"           # a free port there
 OUTPUT="${OUTPUT:-runs/multi_node}"           # a directory that all nodes share
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}"
-# export NCCL_SOCKET_IFNAME=ens1f1            # the network interface between the nodes, if NCCL does not find it
+# export NCCL_SOCKET_IFNAME=ens1f1 GLOO_SOCKET_IFNAME=ens1f1    # the network interface between the nodes, if it is not found
 
 data="$(realpath -m "$DATA")" output="$(realpath -m "$OUTPUT")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

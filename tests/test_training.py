@@ -6,8 +6,11 @@ With a tiny backbone: PyTorch's float64 convolutions on a CPU are a hundred time
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import pickle
 import shutil
+import signal
 import time
 from pathlib import Path
 from unittest import mock
@@ -22,6 +25,7 @@ from saved import assert_same_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TinyBackbone
 
+from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.pairs import PairImages, PairList, PairSet
 from models.embedding import embed_images
@@ -42,15 +46,15 @@ MODES = {
 }
 
 
-def train(rank: int, world_size: int, argv: list[str]) -> None:
+def train(rank: int, world_size: int, argv: list[str]) -> int:
     """What `main.py <argv>` does in each of its processes."""
     options = parse_options(argv)
     main.make_output(options)
     if options.resume:
         read_resumable(options)
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        main.train(Worker(rank, world_size, world_size, torch.device("cpu")), options, FaceFolder(options.data),
-                   main.open_validation_sets(options))
+        worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+        return main.train(worker, options, FaceFolder(options.data), main.open_validation_sets(options))
 
 
 def losses(output) -> list[float]:
@@ -110,6 +114,38 @@ def test_resume_continues_the_run(pools, faces, tmp_path, mode, world_size):
     assert len(whole) == 8 and whole[3][3] == pytest.approx(0.1) and whole[4][3] == pytest.approx(0.01)
 
 
+def train_until_signalled(rank: int, world_size: int, argv: list[str], step: int) -> int:
+    """The last rank gets SIGTERM in the given step of the run."""
+    steps = itertools.count(1)
+
+    def prepare(*args, **options):
+        if rank == world_size - 1 and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepare_batch(*args, **options)
+
+    with mock.patch.object(main, "prepare_batch", prepare):
+        return train(rank, world_size, argv)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_stops_the_run_inside_an_epoch_and_resume_continues_it(pools, faces, tmp_path, world_size):
+    flags = [str(faces), *RESUME, "--enable-model-parallel"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pools(world_size).run(train, [*flags, "--seed", "5", "--output", str(whole), "--no-save"])
+    assert pools(world_size).run(
+        train_until_signalled, [*flags, "--seed", "5", "--output", str(parts)], 2) == [75] * world_size
+    assert len(losses(parts)) == (2 if world_size == 1 else 3)  # the others know it a step later
+    assert pools(world_size).run(train, [*flags, "--output", str(parts), "--resume", "auto"]) == [0] * world_size
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 8
+
+
+def test_a_signal_without_a_checkpoint_is_no_reason_to_start_again(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, "--no-save", "--output", str(tmp_path)]
+    assert pools(2).run(train_until_signalled, flags, 3) == [128 + signal.SIGTERM] * 2
+    # In the last step it comes too late to stop anything.
+    assert pools(2).run(train_until_signalled, [*flags, "--max-steps", "3"], 3) == [0, 0]
+
+
 def train_with_dropout(rank: int, world_size: int, argv: list[str]) -> list[bool]:
     """`train`, with a backbone that draws random numbers; the first mask."""
     masks = []
@@ -158,8 +194,33 @@ def train_with_other_flags(rank: int, world_size: int, argv: list[str], on_rank_
 def test_different_flags_on_two_nodes_are_an_error(pools, faces, tmp_path):
     flags = [str(faces), *RESUME, "--output", str(tmp_path)]
     first, second = pools(2).run(train_with_other_flags, flags, ["--lr", "0.3"])
-    assert "--lr is 0.3 on rank 1 and 0.1 on rank 0" in second
-    assert "another node" in first
+    assert first == second and "--lr is 0.3 on rank 1 and 0.1 on rank 0" in first
+
+
+class OtherName(FaceFolder):
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.identities[3] += "x"
+
+
+class OtherLabel(FaceFolder):
+    @property
+    def labels(self) -> np.ndarray:
+        labels = super().labels
+        labels[6] = 0  # an image of identity 1 lies with identity 0
+        return labels
+
+
+def train_on_other_data(rank: int, world_size: int, argv: list[str], change: str) -> str:
+    folder = {"name": OtherName, "label": OtherLabel}[change] if rank == 1 else FaceFolder
+    with mock.patch(f"{__name__}.FaceFolder", folder):
+        return train_with_other_flags(rank, world_size, argv, [])
+
+
+@pytest.mark.parametrize("change", ["name", "label"])
+def test_different_data_on_two_nodes_are_an_error(pools, faces, tmp_path, change):
+    first, second = pools(2).run(train_on_other_data, [str(faces), *RESUME, "--output", str(tmp_path)], change)
+    assert first == second and first.startswith("training data (hash of identity names and labels) is ")
 
 
 def test_a_fresh_start_at_a_later_epoch_begins_a_new_metrics_file(pools, faces, tmp_path):

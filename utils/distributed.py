@@ -5,22 +5,24 @@ One process per GPU. A process group is always made, a group of one as well, so 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from datetime import timedelta
+from multiprocessing import connection, resource_tracker
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -30,13 +32,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
-from utils.options import Options
+from utils.nodes import Cause, Coordinator, NodeLink, first_cause, program_fingerprint, show
+from utils.options import DIST_TIMEOUT, Options
+from utils.preemption import EXIT_SAVED, STOP_SIGNALS, StopRequest, end_with_parent, handle, restore
 
 # torch 2.14 renamed these two and warns of the old names, which are all that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# After a rank has failed, for the others to fail by themselves, before they are killed: one of them may know the cause.
+_GRACE_SECONDS = 1.0
+_SIOCGIFADDR = 0x8915  # of netdevice(7): an interface's IPv4 address
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,13 @@ class ProcessPlan:
     device_type: str  # "cuda" or "cpu"
     gpu: int | None  # the GPU of a single process
     backend: str
-    init_method: str
+    host: str  # where the processes meet, on node 0
+    port: int  # with one node 0 may stand for any free port
+    timeout: float = DIST_TIMEOUT  # seconds to wait for other processes, at the start and in a collective
+
+    @property
+    def url(self) -> str:
+        return f"tcp://{self.host}:{self.port}"
 
     @property
     def world_size(self) -> int:
@@ -101,13 +114,12 @@ def plan_processes(options: Options) -> ProcessPlan:
         processes = options.nproc_per_node or max(gpus, 1)
         if device_type == "cuda" and processes > gpus:
             raise UserError(f"--nproc-per-node {processes}: only {gpus} GPUs are visible; give at most {gpus}")
-    single = nodes * processes == 1
-    if not single:
-        _check_rendezvous(options.dist_url, node_rank)
+    host, port = _rendezvous(options.dist_url, node_rank) if nodes * processes > 1 else ("127.0.0.1", 0)
     return ProcessPlan(
-        launcher="spawn" if options.multiprocessing_distributed else "single",
+        # Also one process a node has a parent, for the nodes to watch one another.
+        launcher="spawn" if options.multiprocessing_distributed or nodes > 1 else "single",
         nodes=nodes, node_rank=node_rank, processes_per_node=processes,
-        device_type=device_type, gpu=options.gpu, backend=backend, init_method=options.dist_url,
+        device_type=device_type, gpu=options.gpu, backend=backend, host=host, port=port, timeout=options.dist_timeout,
     )
 
 
@@ -145,7 +157,8 @@ def _plan_torchrun(options: Options, device_type: str, backend: str) -> ProcessP
     return ProcessPlan(
         launcher="torchrun",
         nodes=world_size // processes, node_rank=int(os.environ["RANK"]) // processes, processes_per_node=processes,
-        device_type=device_type, gpu=None, backend=backend, init_method="env://",
+        device_type=device_type, gpu=None, backend=backend,
+        host=os.environ["MASTER_ADDR"], port=_environment_number("MASTER_PORT", "torchrun"), timeout=options.dist_timeout,
     )
 
 
@@ -162,8 +175,8 @@ def _environment_number(name: str, flag: str) -> int:
     return int(text)
 
 
-def _check_rendezvous(url: str, node_rank: int) -> None:
-    """The address must be complete, and on node 0, which listens there, the port must be free."""
+def _rendezvous(url: str, node_rank: int) -> tuple[str, int]:
+    """(host, port) of --dist-url. It must be complete, and on node 0, which listens there, the port must be free."""
     if url == "env://":
         host, port = _environment("MASTER_ADDR", "--dist-url"), _environment_number("MASTER_PORT", "--dist-url")
     else:
@@ -174,7 +187,7 @@ def _check_rendezvous(url: str, node_rank: int) -> None:
         if not host or not port:
             raise UserError(f"--dist-url {url}: give tcp://<address of node 0>:<free port>, such as tcp://127.0.0.1:8000")
     if node_rank != 0:
-        return
+        return host, port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -182,6 +195,7 @@ def _check_rendezvous(url: str, node_rank: int) -> None:
         except OSError as error:
             raise UserError(f"--dist-url {url}: cannot listen on port {port} ({error.strerror}); another run may be using "
                             f"it: give a free port, such as tcp://{host}:{port + 1}") from None
+    return host, port
 
 
 def is_first_process() -> bool:
@@ -193,112 +207,211 @@ def is_first_process() -> bool:
 # Starting and stopping
 
 
-def launch(work: Callable[..., None], plan: ProcessPlan, *args: Any) -> None:
-    """Run `work(worker, *args)` in every process of this node, within a process group of all nodes.
+def launch(work: Callable[..., int | None], plan: ProcessPlan, *args: Any) -> int:
+    """Run `work(worker, *args)` in every process of this node, within a process group of all nodes; return its exit status.
 
-    If one fails, all are stopped, its error alone is shown, last, and this process exits: 2 for a user's mistake, else 1.
+    `work` returns 0 or None, or utils.preemption.EXIT_SAVED, the same on all ranks. If a process fails, those of all nodes
+    are stopped, the cause alone is shown, last, and this process exits: 2 for a user's mistake, 128 + signal for a signal
+    that came before training, else 1.
     """
     if plan.launcher != "spawn":
+        if plan.launcher == "torchrun":
+            end_with_parent(os.getppid())
         try:
-            _run(int(os.environ["LOCAL_RANK"]) if plan.launcher == "torchrun" else 0, work, plan, args)
+            return _run(int(os.environ["LOCAL_RANK"]) if plan.launcher == "torchrun" else 0, work, plan, plan.port, args)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(2)  # not sys.exit: see _child
-        return
     # The messages of C++ threads that lose their peer would bury the one error that matters.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    reports = tempfile.mkdtemp(prefix="arcface-errors-")
+    store = _host_store(plan) if plan.node_rank == 0 else None  # lives as long as this function
+    coordinator = link = None
+    if plan.nodes == 1:
+        store_port = store.port
+    else:
+        facts = {"--world-size": plan.nodes, "number of processes (GPUs, or --nproc-per-node)": plan.processes_per_node,
+                 "program (hash of its files)": program_fingerprint(), "torch": torch.__version__,
+                 "--dist-backend": plan.backend}
+        if plan.node_rank == 0:
+            coordinator = Coordinator(port=plan.port, nodes=plan.nodes, facts=facts, store_port=store.port, timeout=plan.timeout)
+        link = NodeLink(host=plan.host, port=plan.port, node=plan.node_rank, nodes=plan.nodes, facts=facts, timeout=plan.timeout)
     try:
-        context = mp.spawn(_child, args=(work, plan, args, reports), nprocs=plan.processes_per_node, join=False)
+        if link is not None:
+            store_port = link.meet()
+        return _supervise(work, plan, store_port, args, link)
+    finally:
+        if coordinator is not None:
+            coordinator.close()
+
+
+def _host_store(plan: ProcessPlan) -> dist.TCPStore:
+    """The store in which this node's and the others' ranks make their group. It must outlive them: so it is the parent's."""
+    port = plan.port if plan.nodes == 1 else 0  # with several nodes they meet at plan.port, and hear of this one there
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    except dist.DistError as error:
+        raise UserError(f"--dist-url {plan.url}: cannot listen there ({str(error).splitlines()[0]}); another run may be using "
+                        "the port: give a free one") from None
+    if plan.nodes == 1:
         try:
-            while not context.join():
-                pass
-        except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            _exit_with_first_error(context.processes, plan, reports)
-        except KeyboardInterrupt:
-            for process in context.processes:
-                process.join(timeout=5)
-                process.kill()
-            print("interrupted", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            socket.create_connection((plan.host, store.port), timeout=min(10.0, plan.timeout)).close()
+        except OSError as error:
+            raise UserError(f"--dist-url {plan.url}: this machine cannot reach itself there ({error.strerror or error}); with one "
+                            "node give tcp://127.0.0.1:<free port>") from None
+    return store
+
+
+def _supervise(work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple, link: NodeLink | None) -> int:
+    """Start the ranks of this node and stay until they have ended, by themselves or by what this function does to them."""
+    reports = tempfile.mkdtemp(prefix="arcface-errors-")
+    processes = _start(work, plan, store_port, args, reports)
+    request, ended = StopRequest(), {}
+    at_once = False
+
+    def forward(number: int, frame: object) -> None:
+        nonlocal at_once
+        first = request.signal is None
+        at_once |= request.note(number)
+        running = [process.pid for process in processes if process.is_alive()]
+        for pid in running if first or at_once else ():
+            os.kill(pid, signal.SIGKILL if at_once else number)
+        if at_once and not running:  # only other nodes are waited for
+            os._exit(128 + number)
+
+    before = handle(forward)
+    try:
+        while len(ended) < len(processes) and not any(map(_is_failure, ended.values())) and not (link and link.alarm):
+            _collect(processes, ended, timeout=0.5 if link else None)
+        # The others fail by themselves now, most of them, and what they report may be the cause.
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while len(ended) < len(processes) and time.monotonic() < deadline:
+            _collect(processes, ended, timeout=deadline - time.monotonic())
+        for process in processes:
+            process.kill()
+            process.join()
+        cause = _cause(processes, ended, plan, reports, request, at_once)
+        if link is not None:
+            cause = link.report(cause)
     finally:
         shutil.rmtree(reports, ignore_errors=True)
+        # A signal that is repeated must not end this process in the little time that is left.
+        handle(signal.SIG_IGN) if request.signal is not None else restore(before)
+    if cause is not None:
+        show(cause, plan.node_rank, plan.nodes)
+        sys.exit(cause.exit_status)
+    return max(ended.values())
 
 
-def _child(local_rank: int, work: Callable[..., None], plan: ProcessPlan, args: tuple, reports: str) -> None:
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+def _is_failure(exit_code: int) -> bool:
+    return exit_code not in (0, EXIT_SAVED)
+
+
+def _collect(processes: list, ended: dict[int, int], timeout: float | None) -> None:
+    """Wait until processes end, and note the exit codes of those that have ended by themselves."""
+    running = {process.sentinel: local_rank for local_rank, process in enumerate(processes) if local_rank not in ended}
+    for sentinel in connection.wait(list(running), timeout=timeout):
+        process = processes[running[sentinel]]
+        process.join()
+        ended[running[sentinel]] = process.exitcode
+
+
+def _start(work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple, reports: str) -> list:
+    """The processes of this node's ranks. Python would answer a Ctrl-C during their imports by a traceback: it waits (_child)."""
+    context = mp.get_context("spawn")
+    processes = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        _run(local_rank, work, plan, args)
+        resource_tracker.ensure_running()  # multiprocessing's helper, which is not to be ended by SIGUSR1 either
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGINT})
+        for local_rank in range(plan.processes_per_node):
+            process = context.Process(target=_child, args=(local_rank, os.getpid(), work, plan, store_port, args, reports))
+            process.start()
+            processes.append(process)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return processes
+
+
+def _child(
+    local_rank: int, parent: int, work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple, reports: str
+) -> None:
+    end_with_parent(parent)
+    handle(signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        status = _run(local_rank, work, plan, store_port, args)
     except BaseException as error:
-        # The moment of failure tells the cause from the failures that follow from it: peers that lose their connection.
         report = {
+            "kind": "user" if isinstance(error, UserError) else "lost" if _lost_connection(error) else "error",
+            # The moment of failure tells the cause from the failures that follow from it: peers that lose their connection.
             "time": time.time(),
-            "rank": plan.node_rank * plan.processes_per_node + local_rank,
-            "user": isinstance(error, UserError),
-            "interrupted": isinstance(error, KeyboardInterrupt),
-            "message": str(error),
+            "message": str(error) if isinstance(error, UserError) else traceback.format_exception_only(error)[-1].splitlines()[0],
             "traceback": traceback.format_exc(),
         }
         path = os.path.join(reports, str(local_rank))
         with open(path + ".part", "w", encoding="utf-8") as file:
             json.dump(report, file)
         os.replace(path + ".part", path)
-        for loader_worker in multiprocessing.active_children():
-            loader_worker.terminate()
+        _end_loaders()
         # Not sys.exit: an orderly exit may wait for ever for a collective that the others never join.
         os._exit(1)
+    _end_loaders()
+    sys.exit(status)
 
 
-def _exit_with_parent(parent: int) -> None:
-    """Do not outlive the parent: the signal that torch asks for is ignored in a job started with `nohup ... &`."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _end_loaders() -> None:
+    for loader in multiprocessing.active_children():
+        loader.kill()  # they ignore SIGTERM
 
 
-def _exit_with_first_error(processes: list, plan: ProcessPlan, reports: str) -> NoReturn:
-    """All processes have ended, at least one of them badly: tell the cause, and nothing that followed from it."""
-    found = []
-    for name in os.listdir(reports):
-        if not name.endswith(".part"):
-            with open(os.path.join(reports, name), encoding="utf-8") as file:
-                found.append(json.load(file))
-    first = min(found, key=lambda report: report["time"], default=None)
-    if first and first["interrupted"]:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    if first and first["user"]:
-        print(f"error: {first['message']}", file=sys.stderr)
-        sys.exit(2)
-    # A process that was killed or crashed left no report, and those of the others say that they lost it. SIGTERM is
-    # ours, and SIGABRT is how NCCL answers another rank's failure.
-    crashes = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
-    for local_rank, process in enumerate(processes):
-        if process.exitcode in crashes or not found and process.exitcode not in (0, -signal.SIGTERM):
-            rank = plan.node_rank * plan.processes_per_node + local_rank
-            name = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit status {process.exitcode}"
+def _lost_connection(error: BaseException) -> bool:
+    """Whether a rank failed because it misses another one: of NCCL, of a store, or (a plain RuntimeError) of gloo."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and (
+        "gloo" in str(error) or "Connection closed by peer" in str(error))
+
+
+def _cause(
+    processes: list, ended: dict[int, int], plan: ProcessPlan, reports: str, request: StopRequest, at_once: bool
+) -> Cause | None:
+    """Why ranks of this node, all of which have ended, did so by themselves (`ended`: their exit codes); None: well, or not."""
+    if at_once:
+        return Cause("stopped", "stopped at once by a second Ctrl-C; the last checkpoint is as it was", plan.node_rank,
+                     signal=request.signal)
+    several = plan.nodes > 1
+    causes = []
+    for local_rank, code in ended.items():
+        rank, process = plan.node_rank * plan.processes_per_node + local_rank, processes[local_rank].pid
+        where = f"rank {rank} on node {plan.node_rank} ({socket.gethostname()}, process {process})" if several \
+            else f"rank {rank} (process {process})"
+        path = os.path.join(reports, str(local_rank))
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                report = json.load(file)
+            if report["kind"] != "user":
+                report["message"] = f"{where} failed: {report['message']}"
+            causes.append(Cause(node=plan.node_rank, **report))
+        elif request.signal is not None and code == -request.signal:
+            causes.append(Cause("stopped", f"stopped by {request.signal.name}" + (f" on node {plan.node_rank}" if several else "")
+                                + " before training began", plan.node_rank, signal=request.signal))
+        elif _is_failure(code):
+            # It was killed or crashed without a word. SIGABRT is how NCCL answers another rank's failure.
+            name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             hint = " (out of memory? see dmesg)" if name == "SIGKILL" else ""
-            print(f"error: rank {rank} (process {process.pid}) was ended by {name}{hint}; "
-                  "all ranks of this node were stopped", file=sys.stderr)
-            sys.exit(1)
-    if first is None:
-        print("error: the ranks of this node were ended by SIGTERM", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
-    print(f"{first['traceback']}error: rank {first['rank']} of {plan.world_size} failed as shown above; "
-          "all ranks of this node were stopped", file=sys.stderr)
-    sys.exit(1)
+            causes.append(Cause("lost" if name == "SIGABRT" else "crash", f"{where} was ended by {name}{hint}", plan.node_rank))
+    return first_cause(causes)
 
 
-def _run(local_rank: int, work: Callable[..., None], plan: ProcessPlan, args: tuple) -> None:
-    worker = _join_group(local_rank, plan)
-    work(worker, *args)
+def _run(local_rank: int, work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple) -> int:
+    worker = _join_group(local_rank, plan, store_port)
+    status = work(worker, *args)
+    handle(signal.SIG_IGN)  # what is left is the orderly end
     # Only after success: after a failure the others may never come, and tearing down would wait for them.
     dist.barrier()
     dist.destroy_process_group()
+    return status or 0
 
 
-def _join_group(local_rank: int, plan: ProcessPlan) -> Worker:
+def _join_group(local_rank: int, plan: ProcessPlan, store_port: int) -> Worker:
     """Collective. Set up this process (device, threads) and make the process group."""
     rank = plan.node_rank * plan.processes_per_node + local_rank
     if plan.device_type == "cuda":
@@ -308,17 +421,50 @@ def _join_group(local_rank: int, plan: ProcessPlan) -> Worker:
         device = torch.device("cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))
-    common = dict(backend=plan.backend, world_size=plan.world_size, rank=rank,
+    timeout = timedelta(seconds=plan.timeout)
+    common = dict(backend=plan.backend, world_size=plan.world_size, rank=rank, timeout=timeout,
                   device_id=device if plan.backend == "nccl" else None)
+    if "GLOO_SOCKET_IFNAME" not in os.environ and plan.world_size > 1:
+        interface = _interface_towards(plan.host)
+        if interface:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
-        if plan.world_size == 1 and plan.launcher != "torchrun":
+        if plan.launcher == "torchrun":
+            store, _, _ = next(dist.rendezvous("env://", rank, plan.world_size, timeout=timeout))
+            # torchrun's store may outlive the ranks, and then holds the addresses of those before a restart.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            dist.init_process_group(store=dist.PrefixStore(f"attempt-{attempt}", store), **common)
+        elif plan.world_size == 1:
             dist.init_process_group(store=dist.HashStore(), **common)  # a group of one needs no port
         else:
-            dist.init_process_group(init_method=plan.init_method, **common)
-    except dist.DistError as error:
-        raise UserError(f"--dist-url {plan.init_method}: rank {rank} cannot meet the others there; is the address that of "
-                        f"node 0, and were all {plan.nodes} nodes started? ({str(error).splitlines()[0]})") from error
+            store = dist.TCPStore(plan.host, store_port, is_master=False, timeout=timeout)
+            dist.init_process_group(store=dist.PrefixStore("ranks", store), **common)
+    except RuntimeError as error:  # DistError of stores and NCCL, and a plain one of gloo
+        raise UserError(f"--dist-url {plan.url}: rank {rank} cannot connect to the others ({str(error).splitlines()[0]}); do the "
+                        "nodes reach each other at any port? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network "
+                        "interface to use") from error
     return Worker(rank=rank, world_size=plan.world_size, processes_per_node=plan.processes_per_node, device=device)
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface by which this machine reaches `host` over IPv4, or has its address; None: cannot be told.
+
+    gloo by itself takes the interface of the machine's own name, which often is that of 127.0.0.1: no other node reaches it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            mine = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                try:
+                    request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                except OSError:  # has no address
+                    continue
+                if socket.inet_ntoa(request[20:24]) == mine:
+                    return name
+    except OSError:
+        pass
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,14 +523,15 @@ def require_same_on_all_ranks(worker: Worker, facts: dict[str, object]) -> None:
     of_rank_0 = [facts]
     dist.broadcast_object_list(of_rank_0, src=0, device=worker.device)
     mine = {name: value for name, value in facts.items() if value != of_rank_0[0].get(name)}
-    differing = torch.tensor(len(mine), device=worker.device)
-    dist.all_reduce(differing)
-    if mine:
-        name, value = next(iter(mine.items()))
-        raise UserError(f"{name} is {value} on rank {worker.rank} and {of_rank_0[0].get(name)} on rank 0: "
+    # The first rank that differs tells all.
+    differing = torch.tensor(worker.rank if mine else worker.world_size, device=worker.device)
+    dist.all_reduce(differing, op=dist.ReduceOp.MIN)
+    if differing < worker.world_size:
+        difference = [next(iter(mine.items()), None)]
+        dist.broadcast_object_list(difference, src=int(differing), device=worker.device)
+        name, value = difference[0]
+        raise UserError(f"{name} is {value} on rank {int(differing)} and {of_rank_0[0].get(name)} on rank 0: "
                         "give every node the same flags and the same data")
-    if differing:
-        raise UserError("another node has other flags or other data than rank 0; see its output")
 
 
 def fix_gradient_buckets(model: DistributedDataParallel) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+_FIRST_SPEAKS_SECONDS = 10.0
 
 
 class UserError(ValueError):
@@ -27,13 +30,16 @@ class Parser(argparse.ArgumentParser):
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes one line on stderr and exit status 2; Ctrl-C one word and 130.
 
-    Under torchrun all processes of a node make the same mistake: the first one tells it.
+    Under torchrun all processes of a node make the same mistake: the first one tells it, and the others leave it the time
+    to: torchrun ends all of them when one has ended.
     """
     try:
         main()
     except UserError as error:
         if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(_FIRST_SPEAKS_SECONDS)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,7 +7,6 @@ import ctypes
 import datetime
 import gc
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,13 +66,8 @@ def launch_local(work: Callable[..., None], world_size: int, device_type: str, *
     On the CPU they share the cores out, unless OMP_NUM_THREADS says how many threads each is to have.
     """
     plan = dict(nodes=1, node_rank=0, processes_per_node=world_size, device_type=device_type, gpu=None,
-                backend="nccl" if device_type == "cuda" else "gloo")
-    if world_size == 1:
-        launch(work, ProcessPlan(launcher="single", init_method="", **plan), *args)
-        return
-    # They meet in a file: no port that another program could take first.
-    with tempfile.TemporaryDirectory(prefix="arcface-bench-") as directory:
-        launch(work, ProcessPlan(launcher="spawn", init_method=f"file://{directory}/store", **plan), *args)
+                backend="nccl" if device_type == "cuda" else "gloo", host="127.0.0.1", port=0)
+    launch(work, ProcessPlan(launcher="single" if world_size == 1 else "spawn", **plan), *args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

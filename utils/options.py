@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from utils.errors import Parser, UserError
 
 EMBEDDING_SIZE = 512
+DIST_TIMEOUT = 1800.0
 AUTO = "auto"  # --resume: the newest whole checkpoint in --output
 
 
@@ -59,6 +60,7 @@ class Options:
     rank: int
     dist_url: str
     dist_backend: str | None
+    dist_timeout: float
     device: str
     gpu: int | None
     enable_model_parallel: bool
@@ -194,6 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
                        help="where the processes meet: tcp://<address of node 0>:<free port>, or env:// (default: %(default)s)")
     group.add_argument("--dist-backend", choices=("nccl", "gloo"), default=None,
                        help="default: nccl on GPUs, gloo on the CPU")
+    group.add_argument("--dist-timeout", type=float, default=DIST_TIMEOUT, metavar="SECONDS",
+                       help="give up on other nodes and ranks after so long: at the start, where a node does not come, and in a "
+                            "collective, which also waits while rank 0 saves (default: %(default)g)")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: GPUs if there are any")
     group.add_argument("--gpu", type=int, default=None, metavar="ID", help="the one GPU to use, for a single process")
 
@@ -254,6 +259,7 @@ def _check_ranges(o: Options) -> None:
         ("--val-freq", o.val_freq, 1),
         ("--nproc-per-node", o.nproc_per_node, 1),
         ("--gpu", o.gpu, 0),
+        ("--dist-timeout", o.dist_timeout, 1),
         ("--warmup-epochs", o.warmup_epochs, 0),
         ("--wd", o.weight_decay, 0),
         ("--seed", o.seed, 0),
@@ -261,6 +267,7 @@ def _check_ranges(o: Options) -> None:
     ):
         _require(value is None or (value >= minimum and math.isfinite(value)),
                  f"{flag} {value}: give a number of at least {minimum}")
+    _require(o.dist_timeout <= 10**7, f"--dist-timeout {o.dist_timeout:g}: give a number of seconds up to {10**7}")
     _require(o.seed is None or o.seed < 2**63, f"--seed {o.seed}: give a number below 2**63")
     _require(math.isfinite(o.lr) and o.lr >= 0, f"--lr {o.lr}: give a number of at least 0")
     _require(0 <= o.momentum < 1, f"--momentum {o.momentum}: give a number from 0 up to, not including, 1")

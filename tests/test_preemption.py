@@ -1,0 +1,73 @@
+"""Signals: agreed on by all ranks, counted once, harmless to what must still be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from utils.preemption import StopRequest, StopSignal
+
+
+def poll_until_stopped(rank: int, world_size: int, signalled: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """`signalled`: rank -> (step, signal that it gets in that step). The step that `poll` stops after, and the signal."""
+    stop = StopSignal(world_size, timeout=60)
+    for step in range(1, 100):
+        if rank in signalled and signalled[rank][0] == step:
+            os.kill(os.getpid(), signalled[rank][1])
+        if rank == 0:
+            time.sleep(0.01)  # the others wait for its answer of the step before only
+        stopped_by = stop.poll()
+        if stopped_by:
+            break
+    stop.close()
+    return step, stopped_by
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_all_ranks_stop_after_the_same_step(pools, world_size):
+    last = world_size - 1
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        results = pools(world_size).run(poll_until_stopped, {last: (5, number)})
+        assert results == [(5 if world_size == 1 else 6, number)] * world_size  # known a step later
+
+
+def test_two_signals_on_two_ranks_give_one_answer(pools):
+    results = pools(2).run(poll_until_stopped, {0: (3, signal.SIGUSR1), 1: (3, signal.SIGTERM)})
+    assert results == [(4, signal.SIGTERM)] * 2
+    results = pools(2).run(poll_until_stopped, {0: (3, signal.SIGUSR1), 1: (9, signal.SIGTERM)})
+    assert results == [(4, signal.SIGUSR1)] * 2
+
+
+def without_waiting(rank: int, world_size: int) -> float:
+    """The seconds that rank 1 spends in its first poll, for which rank 0 is late."""
+    stop = StopSignal(world_size, timeout=60)
+    dist.barrier()
+    if rank == 0:
+        time.sleep(2)
+    start = time.perf_counter()
+    stop.poll()
+    seconds = time.perf_counter() - start
+    stop.close()
+    return seconds
+
+
+def test_a_poll_does_not_wait_for_the_other_ranks(pools):
+    assert pools(2).run(without_waiting)[1] < 1
+
+
+def test_the_second_ctrl_c_is_the_one_that_comes_later(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    request = StopRequest()
+    assert request.signal is None
+    assert not request.note(signal.SIGINT) and request.signal == signal.SIGINT
+    now[0] += 0.1  # the same, forwarded, or sent to the whole group
+    assert not request.note(signal.SIGINT)
+    now[0] += 1
+    assert not request.note(signal.SIGTERM)  # of a batch system, in whose last seconds the save may come to its end
+    assert request.note(signal.SIGINT)
+    assert request.signal == signal.SIGINT
