@@ -248,7 +248,7 @@ class _MarginSoftmax(torch.autograd.Function):
         step = None
         if walk.update is not None:
             step = product.new_empty(walk.chunk, size)
-            _make_momentum(walk.update)
+            make_momentum(walk.update)
         operand = walk.operand(embedding)
         for number, classes in enumerate(walk.chunks):
             here, width = centers[classes], classes.stop - classes.start
@@ -291,13 +291,16 @@ def _target_cosine(embedding: Tensor, label: Tensor, centers: Tensor, shard: Cla
     return torch.where(owned, (embedding * nearest).sum(dim=1), embedding.new_zeros(()))
 
 
-def _make_momentum(optimizer: SGD) -> None:
-    """The state that torch.optim.SGD makes in its first step, for an empty shard as well: what saves it counts on it."""
-    (settings,) = optimizer.param_groups
-    (parameter,) = settings["params"]
-    state = optimizer.state[parameter]
-    if settings["momentum"] and state.get("momentum_buffer") is None:
-        state["momentum_buffer"] = torch.zeros_like(parameter)
+def make_momentum(optimizer: SGD) -> None:
+    """Zeros where SGD has no momentum yet, from which its first step goes as it would without.
+
+    torch makes it within the first step: too late for a step that is made, or left out, by a mask; and a shard without classes
+    must have it as well, because what saves the shards counts on it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor, finite: Tensor | None = None) -> None:

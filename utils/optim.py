@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from losses.margin_softmax import make_momentum
 from utils.options import Options
 from utils.sharding import is_sharded
 
@@ -116,8 +117,10 @@ class SharedGradScaler(torch.amp.GradScaler):
             for optimizer in map(_local_optimizer, optimizers):
                 optimizer.found_inf = nonfinite
         if self.is_enabled() or nonfinite is not None:
+            # The fused SGD makes its momentum as memory that is not written, for the first step to fill: if that step is left
+            # out, what happened to be there would be the momentum of the second.
             for optimizer in map(_local_optimizer, optimizers):
-                _make_momentum(optimizer)
+                make_momentum(optimizer)
         if self.is_enabled():
             for optimizer in optimizers:
                 self.unscale_(optimizer)
@@ -144,18 +147,6 @@ class SharedGradScaler(torch.amp.GradScaler):
 def _local_optimizer(optimizer: Optimizer) -> Optimizer:
     """ZeRO's optimizer of the parameters that this rank steps; any other optimizer itself."""
     return getattr(optimizer, "optim", optimizer)
-
-
-def _make_momentum(optimizer: Optimizer) -> None:
-    """Zeros where there is no momentum yet, from which the first step goes as it would without.
-
-    The fused SGD makes its momentum as memory that is not written, for the first step to fill: if that step is left out, what
-    happened to be there would be the momentum of the second.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def amp_dtype(options: Options, device_type: str) -> torch.dtype:
