@@ -189,7 +189,7 @@ def test_skip_counts_and_reports(pools, faces, tmp_path):
     saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert saved["position"]["step"] == 8 and all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
     plot = load_script("plot")
-    loss = [row["loss"] for row in plot.read_metrics(str(tmp_path / "metrics.jsonl"))]
+    loss = [row["loss"] for row in plot.read_metrics(str(tmp_path / "metrics.jsonl"))[0]]
     assert [step for step, value in enumerate(loss, 1) if np.isnan(value)] == [2, 5]
     np.testing.assert_allclose(plot.smoothed(np.array(loss[:4]), 3)[[0, 1, 3]], [loss[0], (loss[0] + loss[2]) / 2, sum(loss[2:4]) / 2])
     plot.plot_metrics(str(tmp_path / "metrics.jsonl"), str(tmp_path / "curve.svg"))
