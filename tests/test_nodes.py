@@ -320,7 +320,14 @@ def test_a_killed_rank_ends_the_one_node(start_nodes):
     assert "Traceback" not in output
 
 
-def test_a_killed_parent_ends_its_ranks_without_a_save_and_the_other_nodes(start_nodes):
+def test_no_rank_outlives_its_parent_or_saves(start_nodes):
+    (node,) = start_nodes(1, 2)
+    node.process.kill()
+    wait_for(lambda: not any(map(is_running, node.ranks().values())))
+    assert "saved" not in "".join(node.lines)
+
+
+def test_a_killed_parent_ends_its_ranks_and_the_other_nodes(start_nodes):
     these = start_nodes(2, 1)
     these[0].process.kill()
     begun = time.monotonic()
