@@ -200,7 +200,7 @@ def test_different_flags_on_two_nodes_are_an_error(pools, faces, tmp_path):
 class OtherName(FaceFolder):
     def __init__(self, root: str) -> None:
         super().__init__(root)
-        self.identities[3] += "x"
+        self.identities = [name + "x" * (label == 3) for label, name in enumerate(self.identities)]
 
 
 class OtherLabel(FaceFolder):
