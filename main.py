@@ -364,7 +364,7 @@ def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, Pair
 
 
 def data_fingerprint(dataset: TrainingImages) -> str:
-    """Of the labels in order and the identities' names: what decides which class an image is trained as. A second for 10**8."""
+    """Of the labels in order and the identities' names: what decides which class an image is trained as. Seconds for 10**8."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(np.ascontiguousarray(dataset.labels))
     digest.update(b"\0".join(map(os.fsencode, dataset.identities)))
