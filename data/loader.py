@@ -304,12 +304,16 @@ def _unchanged(batch: _Loaded | str) -> _Loaded | str:
     return batch
 
 
-def start_loader_worker(parent: int, worker: int) -> None:
-    """In every loading process: `parent` is the process that reads from it, `worker` its number."""
+def start_loader_worker(parent: int, worker: int, ignored: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
+    """In every loading process: `parent` is the process that reads from it, `worker` its number.
+
+    ignored: for a reader that ends its loading processes itself. One that leaves it to Python's exit gives SIGINT alone:
+    Python sends SIGTERM to them, and would wait for ever for a process that ignores it.
+    """
     if os.getppid() != parent:  # it has died already, and torch's own watch would take another for it
         os._exit(1)
     # Ctrl-C reaches the whole process group, and so may a batch system's signal: the main process alone answers, and may
     # need more batches until it does; it stops its workers.
-    for number in STOP_SIGNALS:
+    for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import time
 import warnings
@@ -24,6 +25,7 @@ from data.augment import prepare_batch
 from data.loader import start_loader_worker
 from utils.distributed import Worker, all_gather_rows
 from utils.errors import UserError
+from utils.preemption import STOP_SIGNALS
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,7 +57,7 @@ def embed_images(
     An embedding without a direction (zero, NaN or infinite) becomes zero; a warning on stderr tells how many there are.
     """
     rows = _embed_rows(backbone, dataset, batch_size=batch_size, workers=workers, device=device, flip=flip,
-                       progress=progress, print_freq=print_freq)
+                       progress=progress, print_freq=print_freq, ignored=(signal.SIGINT,))
     return _without_unusable(rows, warn=True)
 
 
@@ -80,7 +82,7 @@ def embed_images_together(
     mine = [min(i, total - 1) for i in range(worker.rank * share, (worker.rank + 1) * share)]
     rows = _embed_rows(backbone, Subset(dataset, mine), batch_size=batch_size, workers=workers, device=worker.device,
                        flip=flip, progress=progress and worker.is_main, print_freq=print_freq,
-                       whose=" of rank 0" if world_size > 1 else "")
+                       ignored=STOP_SIGNALS, whose=" of rank 0" if world_size > 1 else "")
     if world_size > 1:
         rows = all_gather_rows(torch.from_numpy(rows).to(worker.device), dist.group.WORLD).cpu().numpy()
     return _without_unusable(rows[:total], warn=worker.is_main)
@@ -128,9 +130,13 @@ def _embed_rows(
     flip: bool,
     progress: bool,
     print_freq: int,
+    ignored: tuple[signal.Signals, ...],
     whose: str = "",
 ) -> np.ndarray:
-    """What embed_images returns, but for NaN in the rows of embeddings that are NaN or infinite. whose: for the progress."""
+    """What embed_images returns, but for NaN in the rows of embeddings that are NaN or infinite.
+
+    ignored: see start_loader_worker. whose: for the progress.
+    """
     total = len(dataset)
     if total == 0:
         raise ValueError("there are no images to embed")
@@ -143,7 +149,7 @@ def _embed_rows(
     report = _Progress(total, batch_size, print_freq, enabled=progress, whose=whose)
     try:
         with torch.no_grad():
-            for images in _uint8_batches(dataset, batch_size, workers):
+            for images in _uint8_batches(dataset, batch_size, workers, ignored):
                 x = prepare_batch(images.to(device), dtype, augment="none")
                 output = backbone(x)
                 if flip:
@@ -216,14 +222,16 @@ class _BatchReader(Dataset):
             return error
 
 
-def _uint8_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
+def _uint8_batches(
+    dataset: Dataset, batch_size: int, workers: int, ignored: tuple[signal.Signals, ...]
+) -> Iterator[torch.Tensor]:
     with warnings.catch_warnings():
         # More workers than cores are the user's choice; they help on network disks.
         warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes in total")
         batches = iter(DataLoader(
             _BatchReader(dataset), batch_size=batch_size, shuffle=False,
             num_workers=min(workers, -(-len(dataset) // batch_size)),  # no more workers than batches
-            collate_fn=_unchanged, worker_init_fn=functools.partial(start_loader_worker, os.getpid()),
+            collate_fn=_unchanged, worker_init_fn=functools.partial(start_loader_worker, os.getpid(), ignored=ignored),
             multiprocessing_context="fork" if workers > 0 else None,  # Python 3.14's default would import all again
             generator=torch.Generator(),  # else it would take a number from the global one, which a training run may use
         ))
