@@ -222,6 +222,8 @@ def launch(work: Callable[..., int | None], plan: ProcessPlan, *args: Any) -> in
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(2)  # not sys.exit: see _child
+        finally:
+            _end_loaders()  # Python's exit would wait for them
     # The messages of C++ threads that lose their peer would bury the one error that matters.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     store = _host_store(plan) if plan.node_rank == 0 else None  # lives as long as this function
@@ -360,7 +362,10 @@ def _child(
 
 
 def _end_loaders() -> None:
-    for loader in multiprocessing.active_children():
+    loaders = multiprocessing.active_children()
+    if loaders:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's own answer is an error, which would hide the one there is
+    for loader in loaders:
         loader.kill()  # they ignore SIGTERM
 
 
