@@ -33,13 +33,15 @@ from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
 from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
-from data.recordio import RecordIODataset, is_recordio
+from data.recordio import RecordIODataset, is_recordio, require_no_package
 from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
 from models import build_backbone, check_arch, load_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
 from models.embedding import buffers_of_rank_0, embed_images_together
 from models.sync_batchnorm import convert_sync_batchnorm
-from utils.checkpoint import CheckpointWriter, Position, TrainState, find_checkpoint, load_checkpoint, read_resumable
+from utils.checkpoint import (
+    CheckpointWriter, Position, TrainState, find_checkpoint, load_checkpoint, read_resumable, require_same_identities,
+)
 from utils.checkpoint_files import BEST, LATEST
 from utils.distributed import (
     ProcessPlan, Worker, broadcast_integer, fix_gradient_buckets, is_first_process, launch, plan_processes,
@@ -121,6 +123,8 @@ def train(
     """
     require_same_on_all_ranks(worker, shared_facts(options, dataset, sets))
     checkpoint = find_checkpoint(options, worker)
+    if checkpoint:
+        require_same_identities(checkpoint, dataset.identities, options.resume)
     global_batch = options.batch_size * worker.nodes
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, worker)
     state, model = build_training(worker, options, seed, len(dataset), global_batch, dataset.identities)
@@ -132,10 +136,13 @@ def train(
     if checkpoint:
         its = checkpoint.contents["options"]  # which loading clears
         other_sets = any(tuple(its.get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin"))
+        restarts_epoch = checkpoint.contents["position"]["step_in_epoch"] and checkpoint.contents["sampler"]["num_images"] != len(dataset)
         load_checkpoint(state, checkpoint, options)
         if other_sets:
             position.best_score = None  # accuracies on other sets do not compare
         origin = f", going on from {checkpoint.path} at step {position.step}"
+        if restarts_epoch:
+            origin += f"; the training set has other images than then: epoch {position.epoch + 1} begins again"
     elif options.init_from:
         origin = ", " + start_from(options.init_from, options.training_arch, state.backbone, state.classifier, dataset.identities)
     if options.start_epoch and not checkpoint:
@@ -286,7 +293,10 @@ class Evaluation:
         if worker.is_main:
             epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
             log.add_evaluation(step=position.step, epoch=epoch, results={
-                name: {key: value for key, value in vars(result).items() if isinstance(value, (int, float))}
+                name: {
+                    **{key: value for key, value in vars(result).items() if isinstance(value, (int, float))},
+                    **{f"tar_at_far_{far}": tar for far, tar in result.tar_at_far.items()},
+                }
                 for name, result in results.items()
             })
         figures = "  ".join(f"{name} {100 * r.accuracy:.2f}% +- {100 * r.accuracy_std:.2f}" for name, r in results.items())
@@ -431,6 +441,7 @@ def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
             raise UserError(f"--index {options.index}: {options.data} is a package, which keeps its list beside the .rec; drop the flag")
         dataset = RecordIODataset(options.data, progress=is_first_process())
     else:
+        require_no_package(options.data)
         dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
     dataset.check_headers(options.skip_bad_images, progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.pairs import PairImages, PairSet, open_pair_sets
+from data.pairs import PairImages, PairSet, check_images, open_pair_sets
 from models import build_backbone, check_arch, load_backbone
 from models.embedding import choose_device, embed_images, embed_images_together
 from utils.distributed import ProcessPlan, Worker, is_first_process, launch, plan_processes
@@ -49,7 +49,7 @@ class Options:
     resume: str | None
     untrained: bool
     arch: str | None
-    seed: int
+    seed: int | None
     batch_size: int
     workers: int
     device: str
@@ -75,6 +75,9 @@ def main() -> None:
         load_backbone(options.resume, options.arch)  # only to check it, before any process is started
     if is_first_process():
         describe_sets(sets)
+        if len(sets) > 1:  # a bad image of the last one must not cost the work on all the others
+            for pairs in sets.values():
+                check_images(pairs, progress=True)
     if plan.launcher == "single":
         evaluate_sets(Worker(rank=0, world_size=1, processes_per_node=1, device=device), options, sets)
     else:
@@ -84,9 +87,10 @@ def main() -> None:
 def evaluate_sets(worker: Worker, options: Options, sets: dict[str, PairSet]) -> None:
     """Runs in every process, all of them together: the numbers of all sets, and the files that were asked for."""
     if options.untrained:
-        torch.manual_seed(options.seed)
+        seed = options.seed or 0
+        torch.manual_seed(seed)
         backbone, arch = build_backbone(options.arch), options.arch
-        source = f"untrained {arch}, seed {options.seed}"
+        source = f"untrained {arch}, seed {seed}"
     else:
         backbone, arch = load_backbone(options.resume, options.arch)
         source = f"{arch} of {options.resume}"
@@ -191,9 +195,11 @@ def montage_sections(name: str, pairs: PairSet, distance: np.ndarray, threshold:
         ("false accepts", "different people, distance below", False, accepts),
         ("false rejects", "one person, distance at least", True, rejects),
     ):
+        undecidable = np.count_nonzero((pairs.is_same == label) & np.isnan(distance))
         count = np.count_nonzero((pairs.is_same == label) & ((distance < threshold) != label) & ~np.isnan(distance))
         title = (f"{name}: {count} {kind} of {np.count_nonzero(pairs.is_same == label)} pairs ({meaning} {threshold:.2f})"
-                 + ("; the worst ones" if count > len(worst) else ""))
+                 + ("; the worst ones" if count > len(worst) else "")
+                 + (f"; {undecidable} without a distance" if undecidable else ""))
         tiles = [(images[pairs.index1[p]][0].numpy(), images[pairs.index2[p]][0].numpy(),
                   f"pair {p + 1}: distance {distance[p]:.3f}") for p in worst]
         sections.append(MontageRows(title, tiles))
@@ -238,8 +244,8 @@ def parse_options(argv: list[str] | None = None) -> Options:
                        help="its architecture, checked (default: what the checkpoint says); needed with --untrained")
     group.add_argument("--untrained", action="store_true",
                        help="instead of --resume: random initial weights, for a baseline")
-    group.add_argument("--seed", type=int, default=0, metavar="S",
-                       help="of --untrained; nothing else here is random (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=None, metavar="S",
+                       help="of --untrained; nothing else here is random (default: 0)")
 
     group = parser.add_argument_group("evaluation")
     group.add_argument("-b", "--batch-size", type=int, default=256, metavar="N",
@@ -282,18 +288,25 @@ def _check(o: Options) -> None:
         raise UserError("--untrained: give the architecture with -a ARCH, such as -a mobilefacenet")
     if o.arch:
         check_arch(o.arch)
+    if o.seed is not None and not o.untrained:
+        raise UserError(f"--seed {o.seed}: only --untrained draws random weights; add it, or drop --seed")
+    files = [(flag, path) for flag, path in (("--json", o.json), ("--plot", o.plot), ("--montage", o.montage)) if path is not None]
+    for number, (flag, path) in enumerate(files):
+        for other_flag, other in files[:number]:
+            if os.path.abspath(path) == os.path.abspath(other):
+                raise UserError(f"{flag} {path}: is the file of {other_flag} too; give it another name")
     if o.resume and not os.path.exists(o.resume):
         raise UserError(f"--resume {o.resume}: no such file")
     for flag, value, minimum in (
         ("--batch-size", o.batch_size, 1),
         ("--workers", o.workers, 0),
         ("--print-freq", o.print_freq, 1),
-        ("--seed", o.seed, 0),
+        ("--seed", o.seed or 0, 0),
         ("--nproc-per-node", o.nproc_per_node, 1),
     ):
         if value is not None and value < minimum:
             raise UserError(f"{flag} {value}: give a number of at least {minimum}")
-    if o.seed >= 2**63:
+    if o.seed is not None and o.seed >= 2**63:
         raise UserError(f"--seed {o.seed}: give a number below 2**63")
     if o.nproc_per_node is not None and not o.multiprocessing_distributed:
         raise UserError(f"--nproc-per-node {o.nproc_per_node}: add --multiprocessing-distributed, which starts the processes")

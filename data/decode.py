@@ -25,6 +25,7 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _READ_BYTES = 64 * 1024  # more than nearly every face crop has
+_READ_MORE_BYTES = 16 * 2**20  # at a time, of larger files
 _HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
 
 # Start-of-frame markers of JPEG: 0xC0 to 0xCF without DHT (0xC4), JPG (0xC8) and DAC (0xCC).
@@ -195,10 +196,12 @@ def read_bytes(path: str, limit: int | None = None) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = limit or _READ_BYTES
-            data = part = os.read(descriptor, size)
-            while part and len(data) >= size and limit is None:
-                part = os.read(descriptor, size)
-                data += part
+            data = os.read(descriptor, size)
+            if len(data) >= size and limit is None:
+                parts = [data]  # joined once: a .bin is a hundred megabytes
+                while part := os.read(descriptor, _READ_MORE_BYTES):
+                    parts.append(part)
+                data = b"".join(parts)
         finally:
             os.close(descriptor)
     except OSError as error:

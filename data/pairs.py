@@ -116,8 +116,10 @@ def open_pair_sets(
     sets: list[tuple[str, str, PairSet]] = []
     for imgs_root, path in lists:
         if imgs_root is None:
+            if not os.path.isfile(path):
+                raise UserError(f"{list_flag} {path}: no such file")
             imgs_root = os.path.join(os.path.dirname(path), "imgs")
-            if os.path.isfile(path) and not os.path.isdir(imgs_root):
+            if not os.path.isdir(imgs_root):
                 raise UserError(f"{list_flag} {path}: there is no directory {imgs_root} with its images; "
                                 "give it with --imgs-root")
         directory, name = os.path.split(os.path.abspath(path))

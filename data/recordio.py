@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import secrets
@@ -38,12 +39,24 @@ _BLOCK = 1 << 24
 _HEAD = 1 << 16
 # The scan's gathers read a whole record header, and a label, wherever a frame begins; zeros after the block allow it.
 _MARGIN = 64
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 
 def is_recordio(path: str) -> bool:
     """Whether `path` is a .rec file, or a directory that holds train.rec or train/train.rec."""
     return _find_rec(path) is not None
+
+
+def require_no_package(path: str) -> None:
+    """Raise UserError where `path`, which is to be taken for a directory of images, looks like a package that was meant."""
+    if path.endswith(".rec"):
+        raise UserError(f"{path}: no such file; give a .rec file, or a directory of images")
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries)
+        packages = [name for name, is_directory in found if name.endswith(".rec") and not is_directory]
+        if packages and not any(is_directory for _, is_directory in found):
+            raise UserError(f"{path}: holds {packages[0]}, and no train.rec; give {os.path.join(path, packages[0])}")
 
 
 def _find_rec(path: str) -> str | None:
@@ -494,7 +507,7 @@ def _big_endian(block: np.ndarray, at: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class _Index:
     """Images sorted by key, (n,) each. As a file: int64 version, the .rec's size and time, the .idx's size and
-    checksum, num_classes, n, number of bad images; then the arrays in the order below."""
+    checksum, num_classes, n, number of bad images, CRC-32 of the arrays; then these in the order below."""
 
     offsets: np.ndarray  # int64
     sizes: np.ndarray  # uint32: of the frames
@@ -505,13 +518,16 @@ class _Index:
     mapped: bool  # the arrays lie in a file
 
     def write(self, file: BinaryIO, stamp: tuple[int, ...]) -> None:
-        np.array([*stamp, self.num_classes, len(self.offsets), len(self.bad)], "<i8").tofile(file)
-        for values, dtype in zip((self.offsets, self.bad, self.sizes, self.labels, self.keys), _INDEX_DTYPES):
-            values.astype(dtype, copy=False).tofile(file)
+        values = (self.offsets, self.bad, self.sizes, self.labels, self.keys)
+        arrays = [np.ascontiguousarray(column, dtype) for column, dtype in zip(values, _INDEX_DTYPES)]
+        checksum = functools.reduce(lambda crc, column: zlib.crc32(column, crc), arrays, 0)
+        np.array([*stamp, self.num_classes, len(self.offsets), len(self.bad), checksum], "<i8").tofile(file)
+        for column in arrays:
+            column.tofile(file)
 
 
 _INDEX_DTYPES = ("<i8", "<i8", "<u4", "<i4", "<u4")
-_INDEX_HEADER = 8 * 8
+_INDEX_HEADER = 9 * 8
 
 
 def _load_index(path: str, stamp: tuple[int, ...]) -> _Index | None:
@@ -519,7 +535,7 @@ def _load_index(path: str, stamp: tuple[int, ...]) -> _Index | None:
     try:
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(_INDEX_HEADER), "<i8").tolist()
-            *its_stamp, num_classes, count, bad_count = header if len(header) == 8 else [0] * 8
+            *its_stamp, num_classes, count, bad_count, checksum = header if len(header) == 9 else [0] * 9
             counts = (count, bad_count, count, count, count)
             size = _INDEX_HEADER + sum(n * int(dtype[-1]) for n, dtype in zip(counts, _INDEX_DTYPES))
             if tuple(its_stamp) != stamp or not 0 <= bad_count <= count or count < 1:
@@ -528,6 +544,8 @@ def _load_index(path: str, stamp: tuple[int, ...]) -> _Index | None:
                 return None
             content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (OSError, ValueError):
+        return None
+    if zlib.crc32(memoryview(content)[_INDEX_HEADER:]) != checksum:
         return None
     arrays, at = [], _INDEX_HEADER
     for n, dtype in zip(counts, _INDEX_DTYPES):

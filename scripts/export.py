@@ -73,6 +73,9 @@ def replacing(output: str) -> Iterator[str]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes its files for their owner alone
         os.replace(temporary, output)
     except RuntimeError as error:  # torch.save's and safetensors' way to say that the disk is full
         raise OSError(0, str(error).splitlines()[0]) from error

@@ -41,7 +41,7 @@ from tqdm import tqdm
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data.decode import IMAGE_SIZE, check_encoded, read_bytes  # noqa: E402
+from data.decode import IMAGE_SIZE, check_encoded, decode_image, read_bytes  # noqa: E402
 from data.folder import FaceFolder  # noqa: E402
 from data.pairs import PairList  # noqa: E402
 from data.record_format import MAX_CLASSES, MAX_PART_BYTES, image_record, labels_record  # noqa: E402
@@ -454,7 +454,7 @@ def pack_bin(options: argparse.Namespace) -> str:
 
     def read(path: str) -> bytes:
         image = read_bytes(path)
-        check_encoded(image, path)
+        decode_image(image, path)  # whole: few images, on which much is measured later
         return image
 
     images = []

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.plots import (  # noqa: E402
-    COLOURS, GRAY, PLOT_FORMATS, RocCurve, check_picture, draw_roc, require_matplotlib, tidy,
+    COLOURS, GRAY, PLOT_FORMATS, RocCurve, check_picture, draw_roc, line_style, require_matplotlib, tidy,
 )
 
 
@@ -132,8 +132,8 @@ def plot_metrics(path: str, output: str) -> None:
     )
 
     marker = "o" if len(rows) == 1 else None  # a single point makes no line
-    panels[0].plot(step, loss, color=COLOURS[0], alpha=0.3, linewidth=0.9, marker=marker, label="each step")
     window = max(len(rows) // 25, 1)
+    panels[0].plot(step, loss, color=COLOURS[0], alpha=0.3 if window > 1 else 1, linewidth=0.9, marker=marker, label="each step")
     if window > 1:
         panels[0].plot(step, smoothed(loss, window), color=COLOURS[0], linewidth=2, label=f"mean of {window} steps")
         panels[0].legend(frameon=False)
@@ -154,7 +154,7 @@ def plot_metrics(path: str, output: str) -> None:
     if evaluations:
         for number, name in enumerate(dict.fromkeys(name for row in evaluations for name in row["accuracy"])):
             points = [(row["step"], 100 * row["accuracy"][name]) for row in evaluations if name in row["accuracy"]]
-            panels[-2].plot(*zip(*points), color=COLOURS[number % len(COLOURS)], linewidth=1.6, marker="o",
+            panels[-2].plot(*zip(*points), **line_style(number), linewidth=1.6, marker="o",
                             markersize=3 if len(points) < 60 else 0, label=name)
         panels[-2].legend(frameon=False, loc="lower right")
         tidy(panels[-2], "pair accuracy, %")

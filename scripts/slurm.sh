@@ -29,7 +29,8 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"  # two jobs may 
 
 # In the background, so that this shell can answer the signals, which Slurm sends to it alone (B:): USR1 three minutes before
 # the time limit, TERM at a preemption. Each node's main.py gets them through srun.
-srun --kill-on-bad-exit=0 bash -c 'exec "$0" main.py "$@" --rank "$SLURM_NODEID"' "$PYTHON" "$DATA" \
+# Without --cpus-per-task srun of Slurm 22.05 and newer gives each task one core.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 bash -c 'exec "$0" main.py "$@" --rank "$SLURM_NODEID"' "$PYTHON" "$DATA" \
     --multiprocessing-distributed --dist-url "tcp://$MASTER_ADDR:$MASTER_PORT" --world-size "$SLURM_JOB_NUM_NODES" \
     --enable-model-parallel --batch-size "$BATCH_SIZE" --num-classes "$NUM_CLASSES" --workers "${SLURM_CPUS_PER_TASK:-8}" \
     --output "$OUTPUT" --resume auto "$@" &

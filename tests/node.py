@@ -43,7 +43,7 @@ def work(worker: Worker, options: argparse.Namespace) -> int:
             say(f"rank {worker.rank} saved after {step} for {stopped_by.name}")
             time.sleep(options.linger)
             stop.close()
-            return EXIT_SAVED
+            return 128 + stopped_by if options.no_save else EXIT_SAVED
     stop.close()
     return 0
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--prepare", type=float, default=0, help="seconds before training begins")
     parser.add_argument("--linger", type=float, default=0, help="seconds that a save takes")
+    parser.add_argument("--no-save", action="store_true", help="as main.py's: the exit status tells the signal")
     options = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         say("SIGINT is ignored")

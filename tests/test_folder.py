@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.decode import decode_image, decode_into, read_image
+from data.decode import decode_image, decode_into, read_bytes, read_image
 from data.folder import IMAGE_EXTENSIONS, FaceFolder
 from utils.errors import UserError
 
@@ -48,6 +48,17 @@ def touch(path: Path) -> None:
 
 
 # read_image
+
+
+@pytest.mark.parametrize("size", [1, 65535, 65536, 65537, 40_000_000])
+def test_read_bytes_of_any_size(tmp_path, monkeypatch, size):
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "file").write_bytes(data)
+    calls, read = [], os.read
+    monkeypatch.setattr("data.decode.os.read", lambda *arguments: calls.append(1) or read(*arguments))
+    assert read_bytes(str(tmp_path / "file")) == data
+    assert len(calls) <= 5  # a .bin in pieces of the size of a face would take minutes
+    assert read_bytes(str(tmp_path / "file"), 10) == data[:10]
 
 
 @pytest.mark.parametrize("format, extension", [("PNG", "png"), ("BMP", "bmp"), ("WEBP", "webp")])

@@ -351,6 +351,14 @@ def test_a_signal_to_one_parent_stops_all_nodes_at_the_same_step(start_nodes):
     assert len({line[4] for line in saved}) == 1 and {line[6] for line in saved} == {"SIGUSR1"}
 
 
+def test_a_signal_to_a_run_that_saves_nothing(start_nodes):
+    (node,) = start_nodes(1, 2, "--no-save")
+    node.ranks()
+    os.kill(node.process.pid, signal.SIGTERM)
+    status, output = node.end()
+    assert status == 128 + signal.SIGTERM and "error" not in output, output
+
+
 def test_a_second_ctrl_c_ends_one_node_at_once(start_nodes):
     (node,) = start_nodes(1, 2, "--linger", 100)
     if "SIGINT is ignored" in "".join(node.lines):

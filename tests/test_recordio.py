@@ -234,16 +234,19 @@ def test_the_scan_is_made_again_where_files_have_changed(tmp_path, monkeypatch, 
         assert scans and pickle.loads(sent).labels.tolist() == LABELS
 
 
-@pytest.mark.parametrize("keep", [0, 10, 64, 100, 243, None])
+@pytest.mark.parametrize("keep", [0, 10, 72, 100, 251, "flip"])
 def test_a_damaged_index_file_is_made_again(tmp_path, keep):
     RecordIODataset(write(tmp_path, insightface()))
     path = tmp_path / "train.rec.index"
     content = path.read_bytes()
-    if keep is None:  # a label that is out of range
-        content = content[: 64 + 12 * 9] + b"\x03" + content[64 + 12 * 9 + 1 :]
-    path.write_bytes(content[:keep])
+    if keep == "flip":  # another label, which is one of the classes too
+        changed = bytearray(content)
+        changed[72 + 12 * 9] ^= 1
+        path.write_bytes(changed)
+    else:
+        path.write_bytes(content[:keep])
     assert RecordIODataset(tmp_path).labels.tolist() == LABELS
-    assert path.stat().st_size == 64 + 20 * 9
+    assert path.read_bytes() == content and len(content) == 72 + 20 * 9
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys):

@@ -31,9 +31,10 @@ from data.pairs import PairImages, PairList, PairSet
 from models.embedding import embed_images
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint import read_resumable
-from utils.distributed import Worker
+from utils.distributed import Worker, fix_gradient_buckets
 from utils.errors import UserError
 from utils.meters import TrainingLog
+from utils.optim import Optimizers
 from utils.options import parse_options
 from utils.verification import VerificationResult, squared_distance
 
@@ -195,6 +196,75 @@ def test_different_flags_on_two_nodes_are_an_error(pools, faces, tmp_path):
     flags = [str(faces), *RESUME, "--output", str(tmp_path)]
     first, second = pools(2).run(train_with_other_flags, flags, ["--lr", "0.3"])
     assert first == second and "--lr is 0.3 on rank 1 and 0.1 on rank 0" in first
+
+
+class OneMoreBefore(FaceFolder):
+    """As if somebody had added a person whose name sorts first: every label means somebody else."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.identities = ["0", *self.identities]
+
+
+class OneMoreBehind(FaceFolder):
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.identities = [*self.identities, "zebra"]
+
+
+def resume_with_identities(rank: int, world_size: int, argv: list[str], folder: str) -> str:
+    with mock.patch(f"{__name__}.FaceFolder", globals()[folder]):
+        return train_with_other_flags(rank, world_size, argv, [])
+
+
+def test_a_resumed_run_keeps_the_meaning_of_its_labels(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, "--enable-model-parallel", "--output", str(tmp_path)]
+    pools(2).run(train, [*flags, "--max-steps", "1"])
+    resume = [*flags, "--max-steps", "2", "--resume", "auto"]
+    for error in pools(2).run(resume_with_identities, resume, "OneMoreBefore"):
+        assert "was trained with 000000 as class 0, and in this training set that is 0;" in error and "--init-from" in error
+    assert pools(2).run(resume_with_identities, resume, "OneMoreBehind") == ["", ""]
+
+
+def test_auto_goes_on_from_a_checkpoint_that_lies_elsewhere(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, "--seed", "5"]
+    pools(1).run(train, [*flags, "--max-steps", "1", "--output", str(tmp_path / "first")])
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "checkpoint.pth.tar").symlink_to(tmp_path / "first" / "checkpoint.pth.tar")
+    pools(1).run(train, [*flags, "--max-steps", "2", "--output", str(tmp_path / "second"), "--resume", "auto"])
+    assert [line["step"] for line in read_metrics(tmp_path / "second")] == [2]
+
+
+def lay_out_buckets_as_on_a_gpu(rank: int, world_size: int) -> bool:
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+    model.device_ids = [0]  # what DistributedDataParallel then does with its inputs needs no GPU
+    fix_gradient_buckets(model)
+    return all(parameter.grad is None for parameter in model.parameters()) and model(torch.ones(1, 3)).shape == (1, 2)
+
+
+def test_buckets_are_laid_out_with_device_ids(pools):
+    assert pools(2).run(lay_out_buckets_as_on_a_gpu) == [True, True]
+
+
+def momentum_in_another_layout(rank: int, world_size: int) -> float:
+    """The largest difference between a step that goes on with loaded momentum in another layout, and the true one."""
+    options = parse_options(["x", "--on-nonfinite", "skip", "--enable-zero-optim"][: 3 + world_size % 2])
+    generator = torch.Generator().manual_seed(0)
+    weight, momentum, gradient = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
+    model = torch.nn.Conv2d(3, 2, 4, bias=False)
+    model.weight.data.copy_(weight)
+    optimizers = Optimizers(model, options)
+    optimizers.load_momentum({"weight": momentum.to(memory_format=torch.channels_last)})
+    model.weight.grad = gradient.clone()
+    for optimizer in optimizers.all:
+        optimizer.step()
+    true = weight - options.lr * (options.momentum * momentum + gradient + options.weight_decay * weight)
+    return float((model.weight.detach() - true).abs().max())
+
+
+def test_momentum_is_laid_out_as_its_parameter(pools):
+    for world_size in (1, 2):
+        assert max(pools(world_size).run(momentum_in_another_layout)) < 1e-6
 
 
 class OtherName(FaceFolder):

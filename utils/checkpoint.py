@@ -27,7 +27,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,7 +197,15 @@ def find_checkpoint(options: Options, worker: Worker) -> Checkpoint | None:
             raise problem
         return checkpoint
     names = [[os.path.basename(path) for path in checkpoint_files.newest_first(options.output)] if worker.is_main else []]
+    latest = os.path.join(options.output, LATEST)
+    if worker.is_main and not names[0] and os.path.exists(latest):
+        names = [None]
     dist.broadcast_object_list(names, src=0, device=worker.device)
+    if names[0] is None:  # its steps lie elsewhere: a link that somebody made, say
+        checkpoint, problem = _read_and_compare(latest, options, worker)
+        if problem:
+            raise problem
+        return checkpoint
     for name in names[0]:
         seen = os.path.isdir(os.path.join(options.output, checkpoint_files.STEPS_DIRECTORY, name))
         problem = None if seen else UserError(
@@ -241,6 +249,20 @@ def _first(problem: Exception | None, group: dist.ProcessGroup | None) -> Any:
     problems: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     return next((found for found in problems if found is not None), None)
+
+
+def require_same_identities(checkpoint: Checkpoint, identities: Sequence[str], resume: str) -> None:
+    """The same label must mean the same person: else the class centers would be those of others, without a word.
+
+    Identities that are added or missing behind all others change no label. Raises UserError.
+    """
+    for label, (its, mine) in enumerate(zip(checkpoint.contents["identities"], identities)):
+        if its != mine:
+            raise UserError(
+                f"--resume {resume}: {checkpoint.path} was trained with {its} as class {label}, and in this training set that is "
+                f"{mine}; to go on with other people begin a run in another --output with --init-from {checkpoint.path}, which "
+                "takes class centers by name"
+            )
 
 
 def load_checkpoint(state: TrainState, checkpoint: Checkpoint, options: Options) -> None:

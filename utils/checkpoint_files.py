@@ -76,7 +76,9 @@ def finish(output: str, directory: str, files: dict[str, tuple[int, int]], *, li
         keep: so many of the newest checkpoints stay, beside those that a link refers to.
     """
     with open(os.path.join(directory, MANIFEST_FILE), "w", encoding="utf-8") as file:
-        json.dump({"saved_at": time.time(), "files": files}, file, indent=1)
+        # Another host's clock may be ahead of this one's: what is saved now is the newest all the same.
+        newest = max(map(_saved_at, newest_first(output)), default=0.0)
+        json.dump({"saved_at": max(time.time(), newest + 1e-3), "files": files}, file, indent=1)
         _flush(file)
     _flush_directory(os.path.join(directory, SHARDS_DIRECTORY))
     _flush_directory(directory)

@@ -305,7 +305,7 @@ def _supervise(work: Callable[..., int | None], plan: ProcessPlan, store_port: i
 
 
 def _is_failure(exit_code: int) -> bool:
-    return exit_code not in (0, EXIT_SAVED)
+    return exit_code not in (0, EXIT_SAVED, *(128 + number for number in STOP_SIGNALS))
 
 
 def _collect(processes: list, ended: dict[int, int], timeout: float | None) -> None:
@@ -442,7 +442,9 @@ def _join_group(local_rank: int, plan: ProcessPlan, store_port: int) -> Worker:
         elif plan.world_size == 1:
             dist.init_process_group(store=dist.HashStore(), **common)  # a group of one needs no port
         else:
-            store = dist.TCPStore(plan.host, store_port, is_master=False, timeout=timeout)
+            # With one node the store is on this machine, whatever else may answer at the address.
+            host = "127.0.0.1" if plan.nodes == 1 else plan.host
+            store = dist.TCPStore(host, store_port, is_master=False, timeout=timeout)
             dist.init_process_group(store=dist.PrefixStore("ranks", store), **common)
     except RuntimeError as error:  # DistError of stores and NCCL, and a plain one of gloo
         raise UserError(f"--dist-url {plan.url}: rank {rank} cannot connect to the others ({str(error).splitlines()[0]}); do the "
@@ -551,9 +553,10 @@ def fix_gradient_buckets(model: DistributedDataParallel) -> None:
         parameter for name, parameter in model.module.named_parameters()
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
-    model.module.forward = lambda: torch.stack([parameter.sum() for parameter in averaged]).sum()
+    model.module.forward = lambda anchor: torch.stack([parameter.sum() for parameter in averaged]).sum() + anchor
     try:
-        model().backward()  # the buckets are laid out at the beginning of the next forward pass, whatever that is
+        # With GPUs DistributedDataParallel takes it for granted that there is an input.
+        model(averaged[0].new_zeros(())).backward()  # the buckets are laid out at the beginning of the next forward pass, whatever that is
     finally:
         del model.module.forward  # the class's own is there again
     for parameter in averaged:

@@ -216,7 +216,7 @@ def start_from(path: str, arch: str, backbone: nn.Module, classifier: ArcFaceCla
     stored, shard = weights.centers, classifier.shard
     if stored is None:
         return f"starting from {path}: backbone; it has no class centers, these start anew"
-    if stored.identities and identities and (stored.identities != list(identities) or stored.num_classes != shard.num_classes):
+    if _are_names(stored.identities) and _are_names(identities) and (stored.identities != list(identities) or stored.num_classes != shard.num_classes):
         wanted = rows_by_name(stored.identities, identities[shard.start:shard.stop])
         wanted = np.concatenate([wanted, np.full(shard.size - len(wanted), -1)])  # classes without an identity
         kept = torch.tensor(np.count_nonzero(wanted >= 0), device=classifier.weight.device)
@@ -234,6 +234,11 @@ def start_from(path: str, arch: str, backbone: nn.Module, classifier: ArcFaceCla
     with torch.no_grad():
         stored.copy_rows(wanted, classifier.weight)
     return f"starting from {path}: backbone, {report}"
+
+
+def _are_names(identities: Sequence[str] | None) -> bool:
+    """False also for the label numbers that stand for the names of a package without any: those of two packages are other people."""
+    return bool(identities) and any(name != str(label) for label, name in enumerate(identities))
 
 
 def rows_by_name(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:

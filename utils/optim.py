@@ -94,9 +94,18 @@ class Optimizers:
         for optimizer, named in self._named:
             packed = Optimizer.state_dict(optimizer)  # the base class's: ZeRO's own would ask for a consolidation
             packed["state"] = {
-                index: {"momentum_buffer": momentum[name]} for index, (name, _) in enumerate(named) if name in momentum
+                index: {"momentum_buffer": _laid_out_like(parameter, momentum[name])}
+                for index, (name, parameter) in enumerate(named) if name in momentum
             }
             optimizer.load_state_dict(packed)
+
+
+def _laid_out_like(parameter: nn.Parameter, momentum: Tensor) -> Tensor:
+    """The momentum in the parameter's memory layout: torch's fused SGD walks both as they lie, and a checkpoint may be of a run
+    with the other setting of --channels-last. A shard's, which always fits, is not copied."""
+    if momentum.stride() == parameter.stride() and momentum.device == parameter.device:
+        return momentum
+    return torch.empty_like(parameter, requires_grad=False).copy_(momentum)
 
 
 class SharedGradScaler(torch.amp.GradScaler):

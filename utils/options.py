@@ -282,16 +282,18 @@ def _check_combinations(o: Options) -> None:
     for flag, value in (("--save-freq", o.save_freq), ("--keep", o.keep)):
         _require(value is None or not o.no_save, f"{flag} {value} with --no-save: choose one of them")
     if o.evaluate:
+        _require(not o.val_pairs and not o.val_bin, "--val-pairs and --val-bin are used while training, and --evaluate does not "
+                 "train: give it --imgs-root and --pair-list, or use python3 valid.py, which reads .bin files too")
+        _require(not o.plan, "--plan with --evaluate: there is nothing to plan; drop one of them")
         _require(bool(o.resume), "--evaluate: give the checkpoint to evaluate with --resume")
         _require(o.resume != AUTO, "--evaluate with --resume auto: give the checkpoint to evaluate by its path")
         _require(o.imgs_root is not None and o.pair_list is not None,
                  "--evaluate: give the images and the pairs with --imgs-root and --pair-list")
     else:
         _require(o.data is not None, "DIR is missing: give the directory of the training images (see python3 main.py --help)")
-        _require(o.pair_list is None and (o.imgs_root is None or bool(o.val_pairs)),
-                 "--imgs-root and --pair-list are used with --evaluate: add it, or drop them")
-    _require(not (o.evaluate and (o.val_pairs or o.val_bin)),
-             "--val-pairs and --val-bin are used while training, and --evaluate does not train: drop one of them")
+        _require(o.pair_list is None, f"--pair-list {o.pair_list}: is used with --evaluate; add it, or give --val-pairs")
+        _require(o.imgs_root is None or bool(o.val_pairs),
+                 f"--imgs-root {o.imgs_root}: is used with --evaluate or --val-pairs; add one of them, or drop it")
     _require(o.val_freq is None or bool(o.val_pairs or o.val_bin),
              f"--val-freq {o.val_freq}: has no effect alone; give what to evaluate with --val-pairs or --val-bin")
     # With auto they go together: a job that is requeued begins from these weights once, and from its own later.

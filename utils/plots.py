@@ -70,10 +70,10 @@ def draw_roc(curves: Sequence[RocCurve], output: str) -> None:
     for number, curve in enumerate(curves):
         # from the left edge (a rate of 0 has no place on this axis) to (1, 1), where everything is accepted
         fpr, tpr = np.append(np.maximum(curve.fpr, left), 1.0), np.append(curve.tpr, 1.0)
-        axes.step(fpr, tpr, where="post", color=COLOURS[number % len(COLOURS)], linewidth=2,
+        axes.step(fpr, tpr, where="post", **line_style(number), linewidth=2,
                   label=f"{curve.label}: accuracy {100 * curve.accuracy:.1f} %, AUC {curve.auc:.3f}")
     chance = np.geomspace(left, 1.0, 200)
-    axes.plot(chance, chance, color=GRAY, linewidth=1, linestyle="--", label="chance")
+    axes.plot(chance, chance, color=GRAY, linewidth=1, linestyle=(0, (1, 3)), label="chance")
     axes.set_xscale("log")
     axes.set_xlim(left, 1.0)
     axes.set_ylim(0.0, 1.01)
@@ -83,6 +83,11 @@ def draw_roc(curves: Sequence[RocCurve], output: str) -> None:
     axes.set_title("Verification: ROC")
     figure.savefig(output, dpi=130)
     pyplot.close(figure)
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour and dashes of the curve with this number: the colours alone are too few for all sets that people have."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", "-.", ":")[number // len(COLOURS) % 4]}
 
 
 def tidy(axes: Axes, label: str) -> None:
