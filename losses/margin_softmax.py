@@ -37,6 +37,8 @@ _SPARE = 16
 # What the buffers of a chunk may fill of a CPU's cache, bytes.
 _CPU_CACHE = 8 * 2**20
 _SMALL_PAGE, _LARGE_PAGE = mmap.PAGESIZE, 2 * 2**20
+# More of them at a time the system has to put together first: for a gradient of 1 GB a step took a quarter longer, not less.
+_MOST_IN_LARGE_PAGES = 128 * 2**20
 _C_LIBRARY = ctypes.CDLL(None)
 # fp16 cannot hold the probability of one class among millions: the backward walk computes with this multiple of it.
 _FP16_GAIN = 2.0**13
@@ -93,13 +95,13 @@ def margin_softmax(
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Tensor.new_empty for what has the size of the shard: on a CPU in large pages.
+    """Tensor.new_empty for what has the size of the shard: on a CPU in large pages, within limits.
 
     The system clears such memory page by page when it is first written, in every step: in pages of 4 KiB that takes a tenth
     of the whole step.
     """
     tensor = like.new_empty(shape, dtype=dtype)
-    if not tensor.is_cuda and tensor.nbytes >= _LARGE_PAGE:
+    if not tensor.is_cuda and _LARGE_PAGE <= tensor.nbytes <= _MOST_IN_LARGE_PAGES:
         start = -(-tensor.data_ptr() // _SMALL_PAGE) * _SMALL_PAGE
         size = (tensor.data_ptr() + tensor.nbytes - start) // _SMALL_PAGE * _SMALL_PAGE
         # Advice only: where the kernel has no such pages it says no, and nothing else changes.
