@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -244,6 +245,24 @@ def _read_and_compare(path: str, options: Options, worker: Worker) -> tuple[Chec
     return (None, problem) if problem else (checkpoint, None)
 
 
+def _require_shared_output(output: str, worker: Worker, group: dist.ProcessGroup) -> None:
+    """Collective over the group. Raise UserError on every rank unless all see one directory: better now than at the first save."""
+    name = [f".shared-{secrets.token_hex(8)}"]
+    dist.broadcast_object_list(name, src=0, group=group)
+    probe = os.path.join(output, name[0])
+    if worker.is_main:
+        open(probe, "x").close()
+    dist.barrier(group)
+    problem = None if os.path.exists(probe) else UserError(
+        f"--output {output}: rank {worker.rank} does not see there what rank 0 writes; give a directory that all nodes share")
+    try:
+        if problem := _first(problem, group):
+            raise problem
+    finally:
+        if worker.is_main:
+            os.remove(probe)
+
+
 def _first(problem: Exception | None, group: dist.ProcessGroup | None) -> Any:
     """Collective over the group. The problem of the first rank that has one, on every rank."""
     problems: list[Any] = [None] * dist.get_world_size(group)
@@ -334,6 +353,8 @@ class CheckpointWriter:
         self._last_saved = ""
         if not options.no_save:
             self._group = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
+            if worker.nodes > 1:
+                _require_shared_output(options.output, worker, self._group)
 
     def is_due(self, step: int) -> bool:
         """Whether --save-freq asks for a checkpoint after this step."""
