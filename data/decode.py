@@ -25,7 +25,7 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _READ_BYTES = 64 * 1024  # more than nearly every face crop has
-_READ_MORE_BYTES = 16 * 2**20  # at a time, of larger files
+_READ_MORE_BYTES = 16 * 2**20  # at a time at most, of larger files
 _HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
 
 # Start-of-frame markers of JPEG: 0xC0 to 0xCF without DHT (0xC4), JPG (0xC8) and DAC (0xCC).
@@ -199,7 +199,8 @@ def read_bytes(path: str, limit: int | None = None) -> bytes:
             data = os.read(descriptor, size)
             if len(data) >= size and limit is None:
                 parts = [data]  # joined once: a .bin is a hundred megabytes
-                while part := os.read(descriptor, _READ_MORE_BYTES):
+                rest = max(os.fstat(descriptor).st_size - size, 0) + 1
+                while part := os.read(descriptor, min(rest, _READ_MORE_BYTES)):
                     parts.append(part)
                 data = b"".join(parts)
         finally:

@@ -197,7 +197,7 @@ def test_the_magic_in_the_header_of_a_record(tmp_path):
 
 def test_the_scan_is_made_once(tmp_path, monkeypatch):
     first = RecordIODataset(write(tmp_path, insightface()))
-    assert (tmp_path / "train.rec.index").stat().st_size == 64 + 20 * 9
+    assert (tmp_path / "train.rec.index").stat().st_size == 72 + 20 * 9
     with monkeypatch.context() as patch:
         patch.setattr(RecordIODataset, "_scan", None)
         second = RecordIODataset(tmp_path)
@@ -335,7 +335,7 @@ def test_a_hundred_thousand_records(tmp_path):
     assert np.array_equal(dataset.labels, np.arange(count) // 10) and len(dataset.identities) == 10_000
     keys, offsets = read_idx(str(tmp_path / "train.idx"))
     assert np.array_equal(keys, np.arange(count)) and np.array_equal(offsets, np.arange(count) * len(one))
-    assert (tmp_path / "train.rec.index").stat().st_size == 64 + 20 * count
+    assert (tmp_path / "train.rec.index").stat().st_size == 72 + 20 * count
 
 
 # Names of identities

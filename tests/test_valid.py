@@ -428,7 +428,7 @@ def test_the_montage_shows_the_worst_pairs(tmp_path: Path) -> None:
     distance[3], distance[7], distance[15], distance[12], distance[5] = 1.9, 1.5, 0.2, 0.1, np.nan
     accepts, rejects = valid.montage_sections("lfw", pairs, distance, 1.0)
     assert accepts.title == "lfw: 2 false accepts of 10 pairs (different people, distance below 1.00)"
-    assert rejects.title == "lfw: 2 false rejects of 10 pairs (one person, distance at least 1.00)"
+    assert rejects.title == "lfw: 2 false rejects of 10 pairs (one person, distance at least 1.00); 1 without a distance"
     assert [caption for _, _, caption in accepts.pairs] == ["pair 13: distance 0.100", "pair 16: distance 0.200"]
     assert [caption for _, _, caption in rejects.pairs] == ["pair 4: distance 1.900", "pair 8: distance 1.500"]
     valid.draw_montage([accepts, rejects], str(tmp_path / "worst.png"))
