@@ -34,30 +34,36 @@ from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
 from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
 from data.recordio import RecordIODataset, is_recordio, require_no_package
-from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
-from models import build_backbone, check_arch, load_backbone
+from losses.fused import margin_softmax
+from losses.softmax import margin_softmax_torchshard
+from models import build_backbone, check_arch
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
-from models.embedding import buffers_of_rank_0, embed_images_together
 from models.sync_batchnorm import convert_sync_batchnorm
-from utils.checkpoint import (
-    CheckpointWriter, Position, TrainState, find_checkpoint, load_checkpoint, read_resumable, require_same_identities,
-)
-from utils.checkpoint_files import BEST, LATEST
-from utils.distributed import (
-    ProcessPlan, Worker, broadcast_integer, fix_gradient_buckets, is_first_process, launch, plan_processes,
-    require_same_on_all_ranks, seed_random_numbers,
-)
+from utils.checkpoint.initial import check_initial, start_from
+from utils.checkpoint.layout import BEST, LATEST
+from utils.checkpoint.reader import find_checkpoint, load_checkpoint, read_resumable, require_same_identities
+from utils.checkpoint.weights import load_backbone
+from utils.checkpoint.writer import CheckpointWriter
+from utils.dist.collectives import broadcast_integer, require_same_on_all_ranks
+from utils.dist.context import DistContext, seed_random_numbers
+from utils.dist.ddp import fix_gradient_buckets
+from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
+from utils.dist.stop import StopSignal
 from utils.errors import UserError, exit_on_user_error
-from utils.interchange import check_initial, start_from
-from utils.meters import TrainingLog
-from utils.nodes import program_fingerprint
-from utils.nonfinite import NotFinite, StepGuard, require_finite_weights
-from utils.optim import Optimizers, SharedGradScaler, amp_dtype, learning_rate
+from utils.evaluation.embed import buffers_of_rank_0, embed_images_together
+from utils.evaluation.lfw import format_result, squared_distance
+from utils.files import OutputLock, lock_output
+from utils.launch.fingerprint import program_fingerprint
+from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
+from utils.launch.spawn import launch
 from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
-from utils.output_lock import OutputLock, lock_output
-from utils.preemption import EXIT_SAVED, StopSignal
-from utils.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
-from utils.verification import format_result, squared_distance
+from utils.signals import EXIT_SAVED
+from utils.training.guard import NotFinite, StepGuard, require_finite_weights
+from utils.training.metrics import TrainingLog
+from utils.training.optim import Optimizers
+from utils.training.scaler import SharedGradScaler, amp_dtype
+from utils.training.schedules import learning_rate
+from utils.training.state import Position, TrainState
 from valid import evaluate_pairs, validate
 
 TrainingImages = FaceFolder | RecordIODataset
@@ -71,7 +77,7 @@ class TrainingModel(nn.Module):
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (n, 3, 112, 112), labels (n,) -> (loss, target_rank, finite): see ArcFaceClassifier.
+        """images (n, 3, 112, 112), labels (n,) -> (loss, num_closer, finite): see ArcFaceClassifier.
 
         finite: bool scalar, whether all of this rank's embeddings are: what tells the rank of a loss that is not.
         """
@@ -110,7 +116,7 @@ def main() -> None:
 
 
 def train(
-    worker: Worker,
+    context: DistContext,
     options: Options,
     dataset: TrainingImages,
     sets: dict[str, PairSet] | None = None,
@@ -121,15 +127,15 @@ def train(
 
     Returns the exit status: not 0 if a signal stopped it.
     """
-    require_same_on_all_ranks(worker, shared_facts(options, dataset, sets))
-    checkpoint = find_checkpoint(options, worker)
+    require_same_on_all_ranks(context, shared_facts(options, dataset, sets))
+    checkpoint = find_checkpoint(options, context)
     if checkpoint:
         require_same_identities(checkpoint, dataset.identities, options.resume)
-    global_batch = options.batch_size * worker.nodes
-    seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, worker)
-    state, model = build_training(worker, options, seed, len(dataset), global_batch, dataset.identities)
+    global_batch = options.batch_size * context.nodes
+    seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, context)
+    state, model = build_training(context, options, seed, len(dataset), global_batch, dataset.identities)
     sampler = GlobalBatchSampler(
-        len(dataset), global_batch, options.accumulation_steps, worker.rank, worker.world_size, seed
+        len(dataset), global_batch, options.accumulation_steps, context.rank, context.world_size, seed
     )
     position, steps_per_epoch = state.position, sampler.steps_per_epoch
     origin = ""
@@ -150,22 +156,22 @@ def train(
     last_step = min(position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch,
                     options.max_steps or float("inf"))
     loader = build_train_loader(
-        dataset, sampler, workers=-(-options.workers // worker.processes_per_node),
-        pin_memory=worker.device.type == "cuda",
+        dataset, sampler, workers=-(-options.workers // context.processes_per_node),
+        pin_memory=context.device.type == "cuda",
     )
-    log = TrainingLog(worker, options.output, fresh=checkpoint is None, step=position.step, total_steps=last_step, epochs=options.epochs,
+    log = TrainingLog(context, options.output, fresh=checkpoint is None, step=position.step, total_steps=last_step, epochs=options.epochs,
                       global_batch=global_batch, print_freq=options.print_freq,
                       skip_nonfinite=options.on_nonfinite == "skip")
     log.say(f"seed {seed}{origin}")
-    writer = CheckpointWriter(options, worker, log.say, fresh=checkpoint is None)
+    writer = CheckpointWriter(options, context, log.say, fresh=checkpoint is None)
 
-    evaluation = Evaluation(worker, options, state, sets or {}, log)
-    stop, stopped_by = StopSignal(worker.world_size, timeout=options.dist_timeout), None
+    evaluation = Evaluation(context, options, state, sets or {}, log)
+    stop, stopped_by = StopSignal(context.world_size, timeout=options.dist_timeout), None
     try:
         while position.step < last_step and not stopped_by:
             sampler.set_position(position.epoch, position.step_in_epoch)
             steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-            stopped_by = train_one_epoch(worker, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation, stop)
+            stopped_by = train_one_epoch(context, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation, stop)
             if position.step_in_epoch == steps_per_epoch:
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
             # After a signal there may be little time left: what counts then is that the checkpoint gets written.
@@ -193,7 +199,7 @@ def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter, *, is_be
 
 
 def train_one_epoch(
-    worker: Worker,
+    context: DistContext,
     options: Options,
     state: TrainState,
     model: DistributedDataParallel,
@@ -214,22 +220,22 @@ def train_one_epoch(
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images, stopped_by = 0, None
     guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
-    batches = iter(DeviceBatches(loader, worker.device))
+    batches = iter(DeviceBatches(loader, context.device))
     for steps_left in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
-        losses, target_ranks, finite = [], [], []
+        losses, num_closer, finite = [], [], []
         guard.remember()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch, indices=indices)
             last = micro_batch == micro_batches - 1
-            seed_random_numbers(state.seed, position.step * micro_batches + micro_batch, worker)
+            seed_random_numbers(state.seed, position.step * micro_batches + micro_batch, context)
             with contextlib.nullcontext() if last else model.no_sync():
-                loss, target_rank, embeddings_finite = model(images, labels)
+                loss, num_closer, embeddings_finite = model(images, labels)
                 state.scaler.scale(loss / micro_batches).backward()
             losses.append(loss.detach())
-            target_ranks.append(target_rank)
+            num_closer.append(num_closer)
             finite.append(embeddings_finite)
             skipped_images += skipped
         nonfinite = guard.nonfinite(losses)
@@ -238,7 +244,7 @@ def train_one_epoch(
         optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                target_rank=torch.cat(target_ranks), finite=torch.stack(finite).all())
+                num_closer=torch.cat(num_closer), finite=torch.stack(finite).all())
         stopped_by = stop.poll() if stop is not None else None
         if stopped_by:
             break
@@ -254,9 +260,9 @@ class Evaluation:
     """The pair accuracy of the backbone while it trains, on the sets by name; without sets, nothing."""
 
     def __init__(
-        self, worker: Worker, options: Options, state: TrainState, sets: dict[str, PairSet], log: TrainingLog
+        self, context: DistContext, options: Options, state: TrainState, sets: dict[str, PairSet], log: TrainingLog
     ) -> None:
-        self.worker, self.options, self.state, self.sets, self.log = worker, options, state, sets, log
+        self.context, self.options, self.state, self.sets, self.log = context, options, state, sets, log
 
     def is_due(self, step: int) -> bool:
         """Whether --val-freq asks for an evaluation after this step."""
@@ -270,27 +276,27 @@ class Evaluation:
         if not self.sets:
             return False
         started = time.perf_counter()
-        worker, options, log, position = self.worker, self.options, self.log, self.state.position
+        context, options, log, position = self.context, self.options, self.log, self.state.position
         log.flush()
         results = {}
-        images_at_a_time = max(options.batch_size // worker.processes_per_node // options.accumulation_steps, 32)
+        images_at_a_time = max(options.batch_size // context.processes_per_node // options.accumulation_steps, 32)
         # The bare backbone: DistributedDataParallel would synchronise, and a rank may have fewer batches than another.
-        with buffers_of_rank_0(worker, self.state.backbone):
+        with buffers_of_rank_0(context, self.state.backbone):
             for name, pairs in self.sets.items():
                 embeddings = embed_images_together(
-                    worker, self.state.backbone, PairImages(pairs), batch_size=images_at_a_time,
-                    workers=-(-options.workers // worker.processes_per_node), progress=False,
+                    context, self.state.backbone, PairImages(pairs), batch_size=images_at_a_time,
+                    workers=-(-options.workers // context.processes_per_node), progress=False,
                 )
-                if worker.is_main:
+                if context.is_main:
                     distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
                     results[name] = evaluate_pairs(pairs, embeddings, distance)
         score = torch.tensor([result.accuracy for result in results.values()] or [0.0], dtype=torch.float64,
-                             device=worker.device).mean()
+                             device=context.device).mean()
         dist.broadcast(score, src=0)
         is_best = position.best_score is None or float(score) > position.best_score
         if is_best:
             position.best_score = float(score)
-        if worker.is_main:
+        if context.is_main:
             epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
             log.add_evaluation(step=position.step, epoch=epoch, results={
                 name: {
@@ -308,14 +314,14 @@ class Evaluation:
 
 
 def build_training(
-    worker: Worker, options: Options, seed: int, num_images: int, global_batch: int, identities: Sequence[str] = ()
+    context: DistContext, options: Options, seed: int, num_images: int, global_batch: int, identities: Sequence[str] = ()
 ) -> tuple[TrainState, DistributedDataParallel]:
     """Collective. Backbone, this rank's classes, optimizers: the same initial weights at every world size."""
     torch.backends.cudnn.benchmark = True
     # The fused update takes the classifier away from DistributedDataParallel: with one process, make it a group of one.
     sharded = options.enable_model_parallel or options.fuse_classifier_update
-    group = init_model_parallel(worker.world_size) if sharded else None
-    shard = ClassShard(options.num_classes, worker.rank, worker.world_size) if sharded else ClassShard(options.num_classes, 0, 1)
+    group = init_model_parallel(context.world_size) if sharded else None
+    shard = ClassShard(options.num_classes, context.rank, context.world_size) if sharded else ClassShard(options.num_classes, 0, 1)
     torch.manual_seed(seed)
     backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
     if options.channels_last:
@@ -323,19 +329,19 @@ def build_training(
     if options.compile:
         backbone.compile()
     if options.sync_bn:
-        backbone = convert_sync_batchnorm(backbone, worker.device.type)
+        backbone = convert_sync_batchnorm(backbone, context.device.type)
     classifier = ArcFaceClassifier(
         EMBEDDING_SIZE, shard, scale=options.scale, margin=options.margin, easy_margin=options.easy_margin, seed=seed,
-        device=worker.device, dtype=getattr(torch, options.precision), group=group,
+        device=context.device, dtype=getattr(torch, options.precision), group=group,
         model_parallel_dim=options.model_parallel_dim or 1,
     )
-    autocast_dtype = amp_dtype(options, worker.device.type) if options.enable_amp_mode else None
-    model = TrainingModel(backbone, classifier, autocast_dtype).to(worker.device, getattr(torch, options.precision))
+    autocast_dtype = amp_dtype(options, context.device.type) if options.enable_amp_mode else None
+    model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, getattr(torch, options.precision))
     let_ddp_ignore_shards(model)
     optimizers = Optimizers(model, options)
-    classifier.loss = classifier_loss(options, worker, classifier, autocast_dtype, optimizers)
-    scaler = SharedGradScaler(worker.device.type, enabled=autocast_dtype == torch.float16)
-    wrapped = DistributedDataParallel(model, device_ids=[worker.device] if worker.device.type == "cuda" else None)
+    classifier.loss = classifier_loss(options, context, classifier, autocast_dtype, optimizers)
+    scaler = SharedGradScaler(context.device.type, enabled=autocast_dtype == torch.float16)
+    wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
     fix_gradient_buckets(wrapped)
     state = TrainState(
         backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch, list(identities)
@@ -344,18 +350,18 @@ def build_training(
 
 
 def classifier_loss(
-    options: Options, worker: Worker, classifier: ArcFaceClassifier, autocast_dtype: torch.dtype | None, optimizers: Optimizers
+    options: Options, context: DistContext, classifier: ArcFaceClassifier, autocast_dtype: torch.dtype | None, optimizers: Optimizers
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The margin softmax that --classifier, --classifier-memory-mib and --fuse-classifier-update ask for."""
     if options.classifier == "torchshard":
         return margin_softmax_torchshard
     memory_mib = options.classifier_memory_mib
     if memory_mib is None:
-        memory_mib = automatic_memory_mib(classifier.weight, worker.processes_per_node, options.fuse_classifier_update)
+        memory_mib = automatic_memory_mib(classifier.weight, context.processes_per_node, options.fuse_classifier_update)
     return functools.partial(
         margin_softmax,
         memory_mib=memory_mib,
-        operands=autocast_dtype if worker.device.type == "cuda" else None,  # a CPU only loses by it
+        operands=autocast_dtype if context.device.type == "cuda" else None,  # a CPU only loses by it
         update=optimizers.of_shard if options.fuse_classifier_update else None,
         update_if_finite=options.on_nonfinite == "skip",
     )
@@ -381,11 +387,11 @@ def data_fingerprint(dataset: TrainingImages) -> str:
     return digest.hexdigest()
 
 
-def choose_seed(options: Options, worker: Worker) -> int:
+def choose_seed(options: Options, context: DistContext) -> int:
     """Collective. --seed, or one that rank 0 draws for all."""
     if options.seed is not None:
         return options.seed
-    return broadcast_integer(secrets.randbits(31), worker.device)
+    return broadcast_integer(secrets.randbits(31), context.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,19 +21,35 @@ import torch
 from torch import nn
 
 from data.pairs import PairImages, PairSet, check_images, open_pair_sets
-from models import build_backbone, check_arch, load_backbone
-from models.embedding import choose_device, embed_images, embed_images_together
-from utils.distributed import ProcessPlan, Worker, is_first_process, launch, plan_processes
+from models import build_backbone, check_arch
+from utils.checkpoint.weights import load_backbone
+from utils.dist.context import DistContext
 from utils.errors import Parser, UserError, exit_on_user_error
-from utils.options import file_list
-from utils.options import parse_options as parse_training_options
-from utils.plots import (
-    MONTAGE_COLUMNS, MONTAGE_FORMATS, PLOT_FORMATS, MontageRows, RocCurve, check_picture, draw_montage, draw_roc,
+from utils.evaluation.embed import choose_device, embed_images, embed_images_together
+from utils.evaluation.lfw import (
+    TARGET_FAR,
+    VerificationResult,
+    evaluate_distances,
+    format_result,
+    squared_distance,
+    usable_folds,
+    worst_errors,
+)
+from utils.evaluation.plots import (
+    MONTAGE_COLUMNS,
+    MONTAGE_FORMATS,
+    PLOT_FORMATS,
+    MontageRows,
+    RocCurve,
+    check_picture,
+    draw_montage,
+    draw_roc,
     require_matplotlib,
 )
-from utils.verification import (
-    TARGET_FAR, VerificationResult, evaluate_distances, format_result, squared_distance, usable_folds, worst_errors,
-)
+from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
+from utils.launch.spawn import launch
+from utils.options import file_list
+from utils.options import parse_options as parse_training_options
 
 FOLDS = 10
 MONTAGE_PAIRS = 2 * MONTAGE_COLUMNS  # of each kind of error
@@ -79,12 +95,12 @@ def main() -> None:
             for pairs in sets.values():
                 check_images(pairs, progress=True)
     if plan.launcher == "single":
-        evaluate_sets(Worker(rank=0, world_size=1, processes_per_node=1, device=device), options, sets)
+        evaluate_sets(DistContext(rank=0, world_size=1, processes_per_node=1, device=device), options, sets)
     else:
         launch(evaluate_sets, plan, options, sets)
 
 
-def evaluate_sets(worker: Worker, options: Options, sets: dict[str, PairSet]) -> None:
+def evaluate_sets(context: DistContext, options: Options, sets: dict[str, PairSet]) -> None:
     """Runs in every process, all of them together: the numbers of all sets, and the files that were asked for."""
     if options.untrained:
         seed = options.seed or 0
@@ -94,23 +110,23 @@ def evaluate_sets(worker: Worker, options: Options, sets: dict[str, PairSet]) ->
     else:
         backbone, arch = load_backbone(options.resume, options.arch)
         source = f"{arch} of {options.resume}"
-    if worker.is_main:
-        processes = f"{worker.world_size} processes, each " if worker.world_size > 1 else ""
+    if context.is_main:
+        processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""
         print(f"=> {source}")
-        print(f"=> device {processes}{describe(worker.device)}, batch size {options.batch_size}, {options.workers} workers"
+        print(f"=> device {processes}{describe(context.device)}, batch size {options.batch_size}, {options.workers} workers"
               + (", with mirrored images" if options.flip else ""), flush=True)
 
     started = time.perf_counter()
     results: dict[str, VerificationResult] = {}
     sections: list[MontageRows] = []
     for name, pairs in sets.items():
-        embeddings = embed_pairs(worker, backbone, pairs, options)
-        if worker.is_main:
+        embeddings = embed_pairs(context, backbone, pairs, options)
+        if context.is_main:
             distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
             results[name] = evaluate_pairs(pairs, embeddings, distance)
             if options.montage is not None:
                 sections += montage_sections(name, pairs, distance, results[name].threshold)
-    if not worker.is_main:
+    if not context.is_main:
         return
     print(f"=> evaluated in {time.perf_counter() - started:.1f} s")
     for name, result in results.items():
@@ -149,14 +165,14 @@ def validate(
     return evaluate_pairs(pairs, embeddings, distance)
 
 
-def embed_pairs(worker: Worker, backbone: nn.Module, pairs: PairSet, options: Options) -> np.ndarray:
+def embed_pairs(context: DistContext, backbone: nn.Module, pairs: PairSet, options: Options) -> np.ndarray:
     """Collective. The embeddings of all images of `pairs`, float32 (U, d), on every rank."""
     images = PairImages(pairs)
-    if worker.world_size == 1:
+    if context.world_size == 1:
         return embed_images(backbone, images, batch_size=options.batch_size, workers=options.workers,
-                            device=worker.device, flip=options.flip, print_freq=options.print_freq)
-    return embed_images_together(worker, backbone, images, batch_size=options.batch_size,
-                                 workers=-(-options.workers // worker.processes_per_node), flip=options.flip,
+                            device=context.device, flip=options.flip, print_freq=options.print_freq)
+    return embed_images_together(context, backbone, images, batch_size=options.batch_size,
+                                 workers=-(-options.workers // context.processes_per_node), flip=options.flip,
                                  print_freq=options.print_freq)
 
 

@@ -11,7 +11,15 @@ from torch.utils.data import Dataset
 
 from data.decode import check_header, decode_image, read_bytes
 from data.index import (
-    IMAGE_EXTENSIONS, PackedNames, in_chunks, index_paths, locked, open_index, progress_bar, reload_index, save_index,
+    IMAGE_EXTENSIONS,
+    PackedNames,
+    in_chunks,
+    index_paths,
+    locked,
+    open_index,
+    progress_bar,
+    reload_index,
+    save_index,
 )
 from utils.errors import UserError
 

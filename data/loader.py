@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.decode import IMAGE_SIZE, CodecMessages, decode_into, jpeg_operator
 from utils.errors import UserError
-from utils.preemption import STOP_SIGNALS
+from utils.signals import STOP_SIGNALS
 
 # So many unreadable images in a row are not a few bad files but a disk that is gone.
 _MAX_BAD_IN_A_ROW = 100

@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.bins import PairBin
 from data.decode import decode_image, read_bytes
+from data.insightface_bin import PairBin
 from utils.errors import UserError
-from utils.verification import usable_folds
+from utils.evaluation.lfw import usable_folds
 
 _DECODING_THREADS = 8  # Pillow decodes outside of the interpreter's lock
 

@@ -28,8 +28,19 @@ from tqdm import tqdm
 
 from data.decode import IMAGE_SIZE, JPEG_FRAME_MARKERS, check_encoded, decode_image
 from data.record_format import (
-    FRAME, LAST, MAGIC, MAX_CLASSES, MAX_PART_BYTES, RECORD_HEADER, WHOLE, image_start, join_frames, padded, read_idx,
-    require_frame, write_idx,
+    FRAME,
+    LAST,
+    MAGIC,
+    MAX_CLASSES,
+    MAX_PART_BYTES,
+    RECORD_HEADER,
+    WHOLE,
+    image_start,
+    join_frames,
+    padded,
+    read_idx,
+    require_frame,
+    write_idx,
 )
 from utils.errors import UserError
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.margin_softmax import margin_softmax
-from utils.distributed import GatherRows, all_gather_rows
-from utils.memory import automatic_memory_bytes
-from utils.sharding import ClassShard, initial_centers, register_parallel_dim
+from losses.fused import automatic_memory_bytes, margin_softmax
+from utils.dist.collectives import GatherRows, all_gather_rows
+from utils.dist.sharding import ClassShard, register_parallel_dim
 
 
 class ArcFaceClassifier(nn.Module):
@@ -61,7 +62,7 @@ class ArcFaceClassifier(nn.Module):
     def forward(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Collective over the group. embedding (n, d), any float dtype, not normalised; label (n,) int64 in [0, C).
 
-        Returns (loss, target_rank): a scalar in the centers' dtype, and int64 (N,) sharded or (n,) replicated: how many
+        Returns (loss, num_closer): a scalar in the centers' dtype, and int64 (N,) sharded or (n,) replicated: how many
         classes are closer to the embedding than its own (0: a top-1 hit).
         """
         # Out of autocast: a logit of 64 * cos in bf16 would be off by up to 0.12.
@@ -95,3 +96,35 @@ def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) ->
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
     return automatic_memory_bytes(centers.nbytes, total, fused_update) / 2**20
+
+
+# Class centers are drawn in blocks of this many classes, each from its own generator, so that a rank draws only the blocks
+# that overlap its shard and the centers do not depend on the number of ranks. 8192 x 512 float32 is 16 MiB.
+CENTER_BLOCK = 8192
+
+
+def initial_centers(
+    shard: ClassShard, embedding_size: int, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows [start, stop) of the initial class centers: (C_r, d) on the device, each row uniform on the unit sphere.
+
+    Row c depends on (seed, c, d) only: any number of ranks starts from the same classifier, and no rank draws or holds
+    more than its shard and, per thread, one block of `CENTER_BLOCK` rows.
+    """
+    centers = torch.empty(shard.size, embedding_size, device=device, dtype=dtype)
+
+    def draw(block: int) -> None:
+        first = block * CENTER_BLOCK
+        low, high = max(shard.start, first), min(shard.stop, first + CENTER_BLOCK)
+        # Philox is keyed by (seed, block): torch's CPU generator would use 32 bits only, too few to keep blocks apart.
+        generator = np.random.Generator(np.random.Philox(key=np.array([seed, block], dtype=np.uint64)))
+        # The whole block is drawn, also where less is needed: a row depends on nothing but its own place.
+        rows = generator.standard_normal((CENTER_BLOCK, embedding_size), dtype=np.float32)[low - first:high - first]
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        centers[low - shard.start:high - shard.start] = torch.from_numpy(rows)
+
+    # NumPy draws without holding the interpreter: one thread would take minutes for tens of millions of classes.
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        for _ in pool.map(draw, range(shard.start // CENTER_BLOCK, -(-shard.stop // CENTER_BLOCK)) if shard.size else ()):
+            pass
+    return centers

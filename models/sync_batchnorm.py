@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.distributed import AllReduceSum
+from utils.dist.collectives import AllReduceSum
 
 
 class CpuSyncBatchNorm(_BatchNorm):

@@ -34,16 +34,31 @@ from torch.optim import SGD
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from losses.margin_softmax import margin_softmax, margin_softmax_torchshard  # noqa: E402
+from losses.fused import margin_softmax  # noqa: E402
+from losses.softmax import margin_softmax_torchshard  # noqa: E402
 from models.classifier import automatic_memory_mib  # noqa: E402
-from utils.distributed import GatherRows, Worker, all_gather_rows, all_reduce_sum  # noqa: E402
+from scripts.measure import (
+    MIB,
+    PeakMemory,
+    aligned,
+    append_csv,
+    available_bytes,
+    check_csv,
+    choose_device_type,
+    choose_implementations,
+    describe_machine,
+    fits_in_memory,
+    launch_local,
+    of_slowest_rank,
+    percentiles,
+    release_memory,
+    timed,
+)  # noqa: E402
+from utils.dist.collectives import GatherRows, all_gather_rows, all_reduce_sum  # noqa: E402
+from utils.dist.context import DistContext  # noqa: E402
+from utils.dist.sharding import ClassShard, init_model_parallel  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.measure import (  # noqa: E402
-    MIB, PeakMemory, aligned, append_csv, available_bytes, check_csv, choose_device_type, choose_implementations,
-    describe_machine, fits_in_memory, launch_local, of_slowest_rank, percentiles, release_memory, timed,
-)
 from utils.options import EMBEDDING_SIZE  # noqa: E402
-from utils.sharding import ClassShard, init_model_parallel  # noqa: E402
 
 IMPLEMENTATIONS = ("fused", "torchshard")
 OPERANDS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,37 +109,37 @@ def main() -> None:
     launch_local(measure, options.world_size, options.device, options)
 
 
-def measure(worker: Worker, options: Options) -> None:
+def measure(context: DistContext, options: Options) -> None:
     """Runs in every process, all of them together. Rank 0 reports."""
-    group = init_model_parallel(worker.world_size)
-    checked = check_agreement(worker, options, group)
-    inputs = draw_inputs(worker, options.classes, options.batch)
-    gemm = GemmWalk(worker, inputs, options, group)
+    group = init_model_parallel(context.world_size)
+    checked = check_agreement(context, options, group)
+    inputs = draw_inputs(context, options.classes, options.batch)
+    gemm = GemmWalk(context, inputs, options, group)
     steps: dict[str, ClassifierStep] = {}
     extra_bytes: dict[str, int | None] = {}
     for name in options.impl:
-        if will_not_fit(name, worker, inputs, options):
+        if will_not_fit(name, context, inputs, options):
             continue
         step = ClassifierStep(name, inputs, options, group)
-        if fits_in_memory(step.run, worker.device):
-            memory = PeakMemory(worker.device)
-            if fits_in_memory(step.run, worker.device):
-                extra_bytes[name] = most_of_all_ranks(memory.bytes(), step.gradient_bytes, worker)
+        if fits_in_memory(step.run, context.device):
+            memory = PeakMemory(context.device)
+            if fits_in_memory(step.run, context.device):
+                extra_bytes[name] = most_of_all_ranks(memory.bytes(), step.gradient_bytes, context)
                 steps[name] = step
         del step
-        release_memory(worker.device)
+        release_memory(context.device)
 
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     gemm_seconds: list[float] = []
     for _ in range(options.steps):
         for name in list(steps):
-            if not fits_in_memory(lambda: seconds[name].append(timed(steps[name].run, worker.device)), worker.device):
+            if not fits_in_memory(lambda: seconds[name].append(timed(steps[name].run, context.device)), context.device):
                 del steps[name]  # it no longer fits beside the momentum of those that came after it
-        gemm_seconds.append(timed(gemm.run, worker.device))
-    gemm_floor = percentiles(of_slowest_rank(gemm_seconds, worker.device))[1] * gemm.share_of_floor
-    figures = {name: dict(zip(("p20_s", "p50_s", "p80_s"), percentiles(of_slowest_rank(seconds[name], worker.device))))
+        gemm_seconds.append(timed(gemm.run, context.device))
+    gemm_floor = percentiles(of_slowest_rank(gemm_seconds, context.device))[1] * gemm.share_of_floor
+    figures = {name: dict(zip(("p20_s", "p50_s", "p80_s"), percentiles(of_slowest_rank(seconds[name], context.device))))
                for name in steps}
-    if worker.is_main:
+    if context.is_main:
         impl = {}
         for name in options.impl:
             if name in figures:
@@ -132,7 +147,7 @@ def measure(worker: Worker, options: Options) -> None:
                 impl[name] = {**figures[name], "extra_mib": None if extra is None else extra / MIB}
             else:
                 impl[name] = {**dict.fromkeys(("p20_s", "p50_s", "p80_s", "extra_mib")), "error": "out of memory"}
-        report(worker, options, checked, gemm, gemm_floor, impl)
+        report(context, options, checked, gemm, gemm_floor, impl)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,11 +164,11 @@ class Inputs:
     centers: nn.Parameter
 
 
-def draw_inputs(worker: Worker, num_classes: int, batch: int) -> Inputs:
+def draw_inputs(context: DistContext, num_classes: int, batch: int) -> Inputs:
     """The same at every call."""
-    shard = ClassShard(num_classes, worker.rank, worker.world_size)
-    generator = torch.Generator(worker.device).manual_seed(worker.rank)
-    rows, random = batch // worker.world_size, dict(device=worker.device, generator=generator)
+    shard = ClassShard(num_classes, context.rank, context.world_size)
+    generator = torch.Generator(context.device).manual_seed(context.rank)
+    rows, random = batch // context.world_size, dict(device=context.device, generator=generator)
     embedding = F.normalize(torch.randn(rows, EMBEDDING_SIZE, **random)).requires_grad_()
     label = torch.randint(num_classes, (rows,), **random)
     # In place: a shard of millions must not be there twice. The rows have a norm of about 1.
@@ -215,9 +230,9 @@ class GemmWalk:
     Operands as the fused implementation has them, results in float32; logits (N, K) or (K, N), whichever is faster.
     """
 
-    def __init__(self, worker: Worker, inputs: Inputs, options: Options, group: dist.ProcessGroup) -> None:
+    def __init__(self, context: DistContext, inputs: Inputs, options: Options, group: dist.ProcessGroup) -> None:
         """Collective. Choose the chunk and the layout with which all ranks are fastest."""
-        dtype, device = OPERANDS[options.operands], worker.device
+        dtype, device = OPERANDS[options.operands], context.device
         self._centers = inputs.centers.detach()[:GEMM_CLASSES].to(dtype)  # a view, in float32
         self._center_gradient = torch.empty(self._centers.shape, device=device)
         self._rows = all_gather_rows(inputs.embedding, group).to(dtype)
@@ -259,21 +274,21 @@ class GemmWalk:
 # Before the clock runs
 
 
-def check_agreement(worker: Worker, options: Options, group: dist.ProcessGroup) -> int:
+def check_agreement(context: DistContext, options: Options, group: dist.ProcessGroup) -> int:
     """Collective. Compare loss and gradients (with --update: the step of the centers) with torchshard's.
 
     Returns how many classes that was done with. Raises UserError where they differ.
     """
-    room = available_bytes(worker.device, worker.world_size) // (2 * PLAIN_TENSORS * 4 * options.batch)
-    room = -int(of_slowest_rank([-room * worker.world_size], worker.device)[0])  # of the rank that has least
+    room = available_bytes(context.device, context.world_size) // (2 * PLAIN_TENSORS * 4 * options.batch)
+    room = -int(of_slowest_rank([-room * context.world_size], context.device)[0])  # of the rank that has least
     classes = max(min(options.classes, CHECKED_CLASSES, room), 2)
     names = [name for name in options.impl if name != "torchshard"]
     if not names:
         return 0
-    true = outcome("torchshard", worker, classes, options, group)
+    true = outcome("torchshard", context, classes, options, group)
     what = ("loss", "gradient of the embeddings", "step of the centers" if options.update else "gradient of the centers")
     for name in names:
-        mine = outcome(name, worker, classes, options, group)
+        mine = outcome(name, context, classes, options, group)
         for noun, tolerance, got, wanted in zip(what, TOLERANCES[options.operands], mine, true):
             difference = relative_difference(got, wanted, group)
             if not difference <= tolerance:
@@ -289,29 +304,29 @@ def relative_difference(got: Tensor, wanted: Tensor, group: dist.ProcessGroup) -
     return difference / norm if norm else difference
 
 
-def outcome(name: str, worker: Worker, classes: int, options: Options, group: dist.ProcessGroup) -> list[Tensor]:
+def outcome(name: str, context: DistContext, classes: int, options: Options, group: dist.ProcessGroup) -> list[Tensor]:
     """Collective. [loss, gradient of the embeddings, gradient or (with --update) step of the centers] of a first step."""
-    inputs = draw_inputs(worker, classes, options.batch)
+    inputs = draw_inputs(context, classes, options.batch)
     before = inputs.centers.detach().clone()
     loss = ClassifierStep(name, inputs, options, group, lr=1.0).compute()
     step = before - inputs.centers.detach() if options.update else inputs.centers.grad
     return [loss, inputs.embedding.grad, step]
 
 
-def will_not_fit(name: str, worker: Worker, inputs: Inputs, options: Options) -> bool:
+def will_not_fit(name: str, context: DistContext, inputs: Inputs, options: Options) -> bool:
     """Collective. True on the CPU for a plain form that would not fit: there nothing is refused, but processes are killed."""
-    if worker.device.type == "cuda" or name != "torchshard":
+    if context.device.type == "cuda" or name != "torchshard":
         return False
     needed = PLAIN_TENSORS * 4 * options.batch * inputs.shard.size + inputs.centers.nbytes * (1 + options.update)
-    missing = needed - available_bytes(worker.device, worker.world_size)
-    return of_slowest_rank([missing], worker.device)[0] > 0
+    missing = needed - available_bytes(context.device, context.world_size)
+    return of_slowest_rank([missing], context.device)[0] > 0
 
 
-def most_of_all_ranks(peak: int | None, gradient_bytes: int, worker: Worker) -> int | None:
+def most_of_all_ranks(peak: int | None, gradient_bytes: int, context: DistContext) -> int | None:
     """Collective. The largest peak beyond the gradient, or None where no rank knows."""
-    most = of_slowest_rank([-1 if peak is None else max(peak - gradient_bytes, 0)], worker.device)[0]
+    most = of_slowest_rank([-1 if peak is None else max(peak - gradient_bytes, 0)], context.device)[0]
     if most < 0:
-        if worker.is_main:
+        if context.is_main:
             print("warning: /proc/self/clear_refs cannot be written here, so the peak of a step is not known",
                   file=sys.stderr)
         return None
@@ -323,12 +338,12 @@ def most_of_all_ranks(peak: int | None, gradient_bytes: int, worker: Worker) -> 
 
 
 def report(
-    worker: Worker, options: Options, checked: int, gemm: GemmWalk, gemm_floor: float, impl: dict[str, dict]
+    context: DistContext, options: Options, checked: int, gemm: GemmWalk, gemm_floor: float, impl: dict[str, dict]
 ) -> None:
     """Rank 0: print the object or the table, and append to the file."""
     shard = ClassShard(options.classes, 0, options.world_size)
     result = {
-        **describe_machine(worker.device),
+        **describe_machine(context.device),
         "classes": options.classes, "batch": options.batch, "world_size": options.world_size,
         "embedding_size": EMBEDDING_SIZE, "operands": options.operands, "update": options.update,
         "classifier_memory_mib": options.classifier_memory_mib, "steps": options.steps, "checked_classes": checked,

@@ -40,8 +40,8 @@ from data.augment import AUGMENTS, prepare_batch  # noqa: E402
 from data.decode import jpeg_operator  # noqa: E402
 from data.folder import FaceFolder  # noqa: E402
 from data.loader import GlobalBatchSampler, build_train_loader  # noqa: E402
+from scripts.measure import MIB, aligned, append_csv, check_csv, describe_machine, percentiles  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.measure import MIB, aligned, append_csv, check_csv, describe_machine, percentiles  # noqa: E402
 
 CPU = torch.device("cpu")
 SEED = 0

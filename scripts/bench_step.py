@@ -33,19 +33,35 @@ from torch.optim import SGD
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import main as training  # noqa: E402
-from losses.margin_softmax import margin_softmax_torchshard  # noqa: E402
+from losses.softmax import margin_softmax_torchshard  # noqa: E402
 from models import build_backbone, check_arch  # noqa: E402
-from models.classifier import ArcFaceClassifier  # noqa: E402
-from utils.distributed import Worker  # noqa: E402
-from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.measure import (  # noqa: E402
-    MIB, PeakMemory, aligned, append_csv, available_bytes, check_csv, choose_device_type, choose_implementations,
-    describe_machine, fits_in_memory, launch_local, of_slowest_rank, percentiles, release_memory, timed,
+from models.classifier import (
+    ArcFaceClassifier,  # noqa: E402
+    initial_centers,  # noqa: E402
 )
+from scripts.measure import (
+    MIB,
+    PeakMemory,
+    aligned,
+    append_csv,
+    available_bytes,
+    check_csv,
+    choose_device_type,
+    choose_implementations,
+    describe_machine,
+    fits_in_memory,
+    launch_local,
+    of_slowest_rank,
+    percentiles,
+    release_memory,
+    timed,
+)  # noqa: E402
+from utils.dist.context import DistContext  # noqa: E402
+from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards  # noqa: E402
+from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
 from utils.options import Options as TrainingOptions  # noqa: E402
 from utils.options import parse_options as parse_training_options  # noqa: E402
-from utils.sharding import ClassShard, init_model_parallel, initial_centers, let_ddp_ignore_shards  # noqa: E402
 
 IMPLEMENTATIONS = ("ours", "published")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,14 +102,14 @@ def main() -> None:
     launch_local(measure, options.world_size, options.device, options, training_options)
 
 
-def measure(worker: Worker, options: Options, training_options: TrainingOptions) -> None:
+def measure(context: DistContext, options: Options, training_options: TrainingOptions) -> None:
     """Runs in every process, all of them together. Rank 0 reports."""
-    device = worker.device
+    device = context.device
     warm_up_libraries(options.arch, device)
-    images, labels = draw_batch(worker, options)
+    images, labels = draw_batch(context, options)
     builders: dict[str, Callable[[], OurTraining | PublishedTraining]] = {
-        "ours": lambda: OurTraining(worker, training_options, images, labels),
-        "published": lambda: PublishedTraining(worker, options, images, labels),
+        "ours": lambda: OurTraining(context, training_options, images, labels),
+        "published": lambda: PublishedTraining(context, options, images, labels),
     }
     ready: dict[str, OurTraining | PublishedTraining] = {}
     figures: dict[str, dict[str, float | None]] = {}
@@ -104,7 +120,7 @@ def measure(worker: Worker, options: Options, training_options: TrainingOptions)
 
     # Alone at first: only so the peak of each is its own.
     for name in options.impl:
-        if name == "published" and published_will_not_fit(worker, options):
+        if name == "published" and published_will_not_fit(context, options):
             continue
         memory = PeakMemory(device)
         fits = fits_in_memory(lambda: build(name), device)
@@ -119,7 +135,7 @@ def measure(worker: Worker, options: Options, training_options: TrainingOptions)
         release_memory(device)
 
     rates: dict[str, list[float]] = {name: [] for name in figures}
-    together = fit_together(figures, worker)
+    together = fit_together(figures, context)
     for _ in range(-(-options.steps // options.block)):
         for name in figures:
             if name not in ready:
@@ -129,7 +145,7 @@ def measure(worker: Worker, options: Options, training_options: TrainingOptions)
             if not together:
                 del ready[name]
                 release_memory(device)
-    if worker.is_main:
+    if context.is_main:
         impl = {}
         for name in options.impl:
             keys = ("p20_images_s", "p50_images_s", "p80_images_s")
@@ -137,7 +153,7 @@ def measure(worker: Worker, options: Options, training_options: TrainingOptions)
                 impl[name] = {**dict(zip(keys, percentiles(rates[name]))), **figures[name]}
             else:
                 impl[name] = {**dict.fromkeys((*keys, "peak_mib", "first_loss")), "error": "out of memory"}
-        report(worker, options, impl)
+        report(context, options, impl)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,18 +163,18 @@ def measure(worker: Worker, options: Options, training_options: TrainingOptions)
 class OurTraining:
     """Collective. The model, optimizers and loop of main.py, on one batch again and again."""
 
-    def __init__(self, worker: Worker, options: TrainingOptions, images: Tensor, labels: Tensor) -> None:
-        self._worker, self._options = worker, options
+    def __init__(self, context: DistContext, options: TrainingOptions, images: Tensor, labels: Tensor) -> None:
+        self._context, self._options = context, options
         self._state, self._model = training.build_training(
-            worker, options, SEED, num_images=options.batch_size, global_batch=options.batch_size
+            context, options, SEED, num_images=options.batch_size, global_batch=options.batch_size
         )
-        indices = torch.arange(len(images)) + worker.rank * len(images)
+        indices = torch.arange(len(images)) + context.rank * len(images)
         self._batch = (images, labels, indices, 0)
         self._log = _FirstLoss()
 
     def run(self, steps: int) -> None:
         training.train_one_epoch(
-            self._worker, self._options, self._state, self._model, [self._batch] * steps, steps, ENDLESS_EPOCH, self._log
+            self._context, self._options, self._state, self._model, [self._batch] * steps, steps, ENDLESS_EPOCH, self._log
         )
 
     def first_loss(self) -> float:
@@ -203,16 +219,16 @@ class FullHead(nn.Module):
 class ParallelHead(ArcFaceClassifier):
     """Collective. The same from torchshard's parallel cross entropy, each process with its share of the classes."""
 
-    def __init__(self, worker: Worker, num_classes: int) -> None:
+    def __init__(self, context: DistContext, num_classes: int) -> None:
         super().__init__(
-            EMBEDDING_SIZE, ClassShard(num_classes, worker.rank, worker.world_size), scale=FullHead.scale,
-            margin=FullHead.margin, easy_margin=True, seed=SEED, group=init_model_parallel(worker.world_size),
+            EMBEDDING_SIZE, ClassShard(num_classes, context.rank, context.world_size), scale=FullHead.scale,
+            margin=FullHead.margin, easy_margin=True, seed=SEED, group=init_model_parallel(context.world_size),
             loss=margin_softmax_torchshard,
         )
 
     def forward(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        loss, target_rank = super().forward(embedding, label)
-        return loss, target_rank.unsqueeze(1) == torch.arange(5, device=target_rank.device)
+        loss, num_closer = super().forward(embedding, label)
+        return loss, num_closer.unsqueeze(1) == torch.arange(5, device=num_closer.device)
 
 
 class PublishedModel(nn.Module):
@@ -227,14 +243,14 @@ class PublishedModel(nn.Module):
 class PublishedTraining:
     """Collective. Model and step of the published script, on one batch again and again."""
 
-    def __init__(self, worker: Worker, options: Options, images: Tensor, labels: Tensor) -> None:
-        device = worker.device
+    def __init__(self, context: DistContext, options: Options, images: Tensor, labels: Tensor) -> None:
+        device = context.device
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(SEED)
         backbone = build_backbone(options.arch, EMBEDDING_SIZE)
-        head = FullHead(options.classes) if worker.world_size == 1 else ParallelHead(worker, options.classes)
+        head = FullHead(options.classes) if context.world_size == 1 else ParallelHead(context, options.classes)
         model: nn.Module = PublishedModel(backbone, head).to(device).train()
-        if worker.world_size > 1:
+        if context.world_size > 1:
             let_ddp_ignore_shards(model)
             model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         self._model = model
@@ -270,13 +286,13 @@ class PublishedTraining:
 # Around them
 
 
-def draw_batch(worker: Worker, options: Options) -> tuple[Tensor, Tensor]:
+def draw_batch(context: DistContext, options: Options) -> tuple[Tensor, Tensor]:
     """This rank's images uint8 (n, 3, 112, 112) and labels int64 (n,), on the device."""
-    generator = torch.Generator().manual_seed(worker.rank)
-    n = options.batch // worker.world_size
+    generator = torch.Generator().manual_seed(context.rank)
+    n = options.batch // context.world_size
     images = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8, generator=generator)
     labels = torch.randint(options.classes, (n,), generator=generator)
-    return images.to(worker.device), labels.to(worker.device)
+    return images.to(context.device), labels.to(context.device)
 
 
 def warm_up_libraries(arch: str, device: torch.device) -> None:
@@ -289,29 +305,29 @@ def warm_up_libraries(arch: str, device: torch.device) -> None:
     SGD(backbone.parameters(), lr=0.0).step()
 
 
-def published_will_not_fit(worker: Worker, options: Options) -> bool:
+def published_will_not_fit(context: DistContext, options: Options) -> bool:
     """Collective. True on the CPU for a head that would not fit: there nothing is refused, but processes are killed."""
-    if worker.device.type == "cuda":
+    if context.device.type == "cuda":
         return False
-    classes = ClassShard(options.classes, 0, worker.world_size).size
+    classes = ClassShard(options.classes, 0, context.world_size).size
     # ten float32 tensors (N, C_r), and centers, their normalised copy, gradient and momentum
     needed = 10 * 4 * options.batch * classes + 4 * 4 * classes * EMBEDDING_SIZE
-    return of_slowest_rank([needed - available_bytes(worker.device, worker.world_size)], worker.device)[0] > 0
+    return of_slowest_rank([needed - available_bytes(context.device, context.world_size)], context.device)[0] > 0
 
 
-def fit_together(figures: dict[str, dict[str, float | None]], worker: Worker) -> bool:
+def fit_together(figures: dict[str, dict[str, float | None]], context: DistContext) -> bool:
     """Collective. Whether all can stay in memory while they take turns; if not, each is built again for its turn."""
     peaks = [figure["peak_mib"] for figure in figures.values()]
     if None in peaks:
         return True
-    missing = sum(peaks) * MIB - 0.9 * available_bytes(worker.device, worker.world_size)
-    return of_slowest_rank([missing], worker.device)[0] <= 0
+    missing = sum(peaks) * MIB - 0.9 * available_bytes(context.device, context.world_size)
+    return of_slowest_rank([missing], context.device)[0] <= 0
 
 
-def report(worker: Worker, options: Options, impl: dict[str, dict]) -> None:
+def report(context: DistContext, options: Options, impl: dict[str, dict]) -> None:
     """Rank 0: print the object or the table, and append to the file."""
     result = {
-        **describe_machine(worker.device),
+        **describe_machine(context.device),
         "arch": options.arch, "classes": options.classes, "batch": options.batch, "world_size": options.world_size,
         "precision": options.precision, "flags": " ".join(options.flags), "steps": options.steps, "impl": impl,
     }

@@ -22,10 +22,10 @@ import torch
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data.bins import PairBin  # noqa: E402
+from data.insightface_bin import PairBin  # noqa: E402
+from scripts.measure import aligned, append_csv, check_csv, describe_machine, percentiles  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.measure import aligned, append_csv, check_csv, describe_machine, percentiles  # noqa: E402
-from utils.verification import TARGET_FAR, evaluate  # noqa: E402
+from utils.evaluation.lfw import TARGET_FAR, evaluate  # noqa: E402
 
 CPU = torch.device("cpu")
 CSV_COLUMNS = ("date", "device", "torch", "pairs", "embedding_size", "image_bytes", "repeat", "what", "p20_s", "p50_s", "p80_s")

@@ -19,9 +19,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS  # noqa: E402
-from models import check_arch, load_backbone  # noqa: E402
-from models.embedding import choose_device, embed_images  # noqa: E402
+from models import check_arch  # noqa: E402
+from utils.checkpoint.weights import load_backbone  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.evaluation.embed import choose_device, embed_images  # noqa: E402
 
 
 @dataclass(frozen=True)

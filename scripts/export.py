@@ -28,9 +28,10 @@ from torch import Tensor, nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.decode import IMAGE_SIZE  # noqa: E402
-from models import IDENTITIES_TENSOR, SAFETENSORS_EXTENSION, check_arch  # noqa: E402
+from models import check_arch  # noqa: E402
+from utils.checkpoint.initial import StoredCenters, StoredWeights, open_weights  # noqa: E402
+from utils.checkpoint.weights import IDENTITIES_TENSOR, SAFETENSORS_EXTENSION  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.interchange import StoredCenters, StoredWeights, open_weights  # noqa: E402
 
 CENTERS_NAME = "arcface_linear.weight"  # torchshard's
 ONNX_OPSET = 18

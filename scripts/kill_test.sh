@@ -69,7 +69,7 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [".", "tests"]
-from saved import assert_same_training
+from helpers.saved import assert_same_training
 
 assert_same_training(Path(sys.argv[1], "killed"), Path(sys.argv[1], "whole"))
 END

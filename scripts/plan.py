@@ -19,8 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from models import build_backbone, check_arch  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.memory import largest, measure_backbone, predict_memory  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
+from utils.planner import largest, measure_backbone, predict_memory  # noqa: E402
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,9 +19,17 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
-from utils.plots import (  # noqa: E402
-    COLOURS, GRAY, PLOT_FORMATS, RocCurve, check_picture, draw_roc, line_style, require_matplotlib, tidy,
-)
+from utils.evaluation.plots import (
+    COLOURS,
+    GRAY,
+    PLOT_FORMATS,
+    RocCurve,
+    check_picture,
+    draw_roc,
+    line_style,
+    require_matplotlib,
+    tidy,
+)  # noqa: E402
 
 
 class _Parser(argparse.ArgumentParser):

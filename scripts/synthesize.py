@@ -23,7 +23,7 @@ from typing import NoReturn
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.synthetic import write_identity_set, write_pairs  # noqa: E402
+from scripts.synthetic import write_identity_set, write_pairs  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 
 SETTINGS_FILE = "synthetic.json"

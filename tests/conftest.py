@@ -14,9 +14,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 if os.environ.get("ARCFACE_TEST_CUDA") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from pool import Pool  # noqa: E402
+from helpers.pool import Pool  # noqa: E402
 
-from data.synthetic import write_identity_set, write_pairs  # noqa: E402
+from scripts.synthetic import write_identity_set, write_pairs  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data import augment as module
-from data.augment import (
-    AUGMENTS,
-    MAX_SHIFT,
-    STREAM_FLIP,
-    STREAM_SHIFT_X,
-    STREAM_SHIFT_Y,
-    prepare_batch,
-    random_uniform,
-)
+from data.augment import AUGMENTS, MAX_SHIFT, STREAM_FLIP, STREAM_SHIFT_X, STREAM_SHIFT_Y, prepare_batch, random_uniform
 
 MANY = torch.arange(100_000)
 

@@ -11,14 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
-from commands import run
-from tiny import TinyBackbone
+from helpers.commands import run
+from helpers.tiny import TinyBackbone
 
 from data.augment import AUGMENTS
 from scripts import bench_classifier, bench_data, bench_step
-from utils.distributed import Worker
+from scripts.measure import MIB, PeakMemory, check_csv, percentiles
+from utils.dist.context import DistContext
 from utils.errors import UserError, exit_on_user_error
-from utils.measure import MIB, PeakMemory, check_csv, percentiles
 
 CPU = torch.device("cpu")
 
@@ -101,7 +101,7 @@ def classifier_in_this_process(rank: int, world_size: int, flags: str, attribute
     printed = io.StringIO()
     with mock.patch.object(bench_classifier, attribute, globals()[replacement]), contextlib.redirect_stdout(printed):
         try:
-            bench_classifier.measure(Worker(rank, world_size, world_size, CPU), options)
+            bench_classifier.measure(DistContext(rank, world_size, world_size, CPU), options)
         except UserError as error:
             return f"error: {error}"
     return printed.getvalue()
@@ -109,8 +109,8 @@ def classifier_in_this_process(rank: int, world_size: int, flags: str, attribute
 
 def slightly_wrong(embedding, label, centers, **settings):
     settings = {name: value for name, value in settings.items() if name not in ("memory_mib", "operands", "update")}
-    loss, target_rank = bench_classifier.margin_softmax_torchshard(embedding, label, centers, **settings)
-    return loss + 1e-3 * (embedding - embedding.detach()).sum(), target_rank
+    loss, num_closer = bench_classifier.margin_softmax_torchshard(embedding, label, centers, **settings)
+    return loss + 1e-3 * (embedding - embedding.detach()).sum(), num_closer
 
 
 def never_fits(name, *others):
@@ -138,13 +138,13 @@ def first_losses(rank: int, world_size: int) -> tuple[float, float]:
     flags = ["--classes", "30", "--batch", "8", "--world-size", str(world_size), "--device", "cpu"]
     options, _ = bench_step.parse_options(flags)
     training = bench_step.parse_training_options([*bench_step.training_flags(options), "--augment", "none"])
-    worker = Worker(rank, world_size, world_size, CPU)
-    images, labels = bench_step.draw_batch(worker, options)
+    context = DistContext(rank, world_size, world_size, CPU)
+    images, labels = bench_step.draw_batch(context, options)
     losses = []
     tiny = mock.Mock(side_effect=lambda arch, embedding_size: TinyBackbone(batch_norm=True))
     with mock.patch.object(bench_step, "build_backbone", tiny), mock.patch.object(bench_step.training, "build_backbone", tiny):
-        for way in (bench_step.OurTraining(worker, training, images, labels),
-                    bench_step.PublishedTraining(worker, options, images, labels)):
+        for way in (bench_step.OurTraining(context, training, images, labels),
+                    bench_step.PublishedTraining(context, options, images, labels)):
             way.run(1)
             losses.append(way.first_loss())
             way.run(2)  # and it goes on

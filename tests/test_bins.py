@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.bins import PairBin
 from data.decode import decode_image
+from data.insightface_bin import PairBin
 from data.pairs import PairImages, PairList, check_images, open_pair_sets
 from utils.errors import UserError
 

@@ -12,18 +12,19 @@ import threading
 from pathlib import Path
 from unittest import mock
 
-import main
 import pytest
 import torch
-from commands import read_metrics, run
-from saved import assert_same_training, saved_training
-from test_training import MODES, train
-from tiny import TinyBackbone
+from helpers.commands import read_metrics, run
+from helpers.saved import assert_same_training, saved_training
+from helpers.tiny import TinyBackbone
+from helpers.training import MODES, train
 
-from utils import checkpoint, checkpoint_files, shard_files
-from utils.checkpoint import CheckpointWriter, read_resumable
-from utils.checkpoint_files import DamagedCheckpoint, check_files, checksum, newest_first, read_manifest
-from utils.distributed import Worker
+import main
+from utils.checkpoint import layout, shards, writer
+from utils.checkpoint.layout import DamagedCheckpoint, check_files, checksum, newest_first, read_manifest
+from utils.checkpoint.reader import read_resumable
+from utils.checkpoint.writer import CheckpointWriter
+from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
 
@@ -33,7 +34,7 @@ SHARDED = ["--enable-model-parallel"]
 
 def train_in_small_blocks(rank: int, world_size: int, argv: list[str]) -> None:
     """`train`, with shards that are written in several blocks even of few classes."""
-    with mock.patch.object(shard_files, "BLOCK_CLASSES", 2):
+    with mock.patch.object(shards, "BLOCK_CLASSES", 2):
         train(rank, world_size, argv)
 
 
@@ -119,14 +120,14 @@ class Killed(BaseException):
 
 def make_step(output: Path, step: int, keep: int = 2, links: tuple[str, ...] = ("checkpoint.pth.tar",)) -> str:
     """A checkpoint of small files; its directory's name."""
-    directory = checkpoint_files.begin(str(output), step)
+    directory = layout.begin(str(output), step)
     files = {}
     for name in ("state.pth.tar", "shards/.metadata", "shards/__0_0.distcp"):
         path = os.path.join(directory, name)
-        checkpoint_files.write_flushed(path, lambda file: torch.save({"directory": checkpoint_files.final_name(directory)}, file))
+        layout.write_flushed(path, lambda file: torch.save({"directory": layout.final_name(directory)}, file))
         files[name] = checksum(path)
-    checkpoint_files.finish(str(output), directory, files, links=links, keep=keep)
-    return os.path.basename(checkpoint_files.final_name(directory))
+    layout.finish(str(output), directory, files, links=links, keep=keep)
+    return os.path.basename(layout.final_name(directory))
 
 
 def names(output: Path) -> list[str]:
@@ -192,7 +193,7 @@ def test_copies_where_there_are_no_symbolic_links(tmp_path):
         path = tmp_path / link
         assert not path.is_symlink()
         contents = torch.load(path, weights_only=True)
-        assert checkpoint_files.step_directory(str(path), contents).endswith(f"step-{step:08d}")
+        assert layout.step_directory(str(path), contents).endswith(f"step-{step:08d}")
 
 
 def test_a_fresh_run_keeps_an_older_ones_best(pools, faces, tmp_path):
@@ -249,29 +250,29 @@ def test_a_full_disk(pools, faces, tmp_path, full_on, at_step):
 def save_while_training(rank: int, world_size: int, output: str, free_bytes: int) -> tuple[bool, bool]:
     """Save, with a disk that does not answer before the weights have changed. Whether that was waited for, and a thread."""
     options = parse_options(["unused", "--num-classes", "11", *SHARDED, "--output", output, "-a", "mobilefacenet"])
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        state, model = main.build_training(worker, options, 1, 48, 12)
+        state, model = main.build_training(context, options, 1, 48, 12)
     state.optimizers.load_momentum({name: torch.ones_like(value) for name, value in model.module.named_parameters()})
     for parameter in model.parameters():
         parameter.detach().fill_(1.0)
-    changed, begin = threading.Event(), checkpoint_files.begin
+    changed, begin = threading.Event(), layout.begin
 
     def slow_begin(*args) -> str:
         changed.wait(timeout=5 if free_bytes else 0)
         return begin(*args)
 
-    with (mock.patch.object(checkpoint_files, "begin", slow_begin),
-          mock.patch.object(checkpoint, "free_host_bytes", lambda: free_bytes)):
-        writer = CheckpointWriter(options, worker, lambda text: None, fresh=True)
-        writer.save(state)
-        threaded = writer._thread is not None
+    with (mock.patch.object(layout, "begin", slow_begin),
+          mock.patch.object(writer, "free_host_bytes", lambda: free_bytes)):
+        saving = CheckpointWriter(options, context, lambda text: None, fresh=True)
+        saving.save(state)
+        threaded = saving._thread is not None
         waited = os.path.exists(os.path.join(output, "checkpoint.pth.tar"))
         for parameter in model.parameters():
             parameter.detach().fill_(2.0)
         state.position.step = 5
         changed.set()
-        writer.close()
+        saving.close()
     return threaded, waited
 
 
@@ -461,14 +462,14 @@ def test_killed_runs_and_eight_processes(faces, tmp_path):
 
     In the same program: what four processes saved is continued by eight, two of them without any class.
     """
-    result = json.loads(run("tests/forked.py", faces, tmp_path, 5, OMP_NUM_THREADS="1").splitlines()[-1])
+    result = json.loads(run("tests/helpers/forked.py", faces, tmp_path, 5, OMP_NUM_THREADS="1").splitlines()[-1])
     assert result["kills"] >= 3 and result["inside a save"] >= 1, result
 
 
 def make_writer(rank: int, world_size: int, outputs: list[str]) -> str:
     options = parse_options(["x", "--output", outputs[rank]])
     try:
-        CheckpointWriter(options, Worker(rank, world_size, 1, torch.device("cpu")), lambda text: None, fresh=True)
+        CheckpointWriter(options, DistContext(rank, world_size, 1, torch.device("cpu")), lambda text: None, fresh=True)
     except UserError as error:
         return str(error)
     return ""

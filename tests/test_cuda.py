@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import run
-from test_margin_softmax import random_case, true_gradients
+from helpers.commands import run
+from helpers.margins import random_case, true_gradients
 
-from losses.margin_softmax import margin_softmax
-from utils.sharding import ClassShard, initial_centers
+from losses.fused import margin_softmax
+from models.classifier import initial_centers
+from utils.dist.sharding import ClassShard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and ARCFACE_TEST_CUDA=1")
 

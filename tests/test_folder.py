@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 import time
@@ -8,44 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.images import JPEG_KINDS, REAL_FACES, encode, make_folder, smooth_image, smooth_pixels, touch
 from PIL import Image
 
 from data.decode import decode_image, decode_into, read_bytes, read_image
 from data.folder import IMAGE_EXTENSIONS, FaceFolder
 from utils.errors import UserError
-
-REAL_FACES = os.environ.get("ARCFACE_REAL_FACES", "")
-
-
-def smooth_pixels(seed: int = 0, size: int = 112) -> np.ndarray:
-    """uint8 (size, size, 3): a picture that JPEG keeps well."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def smooth_image(seed: int = 0, size: int = 112) -> Image.Image:
-    return Image.fromarray(smooth_pixels(seed, size))
-
-
-def encode(image: Image.Image, format: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
-
-
-def make_folder(root: Path, counts: dict[str, int]) -> Path:
-    for identity, count in counts.items():
-        (root / identity).mkdir(parents=True)
-        for k in range(count):
-            smooth_image(k).save(root / identity / f"{k:03d}.jpg")
-    return root
-
-
-def touch(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-
 
 # read_image
 
@@ -68,19 +35,6 @@ def test_lossless_formats_give_the_exact_pixels(tmp_path, format, extension):
     image = read_image(path)
     assert image.shape == (3, 112, 112) and image.dtype == torch.uint8 and image.is_contiguous()
     assert np.array_equal(image.permute(1, 2, 0), smooth_pixels())
-
-
-JPEG_KINDS = {
-    "baseline": lambda: encode(smooth_image(), "JPEG"),
-    "progressive": lambda: encode(smooth_image(), "JPEG", progressive=True),
-    "4:4:4": lambda: encode(smooth_image(), "JPEG", subsampling=0, quality=98),
-    "optimized": lambda: encode(smooth_image(), "JPEG", optimize=True),
-    "restart markers": lambda: encode(smooth_image(), "JPEG", restart_marker_blocks=4),
-    "stored as RGB": lambda: encode(smooth_image(), "JPEG", keep_rgb=True),
-    "big comment first": lambda: encode(smooth_image(), "JPEG", comment=b"c" * 60_000),
-    "Exif": lambda: encode(smooth_image(), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x00\x00" + bytes(20_000)),
-    "bytes after the end": lambda: encode(smooth_image(), "JPEG") + bytes(100),
-}
 
 
 @pytest.mark.parametrize("kind", JPEG_KINDS)

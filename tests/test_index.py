@@ -10,19 +10,19 @@ import shutil
 import time
 from pathlib import Path
 
-import main
 import numpy as np
 import pytest
 import torch
 
+import main
 from data import index as module
 from data.folder import FaceFolder
 from data.index import INDEX_NAME, PackedNames, index_paths
 from data.loader import GlobalBatchSampler, build_train_loader
 from data.recordio import RecordIODataset
 from scripts import pack
-from utils.distributed import plan_processes
 from utils.errors import UserError
+from utils.launch.plan import plan_processes
 from utils.options import parse_options
 
 

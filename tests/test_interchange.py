@@ -9,41 +9,40 @@ import shutil
 import sys
 from pathlib import Path
 
-import main
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, load_script, run
-from test_training import train
+from helpers.commands import ROOT, load_script, run
+from helpers.training import train
 
-from models import load_backbone
-from utils.checkpoint import CheckpointWriter
-from utils.distributed import Worker
+import main
+from models.classifier import initial_centers
+from utils.checkpoint.initial import check_initial, open_weights, rows_by_name, start_from
+from utils.checkpoint.weights import load_backbone
+from utils.checkpoint.writer import CheckpointWriter
+from utils.dist.context import DistContext
+from utils.dist.sharding import ClassShard
 from utils.errors import UserError
-from utils.interchange import check_initial, open_weights, rows_by_name, start_from
 from utils.options import parse_options
-from utils.sharding import ClassShard, initial_centers
 
 NAMES = [f"person {number}" for number in range(11)]
 SHARDED = ["--enable-model-parallel"]
-
-
 export = load_script("export")
 
 
 def build(rank: int, world_size: int, num_classes: int, seed: int, identities: list[str], flags: list[str]):
     """The state of a mobilefacenet run that has not begun."""
     options = parse_options(["unused", "-a", "mobilefacenet", "--num-classes", str(num_classes), "--batch-size", "12", *flags])
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
-    state, _ = main.build_training(worker, options, seed, 48, 12, identities)
-    return state, options, worker
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+    state, _ = main.build_training(context, options, seed, 48, 12, identities)
+    return state, options, context
 
 
 def save(rank: int, world_size: int, output: str, num_classes: int, identities: list[str], flags: list[str]) -> None:
     """A checkpoint of seed 1, of which class c's center is its initial one."""
-    state, options, worker = build(rank, world_size, num_classes, 1, identities, ["--output", output, *flags])
+    state, options, context = build(rank, world_size, num_classes, 1, identities, ["--output", output, *flags])
     os.makedirs(output, exist_ok=True)
-    writer = CheckpointWriter(options, worker, lambda text: None, fresh=True)
+    writer = CheckpointWriter(options, context, lambda text: None, fresh=True)
     writer.save(state)
     writer.close()
 
@@ -169,7 +168,7 @@ def test_checkpoints_of_any_shape_are_read(pools, tmp_path):
 
 def start_and_train(rank: int, world_size: int, argv: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:  # the loop with the real backbone: `train` puts a tiny one in its place
-        patch.setattr("test_training.TinyBackbone", lambda batch_norm: main_build_backbone("mobilefacenet"))
+        patch.setattr("helpers.training.TinyBackbone", lambda batch_norm: main_build_backbone("mobilefacenet"))
         train(rank, world_size, argv)
 
 

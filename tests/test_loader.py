@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data import decode
+from data import loader as module
 from data.augment import prepare_batch
-from data import decode, loader as module
 from data.decode import read_image
 from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, TrainBatch, build_train_loader

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, finish, free_port, read_metrics, run, start
+from helpers.commands import ROOT, finish, free_port, read_metrics, run, start
 
-from utils.checkpoint import read_resumable
+from utils.checkpoint.reader import read_resumable
 from utils.errors import UserError
 from utils.options import parse_options
 
@@ -88,11 +88,11 @@ def test_two_nodes_equal_one(faces, tmp_path):
 def test_torchrun(faces, tmp_path):
     arguments = [faces, *SHORT, "--enable-model-parallel", "--seed", 1, "--max-steps", 1, "-j", 0]
     run("main.py", *arguments, *processes(2), "--output", tmp_path / "spawn")
-    run("tests/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py", *arguments,
+    run("tests/helpers/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py", *arguments,
         "--output", tmp_path / "torchrun")
     spawn, torchrun = (read_metrics(tmp_path / name) for name in ("spawn", "torchrun"))
     assert torchrun[0]["loss"] == pytest.approx(spawn[0]["loss"], rel=1e-6)
-    output = run("tests/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py", *arguments,
+    output = run("tests/helpers/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py", *arguments,
                  "--rank", 1, "--world-size", 2, status=1)
     assert output.count("torchrun decides the processes") == 1
 
@@ -181,7 +181,7 @@ def test_ctrl_c_before_training_leaves_no_traceback(faces, flags):
 def test_torchrun_starts_again_what_was_killed(faces, tmp_path):
     """Elastic restart: a killed rank costs the steps since the checkpoint."""
     common = [faces, *SHORT, "--enable-model-parallel", "-j", 0, "-p", 1, "--epochs", 100, "--output", tmp_path]
-    process = start("tests/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "--max-restarts", 1, ROOT / "main.py",
+    process = start("tests/helpers/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "--max-restarts", 1, ROOT / "main.py",
                     *common, "--max-steps", 9, "--resume", "auto", PYTHONUNBUFFERED="1")
     for line in process.stdout:
         if " step 7/" in line:  # an epoch has six: they are saved
@@ -210,10 +210,11 @@ sys.path.insert(0, {root!r})
 import functools, os
 from torch.utils.data import DataLoader
 from data.loader import start_loader_worker
-from utils.distributed import launch, plan_processes
+from utils.launch.plan import plan_processes
+from utils.launch.spawn import launch
 from utils.options import parse_options
 
-def work(worker):
+def work(context):
     kept.append(iter(DataLoader(range(8), num_workers=2, multiprocessing_context="fork",
                                 worker_init_fn=functools.partial(start_loader_worker, os.getpid()))))
     next(kept[0])

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from losses.margin import ArcFaceMargin, arcface_margin
+from losses.margins import ArcFaceMargin, arcface_margin
 
 GRID = torch.linspace(-0.999, 0.999, 1001, dtype=torch.float64)
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers.margins import random_case, true_gradients
 
-from losses.margin import arcface_margin
-from losses.margin_softmax import margin_softmax, margin_softmax_torchshard
-from utils.sharding import ClassShard, init_model_parallel
+from losses.fused import margin_softmax
+from losses.margins import arcface_margin
+from losses.softmax import margin_softmax_torchshard
+from utils.dist.sharding import ClassShard, init_model_parallel
 
 N, D = 9, 16
 IMPLEMENTATIONS = {"ours": margin_softmax, "torchshard": margin_softmax_torchshard}
@@ -50,11 +52,11 @@ def run_shard(rank: int, world_size: int, name: str, num_classes: int, easy: boo
     embedding, label, centers = inputs(num_classes)
     centers = centers[shard.start:shard.stop].clone().requires_grad_()
     embedding.requires_grad_()
-    loss, target_rank = IMPLEMENTATIONS[name](embedding, label, centers, shard=shard, group=group, **settings(easy))
+    loss, num_closer = IMPLEMENTATIONS[name](embedding, label, centers, shard=shard, group=group, **settings(easy))
     loss.backward()
     gradient = embedding.grad
     dist.all_reduce(gradient)
-    return loss.item(), gradient.numpy(), centers.grad.numpy(), target_rank.numpy()
+    return loss.item(), gradient.numpy(), centers.grad.numpy(), num_closer.numpy()
 
 
 def assert_near(mine: np.ndarray, true: np.ndarray) -> None:
@@ -87,45 +89,6 @@ def test_without_a_group(implementation):
     assert_near(embedding.grad.numpy(), embedding_grad)
     assert_near(centers.grad.numpy(), centers_grad)
     np.testing.assert_array_equal(got_rank, rank)
-
-
-def random_case(generator: np.random.Generator) -> dict:
-    """Shapes, settings and inputs in float64; targets at all angles, also at cos = +-1 exactly."""
-    rows, classes, size = int(generator.integers(1, 65)), int(generator.integers(2, 501)), int(generator.integers(2, 33))
-    embedding, centers = generator.standard_normal((rows, size)), generator.standard_normal((classes, size))
-    centers *= np.exp(generator.normal(size=(classes, 1)))
-    label = generator.integers(0, classes, rows)
-    for row in range(0, rows, 3):
-        cosine = (1.0, -1.0, *generator.uniform(-0.99, 0.99, 2))[row % 4]
-        if abs(cosine) == 1:  # along an axis, so that no rounding decides what 1/sin(theta) is
-            centers[label[row]] = np.eye(size)[row % size] * 2.0 ** (row % 3)
-    for row in range(0, rows, 3):
-        cosine = (1.0, -1.0, *generator.uniform(-0.99, 0.99, 2))[row % 4]
-        direction = centers[label[row]] / np.linalg.norm(centers[label[row]])
-        other = embedding[row] - (embedding[row] @ direction) * direction
-        embedding[row] = cosine * direction + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
-    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
-    return dict(
-        embedding=torch.from_numpy(embedding), centers=torch.from_numpy(centers), label=torch.from_numpy(label),
-        scale=float(generator.choice([1.0, 16.0, 64.0, 300.0])), margin=float(generator.choice([0.0, 0.3, 0.5, 1.5])),
-        easy=bool(generator.integers(0, 2)), chunk=int(generator.integers(1, classes + 1)),
-        memory_mib=float(generator.choice([0, 1e9, rows * classes * 4 / 2**20])),  # none, all, some
-    )
-
-
-def true_gradients(case: dict) -> tuple[float, torch.Tensor, torch.Tensor, float]:
-    """Loss, gradients of embeddings and centers, and the largest slope of the margin."""
-    embedding, centers = case["embedding"].clone().requires_grad_(), case["centers"].clone().requires_grad_()
-    cosine = embedding @ F.normalize(centers).t()
-    rows = torch.arange(len(embedding))
-    target = cosine[rows, case["label"]]
-    phi, slope = (value.detach() for value in arcface_margin(target, case["margin"], case["easy"]))
-    logits = case["scale"] * cosine.index_put((rows, case["label"]), phi + slope * (target - target.detach()))
-    # Written as cross_entropy would be, but with the target left out of the sum, which float64 needs near p = 1.
-    others = logits.masked_fill(F.one_hot(case["label"], cosine.shape[1]).bool(), -torch.inf).logsumexp(1)
-    loss = torch.logaddexp(others - logits[rows, case["label"]], torch.zeros(())).mean()
-    loss.backward()
-    return loss.item(), embedding.grad, centers.grad, slope.max().item()
 
 
 def check_random_cases(rank: int, world_size: int, first_seed: int, count: int) -> int:
@@ -270,16 +233,16 @@ def rank_with_nan(rank: int, world_size: int, where: str):
     else:
         centers[label[3]] = float("nan")
     with torch.no_grad():
-        _, target_rank = margin_softmax(
+        _, num_closer = margin_softmax(
             embedding, label, centers[shard.start:shard.stop], shard=shard, group=group, **settings(True)
         )
-    return target_rank.numpy(), label.numpy()
+    return num_closer.numpy(), label.numpy()
 
 
 @pytest.mark.parametrize("where", ["embedding", "center"])
 def test_nan_is_never_a_hit(pools, where):
-    for target_rank, _ in pools(2).run(rank_with_nan, where):
-        assert target_rank[3] >= 5
+    for num_closer, _ in pools(2).run(rank_with_nan, where):
+        assert num_closer[3] >= 5
 
 
 def test_gradient_is_finite_in_float32_at_cosine_one():

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import ARCHS, build_backbone, load_backbone
+from models import BACKBONES, build_backbone
 from models.mobilefacenet import Bottleneck, Conv2d, PReLU, activated
+from utils.checkpoint.weights import load_backbone
 from utils.errors import UserError
 
 BLOCKS = {
@@ -121,10 +122,10 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def test_archs():
-    assert ARCHS == ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200", "mobilefacenet")
+    assert BACKBONES == ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200", "mobilefacenet")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", BACKBONES)
 def test_names_shapes_and_counts(arch):
     model = build_backbone(arch)
     assert model.embedding_size == 512

@@ -1,6 +1,6 @@
 """Many nodes: how their parents meet, and that whatever ends one of them ends all, with its cause named everywhere.
 
-The protocol is tested with nodes that are threads; processes of tests/node.py stand for whole nodes; and main.py trains on
+The protocol is tested with nodes that are threads; processes of tests/helpers/node.py stand for whole nodes; and main.py trains on
 two nodes in network namespaces of their own, where the machine permits that.
 """
 
@@ -20,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import ROOT, finish, free_port
+from helpers.commands import ROOT, finish, free_port
 
-from utils import nodes
 from utils.errors import UserError
-from utils.nodes import Cause, Coordinator, NodeLink, first_cause, program_fingerprint
+from utils.launch import fingerprint, multinode
+from utils.launch.fingerprint import program_fingerprint
+from utils.launch.multinode import Cause, Coordinator, NodeLink, first_cause
 
 FACTS = {"--world-size": 2, "program": "abc"}
 
@@ -32,9 +33,9 @@ FACTS = {"--world-size": 2, "program": "abc"}
 @pytest.fixture
 def meeting(monkeypatch) -> Iterator[Callable]:
     """`meeting(nodes)`: a coordinator, and a function that makes the link of a node to it."""
-    monkeypatch.setattr(nodes, "ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(nodes, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(nodes, "SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(multinode, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(multinode, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(multinode, "SILENCE_SECONDS", 1.5)
     coordinators = []
 
     def make(count: int, timeout: float = 30) -> tuple[Coordinator, Callable[..., NodeLink]]:
@@ -158,7 +159,7 @@ def test_node_0_that_ends_is_named(meeting):
 
 
 def test_who_does_not_come_is_named(meeting, capsys, monkeypatch):
-    monkeypatch.setattr(nodes, "WAITING_SECONDS", 0.3)
+    monkeypatch.setattr(multinode, "WAITING_SECONDS", 0.3)
     _, link = meeting(4, timeout=1)
     answers = in_threads(link(0).meet, link(2).meet)
     assert answers[0] == answers[1] and "nodes 1, 3 of 4 did not come within 1 s (--dist-timeout)" in answers[0]
@@ -200,7 +201,7 @@ def test_a_latecomer_does_not_end_the_run(meeting):
 def test_a_node_may_end_and_come_again_while_the_others_wait(meeting):
     _, link = meeting(2)
     early = link(1)
-    early._connection = nodes._Connection(early._connect())
+    early._connection = multinode._Connection(early._connect())
     early._connection.send({"hello": {"node": 1, "host": "x", "process": 1, "facts": FACTS}})
     time.sleep(0.3)
     early._connection.socket.close()
@@ -228,9 +229,9 @@ def test_a_port_in_use_is_named():
 
 def test_the_program_is_known_by_its_files(tmp_path, monkeypatch):
     (tmp_path / "utils").mkdir()
-    file = tmp_path / "utils" / "nodes.py"
+    file = tmp_path / "utils" / "launch" / "fingerprint.py"
     file.write_text("1")
-    monkeypatch.setattr(nodes, "__file__", str(file))
+    monkeypatch.setattr(fingerprint, "__file__", str(file))
     first = program_fingerprint()
     (tmp_path / "utils" / "notes.txt").write_text("no matter")
     assert program_fingerprint() == first
@@ -243,12 +244,12 @@ def test_the_program_is_known_by_its_files(tmp_path, monkeypatch):
 
 
 class Node:
-    """A tests/node.py, its output read as it comes."""
+    """A tests/helpers/node.py, its output read as it comes."""
 
     def __init__(self, *flags: object, prefix: tuple[str, ...] = ()) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, str(ROOT / "tests/node.py"), *map(str, flags)], stdin=subprocess.DEVNULL, text=True,
+            [*prefix, sys.executable, str(ROOT / "tests/helpers/node.py"), *map(str, flags)], stdin=subprocess.DEVNULL, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
@@ -482,7 +483,7 @@ def network() -> Iterator[Namespaces | Loopback]:
 
 
 # main.py, with less patience
-MAIN = "import sys; from utils import nodes; nodes.SILENCE_SECONDS = 4; import main; main.exit_on_user_error(main.main)"
+MAIN = "import sys; from utils.launch import multinode; multinode.SILENCE_SECONDS = 4; import main; main.exit_on_user_error(main.main)"
 
 
 def test_train_cut_one_node_off_see_the_message_resume(faces, tmp_path, network):

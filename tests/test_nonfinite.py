@@ -6,20 +6,19 @@ import itertools
 import json
 from unittest import mock
 
-import main
 import numpy as np
 import pytest
 import torch
-from commands import load_script, read_metrics
-from test_parity import RandomFaces, RecordingLog
-from test_training import RESUME, train
-from tiny import TinyBackbone
+from helpers.commands import load_script, read_metrics
+from helpers.tiny import TinyBackbone
+from helpers.training import RESUME, RandomFaces, RecordingLog, train
 
-from utils.distributed import Worker
+import main
+from utils.dist.context import DistContext
 from utils.errors import UserError
-from utils.meters import TrainingLog
-from utils.nonfinite import nonfinite_step
 from utils.options import parse_options
+from utils.training.guard import nonfinite_step
+from utils.training.metrics import TrainingLog
 
 BATCH, CLASSES = 8, 5
 MODES = {
@@ -50,7 +49,7 @@ def steps_on_batches(rank: int, world_size: int, batches: list[int], spoiled: li
     """Steps of main.py's loop on these batches, of which the last rank has NaN in the `spoiled`; all that has changed after them."""
     options = parse_options(["unused", "--num-classes", str(CLASSES), "--batch-size", str(BATCH), "--augment", "none", "--wd", "1e-3",
                              *flags])
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     dataset, parts = RandomFaces(CLASSES), world_size * options.accumulation_steps
     loader = []
     for batch in batches:
@@ -59,9 +58,9 @@ def steps_on_batches(rank: int, world_size: int, batches: list[int], spoiled: li
                    for indices in micro_batches[rank::world_size]]
     calls = {batches.index(batch) * options.accumulation_steps for batch in spoiled} if rank == world_size - 1 else set()
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        state, model = main.build_training(worker, options, 5, len(dataset), BATCH)
+        state, model = main.build_training(context, options, 5, len(dataset), BATCH)
     with mock.patch.object(main, "prepare_batch", NotFiniteImages(calls)):
-        main.train_one_epoch(worker, options, state, model, loader, len(batches), 1000, RecordingLog())
+        main.train_one_epoch(context, options, state, model, loader, len(batches), 1000, RecordingLog())
     momentum = {f"momentum of {name}": tensor for name, tensor in state.optimizers.momentum().items()}
     scaler = {"scale": torch.tensor(state.scaler.get_scale())}
     return {name: tensor.detach().numpy().copy() for name, tensor in {**model.module.state_dict(), **momentum, **scaler}.items()}
@@ -101,9 +100,9 @@ def scaler_decisions(rank: int, world_size: int) -> list[tuple[float, bool]]:
     """The fp16 scale after three steps, and whether the weights moved: an overflow, a loss that is not finite, neither."""
     options = parse_options(["unused", "--num-classes", "5", "--batch-size", "8", "--enable-model-parallel", "--enable-amp-mode",
                              "--amp-dtype", "fp16", "--on-nonfinite", "skip"])
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = main.build_training(worker, options, 5, 80, 8)
+        state, model = main.build_training(context, options, 5, 80, 8)
     state.scaler.scale(torch.ones(()))  # makes the scale tensor
     outcome = []
     for overflow, loss in ((True, 1.0), (False, float("nan")), (False, 1.0)):
@@ -128,9 +127,9 @@ def first_step_after_an_overflow(rank: int, world_size: int) -> float:
     """The classifier's momentum after a first step that the fp16 scaler skips and a second one with gradient 1."""
     options = parse_options(["unused", "--num-classes", "40", "--batch-size", "8", "--enable-model-parallel", "--enable-amp-mode",
                              "--amp-dtype", "fp16", "--wd", "0"])
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = main.build_training(worker, options, 5, 80, 8)
+        state, model = main.build_training(context, options, 5, 80, 8)
     state.scaler.scale(torch.ones(()))
     weight = model.module.classifier.weight
     for gradient in (float("inf"), 32768.0):
@@ -207,12 +206,12 @@ def test_weights_that_are_not_finite_are_not_saved(pools, faces, tmp_path, mode)
 
 
 def many_nonfinite_steps(rank: int, world_size: int, output: str, steps: int) -> tuple[int, str]:
-    log = TrainingLog(Worker(rank, world_size, world_size, torch.device("cpu")), output, fresh=True, step=0, total_steps=1000,
+    log = TrainingLog(DistContext(rank, world_size, world_size, torch.device("cpu")), output, fresh=True, step=0, total_steps=1000,
                       epochs=1, global_batch=8, print_freq=10, skip_nonfinite=True)
     for step in range(1, steps + 1):
         try:
             log.add(step=step, epoch=0, lr=0.1, loss=torch.tensor(1.0 if step == 5 else float("inf")),
-                    target_rank=torch.zeros(4), finite=torch.tensor(True))
+                    num_closer=torch.zeros(4), finite=torch.tensor(True))
         except UserError as error:
             return step, str(error)
     return steps, ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 
-import main
 import pytest
 import torch
 
-from utils.distributed import plan_processes
+import main
 from utils.errors import UserError, exit_on_user_error
+from utils.launch.plan import plan_processes
 from utils.options import parse_options
 
 

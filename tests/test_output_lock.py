@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
-from utils import output_lock
+from utils import files
 from utils.errors import UserError
-from utils.output_lock import lock_output
+from utils.files import lock_output
 
 
 def hold_until_told(lock, pipe) -> None:
@@ -46,6 +46,6 @@ def test_a_started_process_has_the_lock_too(tmp_path):
 
 
 def test_a_file_system_that_cannot_lock(tmp_path, capfd):
-    with mock.patch.object(output_lock.fcntl, "flock", side_effect=OSError(95, "Operation not supported")):
+    with mock.patch.object(files.fcntl, "flock", side_effect=OSError(95, "Operation not supported")):
         assert lock_output(str(tmp_path)) is None
     assert "cannot be locked (Operation not supported)" in capfd.readouterr().err

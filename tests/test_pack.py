@@ -10,20 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-import main
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, read_metrics, run
-from test_folder import REAL_FACES, encode, make_folder, smooth_image
-from test_recordio import MAGIC, insightface, write
-from tiny import TinyBackbone
+from helpers.commands import ROOT, read_metrics, run
+from helpers.images import REAL_FACES, encode, make_folder, smooth_image
+from helpers.packages import MAGIC, insightface, write
+from helpers.tiny import TinyBackbone
 
+import main
 from data.decode import decode_image
 from data.folder import FaceFolder
 from data.record_format import read_idx
 from data.recordio import RecordIODataset
-from utils.distributed import Worker
+from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
 
@@ -442,7 +442,7 @@ def train(rank: int, world_size: int, argv: list[str], packed: bool) -> None:
     dataset = RecordIODataset(options.data) if packed else FaceFolder(options.data)
     dataset.check_headers(skip_bad=False, progress=False)
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        main.train(Worker(rank, world_size, world_size, torch.device("cpu")), options, dataset)
+        main.train(DistContext(rank, world_size, world_size, torch.device("cpu")), options, dataset)
 
 
 @pytest.mark.parametrize("source", ["drawn", "real"])

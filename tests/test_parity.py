@@ -10,54 +10,25 @@ import dataclasses
 import math
 from unittest import mock
 
-import main
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import TinyBackbone
+from helpers.tiny import TinyBackbone
+from helpers.training import IMAGES, RandomFaces, RecordingLog
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+import main
 from data.augment import prepare_batch
 from data.loader import GlobalBatchSampler, build_train_loader
-from utils.distributed import Worker
+from models.classifier import initial_centers
+from utils.dist.context import DistContext
+from utils.dist.sharding import ClassShard
 from utils.options import parse_options
-from utils.sharding import ClassShard, initial_centers
 
-SEED, STEPS, BATCH, IMAGES = 5, 3, 24, 80
+SEED, STEPS, BATCH = 5, 3, 24
 SETTINGS = dict(lr=0.3, momentum=0.9, weight_decay=1e-3, scale=8.0, margin=0.5)
-
-
-class RandomFaces(Dataset):
-    """Images that differ by identity, so that the loss moves."""
-
-    def __init__(self, num_classes: int) -> None:
-        generator = np.random.default_rng(0)
-        self.labels = generator.integers(0, num_classes, IMAGES)
-        coarse = generator.integers(0, 256, (IMAGES, 3, 14, 14), dtype=np.uint8)
-        self.images = torch.from_numpy(coarse.repeat(8, axis=2).repeat(8, axis=3))
-        self.skip_bad = False
-
-    def __len__(self) -> int:
-        return IMAGES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
-
-
-class RecordingLog:
-    """Stands in for TrainingLog: keeps what train_one_epoch reports."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict] = []
-
-    def add(self, **values) -> None:
-        self.steps.append(values)
-
-    def count_skipped(self, images: int) -> None:
-        assert images == 0
 
 
 @dataclasses.dataclass
@@ -65,7 +36,7 @@ class Outcome:
     losses: list[float]
     gradients: list[dict[str, np.ndarray]]  # per step, by parameter name
     weights: dict[str, np.ndarray]  # after the steps, buffers too
-    target_ranks: list[np.ndarray]
+    num_closer: list[np.ndarray]
 
 
 def run_training(rank: int, world_size: int, num_classes: int, batch_norm: bool, flags: list[str]) -> Outcome:
@@ -75,10 +46,10 @@ def run_training(rank: int, world_size: int, num_classes: int, batch_norm: bool,
          "--lr", str(SETTINGS["lr"]), "--momentum", str(SETTINGS["momentum"]), "--wd", str(SETTINGS["weight_decay"]),
          "--scale", str(SETTINGS["scale"]), "--margin", str(SETTINGS["margin"]), *flags]
     )
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     dataset = RandomFaces(num_classes)
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm)):
-        state, model = main.build_training(worker, options, SEED, len(dataset), BATCH)
+        state, model = main.build_training(context, options, SEED, len(dataset), BATCH)
     sampler = GlobalBatchSampler(len(dataset), BATCH, options.accumulation_steps, rank, world_size, SEED)
     sampler.set_position(0, 0)
     loader = build_train_loader(dataset, sampler, workers=0, pin_memory=False)
@@ -95,12 +66,12 @@ def run_training(rank: int, world_size: int, num_classes: int, batch_norm: bool,
 
     state.optimizers.zero_grad = keep_then_zero
     log = RecordingLog()
-    main.train_one_epoch(worker, options, state, model, loader, STEPS, sampler.steps_per_epoch, log)
+    main.train_one_epoch(context, options, state, model, loader, STEPS, sampler.steps_per_epoch, log)
     return Outcome(
         losses=[mean_over_ranks(step["loss"]) for step in log.steps],
         gradients=gradients,
         weights={name: tensor.numpy().copy() for name, tensor in model.module.state_dict().items()},
-        target_ranks=[step["target_rank"].numpy() for step in log.steps],
+        num_closer=[step["num_closer"].numpy() for step in log.steps],
     )
 
 
@@ -145,7 +116,7 @@ def true_training(num_classes: int, batch_norm: bool, easy: bool = True, micro_b
         outcome.gradients.append({name: parameter.grad.numpy().copy() for name, parameter in named.items()})
         optimizer.step()
         outcome.losses.append(sum(losses) / micro_batches)
-        outcome.target_ranks.append(torch.cat(ranks).numpy())
+        outcome.num_closer.append(torch.cat(ranks).numpy())
     outcome.weights = {f"backbone.{name}": tensor.numpy().copy() for name, tensor in backbone.state_dict().items()}
     outcome.weights["classifier.weight"] = centers.detach().numpy()
     return outcome
@@ -179,10 +150,10 @@ def assert_equal(outcomes: list[Outcome], truth: Outcome, sharded: bool, toleran
         if not name.endswith("num_batches_tracked"):
             close(whole(name, [outcome.weights[name] for outcome in outcomes]), true, f"weights {name}")
     for step in range(STEPS):
-        parts = [outcome.target_ranks[step] for outcome in outcomes]
+        parts = [outcome.num_closer[step] for outcome in outcomes]
         mine = parts[0] if sharded else np.concatenate(parts)
         if tolerance < 1e-6:
-            np.testing.assert_array_equal(np.sort(mine), np.sort(truth.target_ranks[step]))
+            np.testing.assert_array_equal(np.sort(mine), np.sort(truth.num_closer[step]))
 
 
 SHARDED = ["--enable-model-parallel"]
@@ -262,9 +233,9 @@ def scaler_steps(rank: int, world_size: int, flags: list[str]) -> tuple[list[np.
     """Two steps with the fp16 scaler; in the first one, only the last rank's own shard overflows."""
     options = parse_options(["unused", "--num-classes", "5", "--batch-size", str(BATCH), "--enable-model-parallel",
                              "--enable-amp-mode", "--amp-dtype", "fp16", *flags])
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = main.build_training(worker, options, SEED, IMAGES, BATCH)
+        state, model = main.build_training(context, options, SEED, IMAGES, BATCH)
     assert state.scaler.is_enabled()
     state.scaler.scale(torch.ones(()))  # makes the scale tensor
     weights, scales = [], []

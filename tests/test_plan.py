@@ -14,16 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from losses.margin_softmax import _chunk_size, margin_softmax
+from losses.fused import _chunk_size, automatic_memory_bytes, chunk_classes, margin_softmax
 from models import build_backbone
 from models.classifier import automatic_memory_mib
 from scripts import bench_step, plan
-from utils.distributed import Worker
+from utils.dist.context import DistContext
+from utils.dist.sharding import ClassShard
 from utils.errors import UserError, exit_on_user_error
-from utils.memory import (
-    BackboneMemory, automatic_memory_bytes, chunk_classes, largest, measure_backbone, predict_memory,
-)
-from utils.sharding import ClassShard
+from utils.planner import BackboneMemory, largest, measure_backbone, predict_memory
 
 MIB, GIB = 2**20, 2**30
 BACKBONE = BackboneMemory(trained=(1000, 300, 200), fixed=50, activations=70, activations_per_image=10_000)
@@ -141,10 +139,10 @@ def test_automatic_memory_is_that_of_the_trainer(fused_update):
 def peak_allocations(rank: int, world_size: int, flags: list[str]) -> int:
     """The most bytes that PyTorch has allocated at once in three steps of main.py's own training, from their trace."""
     options, training = bench_step.parse_options(flags)
-    worker = Worker(rank, world_size, world_size, torch.device("cpu"))
-    images, labels = bench_step.draw_batch(worker, options)
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+    images, labels = bench_step.draw_batch(context, options)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bench_step.OurTraining(worker, training, images, labels).run(3)
+        bench_step.OurTraining(context, training, images, labels).run(3)
     with tempfile.TemporaryDirectory() as directory:
         profiler.export_chrome_trace(f"{directory}/trace.json")
         with open(f"{directory}/trace.json", encoding="utf-8") as file:

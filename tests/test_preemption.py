@@ -9,7 +9,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from utils.preemption import StopRequest, StopSignal
+from utils.dist.stop import StopSignal
+from utils.signals import StopRequest
 
 
 def poll_until_stopped(rank: int, world_size: int, signalled: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from utils import sharding
-from utils.sharding import CENTER_BLOCK, ClassShard, initial_centers
+from models.classifier import CENTER_BLOCK, initial_centers
+from utils.dist import sharding
+from utils.dist.sharding import ClassShard
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 5, 8, 13, 85744])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run
+from helpers.commands import run
 from PIL import Image
 
-from data.synthetic import draw_face, sample_pairs, write_identity_set, write_pairs
 from scripts import plot
+from scripts.synthetic import draw_face, sample_pairs, write_identity_set, write_pairs
 from utils.errors import UserError
 
 SMALL = ("--identities", 3, "--images", 4, "--pairs", 12, "--pair-identities", 3)

@@ -15,52 +15,28 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import main
 import numpy as np
 import pytest
 import torch
-import valid
-from commands import read_metrics
-from saved import assert_same_training
+from helpers.commands import read_metrics
+from helpers.saved import assert_same_training
+from helpers.tiny import TinyBackbone
+from helpers.training import MODES, RESUME, losses, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import TinyBackbone
 
+import main
+import valid
 from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.pairs import PairImages, PairList, PairSet
-from models.embedding import embed_images
 from models.sync_batchnorm import convert_sync_batchnorm
-from utils.checkpoint import read_resumable
-from utils.distributed import Worker, fix_gradient_buckets
+from utils.dist.ddp import fix_gradient_buckets
 from utils.errors import UserError
-from utils.meters import TrainingLog
-from utils.optim import Optimizers
+from utils.evaluation.embed import embed_images
+from utils.evaluation.lfw import VerificationResult, squared_distance
 from utils.options import parse_options
-from utils.verification import VerificationResult, squared_distance
-
-MODES = {
-    "base": [],
-    "base, ZeRO": ["--enable-zero-optim"],
-    "sharded": ["--enable-model-parallel"],
-    "sharded, ZeRO": ["--enable-model-parallel", "--enable-zero-optim"],
-    "sharded, fused update": ["--enable-model-parallel", "--fuse-classifier-update"],
-}
-
-
-def train(rank: int, world_size: int, argv: list[str]) -> int:
-    """What `main.py <argv>` does in each of its processes."""
-    options = parse_options(argv)
-    main.make_output(options)
-    if options.resume:
-        read_resumable(options)
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        worker = Worker(rank, world_size, world_size, torch.device("cpu"))
-        return main.train(worker, options, FaceFolder(options.data), main.open_validation_sets(options))
-
-
-def losses(output) -> list[float]:
-    return [line["loss"] for line in read_metrics(output)]
-
+from utils.training.metrics import TrainingLog
+from utils.training.optim import Optimizers
 
 TRACE = ["-b", "12", "--num-classes", "11", "--max-steps", "20", "--precision", "float64", "--sync-bn",
          "--seed", "3", "--no-save", "-j", "0", "-p", "7", "--lr", "0.05", "--epochs", "9"]
@@ -84,9 +60,6 @@ def test_loss_traces_agree(pools, faces, tmp_path, one_process_trace, mode, worl
     assert [line["loss"] for line in lines] == pytest.approx(one_process_trace, rel=1e-6)
     assert len(set(one_process_trace)) == 20
     assert [line["step"] for line in lines if "top1" in line] == [7, 14]
-
-
-RESUME = ["-b", "12", "--num-classes", "11", "-j", "0", "--epochs", "2", "--lr-milestones", "1"]
 RESUMED = {**MODES, "base, accumulation": ["--accumulation-steps", "2"],
            "sharded, ZeRO, accumulation": ["--enable-model-parallel", "--enable-zero-optim", "--accumulation-steps", "2"]}
 
@@ -158,7 +131,7 @@ def train_with_dropout(rank: int, world_size: int, argv: list[str]) -> list[bool
             masks.append((dropped == 0)[0].tolist())
             return dropped
 
-    with mock.patch("test_training.TinyBackbone", Dropping):
+    with mock.patch("helpers.training.TinyBackbone", Dropping):
         train(rank, world_size, argv)
     return masks[0]
 
@@ -213,7 +186,7 @@ class OneMoreBehind(FaceFolder):
 
 
 def resume_with_identities(rank: int, world_size: int, argv: list[str], folder: str) -> str:
-    with mock.patch(f"{__name__}.FaceFolder", globals()[folder]):
+    with mock.patch("helpers.training.FaceFolder", globals()[folder]):
         return train_with_other_flags(rank, world_size, argv, [])
 
 
@@ -283,7 +256,7 @@ class OtherLabel(FaceFolder):
 
 def train_on_other_data(rank: int, world_size: int, argv: list[str], change: str) -> str:
     folder = {"name": OtherName, "label": OtherLabel}[change] if rank == 1 else FaceFolder
-    with mock.patch(f"{__name__}.FaceFolder", folder):
+    with mock.patch("helpers.training.FaceFolder", folder):
         return train_with_other_flags(rank, world_size, argv, [])
 
 

@@ -22,10 +22,10 @@ from torch.utils.data import Dataset
 import valid
 from data.pairs import PairImages, PairList
 from models import build_backbone
-from models.embedding import buffers_of_rank_0, choose_device, embed_images, embed_images_together
-from utils.distributed import Worker
+from utils.dist.context import DistContext
 from utils.errors import UserError
-from utils.verification import evaluate
+from utils.evaluation.embed import buffers_of_rank_0, choose_device, embed_images, embed_images_together
+from utils.evaluation.lfw import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUR_LINES = (
@@ -189,11 +189,11 @@ def test_unusable_embeddings_become_zero_with_a_warning(capsys: pytest.CaptureFi
 
 
 def embed_together(rank: int, world_size: int, count: int, factors: list[float]) -> tuple[np.ndarray, str]:
-    worker = Worker(rank, world_size, world_size, CPU)
+    context = DistContext(rank, world_size, world_size, CPU)
     backbone = Pixels()
     backbone.register_forward_hook(lambda module, args, output: output * factor_of(args[0], factors))
     with contextlib.redirect_stderr(io.StringIO()) as errors:
-        rows = embed_images_together(worker, backbone, Colours(count), batch_size=3, workers=0, progress=False)
+        rows = embed_images_together(context, backbone, Colours(count), batch_size=3, workers=0, progress=False)
     return rows, errors.getvalue()
 
 
@@ -224,7 +224,7 @@ def borrow_buffers(rank: int, world_size: int) -> tuple[list[float], list[float]
     module.running_mean += 10 * rank + 0.1
     module.num_batches_tracked += rank
     state = [[float(module.running_mean[0]), int(module.num_batches_tracked)]]
-    with buffers_of_rank_0(Worker(rank, world_size, world_size, CPU), module):
+    with buffers_of_rank_0(DistContext(rank, world_size, world_size, CPU), module):
         state.append([float(module.running_mean[0]), int(module.num_batches_tracked)])
     return *state, [float(module.running_mean[0]), int(module.num_batches_tracked)]
 
@@ -268,7 +268,7 @@ def test_the_published_command(faces: Path, tmp_path: Path) -> None:
     assert f"20 pairs of {faces}/pair.list, 10 of them same, 24 images" in result.stdout
     assert "embedded 24/24 images" in result.stdout and "=> evaluated in " in result.stdout
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
-    assert "utils.verification" in imported
+    assert "utils.evaluation.lfw" in imported
     assert not {name for name in imported if name.split(".")[0] in ("torchshard", "losses")}
     noise = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert noise == []

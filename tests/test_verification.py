@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.verification import (
-    VerificationResult, evaluate, evaluate_distances, format_result, squared_distance, usable_folds, worst_errors,
+from utils.evaluation.lfw import (
+    VerificationResult,
+    evaluate,
+    evaluate_distances,
+    format_result,
+    squared_distance,
+    usable_folds,
+    worst_errors,
 )
 
 NUMBERS = ("accuracy", "accuracy_std", "val", "val_std", "far", "auc", "eer", "exact_accuracy", "exact_accuracy_std")

@@ -1,0 +1,77 @@
+"""Whole runs of main.py's `train` in the pooled processes, with a tiny backbone."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import main
+from data.folder import FaceFolder
+from helpers.commands import read_metrics
+from helpers.tiny import TinyBackbone
+from utils.checkpoint.reader import read_resumable
+from utils.dist.context import DistContext
+from utils.options import parse_options
+
+MODES = {
+    "base": [],
+    "base, ZeRO": ["--enable-zero-optim"],
+    "sharded": ["--enable-model-parallel"],
+    "sharded, ZeRO": ["--enable-model-parallel", "--enable-zero-optim"],
+    "sharded, fused update": ["--enable-model-parallel", "--fuse-classifier-update"],
+}
+
+
+def train(rank: int, world_size: int, argv: list[str]) -> int:
+    """What `main.py <argv>` does in each of its processes."""
+    options = parse_options(argv)
+    main.make_output(options)
+    if options.resume:
+        read_resumable(options)
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+        return main.train(context, options, FaceFolder(options.data), main.open_validation_sets(options))
+
+
+def losses(output) -> list[float]:
+    return [line["loss"] for line in read_metrics(output)]
+
+
+RESUME = ["-b", "12", "--num-classes", "11", "-j", "0", "--epochs", "2", "--lr-milestones", "1"]
+
+
+IMAGES = 80
+
+
+class RandomFaces(Dataset):
+    """Images that differ by identity, so that the loss moves."""
+
+    def __init__(self, num_classes: int) -> None:
+        generator = np.random.default_rng(0)
+        self.labels = generator.integers(0, num_classes, IMAGES)
+        coarse = generator.integers(0, 256, (IMAGES, 3, 14, 14), dtype=np.uint8)
+        self.images = torch.from_numpy(coarse.repeat(8, axis=2).repeat(8, axis=3))
+        self.skip_bad = False
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+class RecordingLog:
+    """Stands in for TrainingLog: keeps what train_one_epoch reports."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict] = []
+
+    def add(self, **values) -> None:
+        self.steps.append(values)
+
+    def count_skipped(self, images: int) -> None:
+        assert images == 0

@@ -1,0 +1,73 @@
+"""Which classes a rank owns, and everything taken from torchshard: the only file that imports it.
+
+torchshard gives the model-parallel process group, the parallel-dim registration by which DistributedDataParallel is told
+to leave sharded parameters alone, and `parallel_cross_entropy`, the reference that our loss is tested against.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import torchshard
+from dataclasses import dataclass
+from torch import nn, Tensor
+from torchshard.nn.functional import parallel_cross_entropy as _torchshard_cross_entropy
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """The classes [start, stop) of `num_classes` that one rank owns: torch.chunk's convention, which is DTensor's too.
+
+    ceil(C / W) classes a rank, so that the last ranks may own fewer, or none (C = 5, W = 4: 2, 2, 1, 0).
+    """
+
+    num_classes: int
+    rank: int
+    world_size: int
+
+    @property
+    def chunk(self) -> int:
+        """ceil(C / W), the size of a full shard."""
+        return -(-self.num_classes // self.world_size)
+
+    @property
+    def start(self) -> int:
+        return min(self.rank * self.chunk, self.num_classes)
+
+    @property
+    def stop(self) -> int:
+        return min(self.start + self.chunk, self.num_classes)
+
+    @property
+    def size(self) -> int:
+        """C_r"""
+        return self.stop - self.start
+
+
+def init_model_parallel(world_size: int) -> dist.ProcessGroup:
+    """Collective. torchshard's model-parallel group of all `world_size` ranks, made at the first call in a process."""
+    if not torchshard.distributed.is_initialized():
+        torchshard.distributed.init_process_group(group_size=world_size)
+    return torchshard.distributed.get_group()
+
+
+def register_parallel_dim(parameter: nn.Parameter, dim: int) -> None:
+    """Mark `parameter` as this rank's shard (torchshard's attribute; 1 and -1 are the class dimension)."""
+    torchshard.register_parallel_dim(parameter, dim)
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    return torchshard.get_parallel_dim(parameter) is not None
+
+
+def let_ddp_ignore_shards(model: nn.Module) -> list[str]:
+    """Tell DistributedDataParallel, before it wraps `model`, to leave sharded parameters alone. Returns their names."""
+    return torchshard.register_ddp_parameters_to_ignore(model)
+
+
+def parallel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Collective. torchshard's cross entropy of column-sharded logits (N, C_r), mean over the N rows; label (N,) int64.
+
+    torchshard itself asks that every rank have the same number of columns: the caller pads.
+    """
+    torchshard.register_parallel_dim(logits, -1)
+    return _torchshard_cross_entropy(logits, label)

@@ -1,0 +1,128 @@
+"""Optimizers, the learning-rate schedule, and a gradient scaler whose decision to skip a step all ranks share."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from utils.dist.sharding import is_sharded
+from utils.options import Options
+
+
+def make_momentum(optimizer: SGD) -> None:
+    """Zeros where SGD has no momentum yet, from which its first step goes as it would without.
+
+    torch makes it within the first step: too late for a step that is made, or left out, by a mask; and a shard without classes
+    must have it as well, because what saves the shards counts on it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor, finite: Tensor | None = None) -> None:
+    """torch.optim.SGD's step (momentum, weight decay) for some rows of its one parameter; `grad` is overwritten.
+
+    finite: bool scalar on the device; where it is False, parameter and momentum keep their values. None: they change.
+    """
+    (settings,) = optimizer.param_groups
+    (parameter,) = settings["params"]
+    if finite is not None:
+        # The step as it is, then back: a gradient of zeros would not do, momentum and weight decay go on without one.
+        changed = [parameter.detach()[rows]]
+        if settings["momentum"]:
+            changed.append(optimizer.state[parameter]["momentum_buffer"][rows])
+        before = [tensor.clone() for tensor in changed]
+        _sgd_step(optimizer, rows, grad)
+        for tensor, old in zip(changed, before):
+            tensor.copy_(torch.where(finite, tensor, old))
+        return
+    weight = parameter.detach()[rows]
+    grad.add_(weight, alpha=settings["weight_decay"])
+    if settings["momentum"]:
+        grad = optimizer.state[parameter]["momentum_buffer"][rows].mul_(settings["momentum"]).add_(grad)
+    weight.add_(grad, alpha=-settings["lr"])
+
+
+class Optimizers:
+    """SGD with momentum over the replicated parameters (optionally ZeRO) and, apart from it, over this rank's shard.
+
+    The shard never goes into ZeroRedundancyOptimizer: after a step that broadcasts every parameter from its owner, and one
+    rank's classes would overwrite those of all others.
+
+    Args:
+        model: with the sharded parameters registered (`utils.sharding.register_parallel_dim`).
+        options: lr, momentum, weight_decay, enable_zero_optim, on_nonfinite.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
+        sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]
+        settings = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+        # Parameter names beside each optimizer: momentum is saved by name, so that it does not matter who held it.
+        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
+        parameters = [parameter for _, parameter in replicated]
+        # Of torch's three implementations only the fused one can leave a step out by a mask on the device.
+        maskable = {"fused": True} if options.on_nonfinite == "skip" else {}
+        self._zero: Optimizer | None = None
+        if options.enable_zero_optim:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # here: seconds of start-up that few need
+
+            self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=SGD, **settings, **maskable)
+            self._named.append((self._zero, replicated))
+        else:
+            self._named.append((SGD(parameters, **settings, **maskable), replicated))
+        if sharded:
+            # torch's other two implementations add the weight decay to a copy of the gradient: as much memory as the shard.
+            self._named.append((SGD([parameter for _, parameter in sharded], **settings, fused=True), sharded))
+        self.of_shard: SGD | None = self._named[-1][0] if sharded else None
+
+    @property
+    def all(self) -> list[Optimizer]:
+        return [optimizer for optimizer, _ in self._named]
+
+    def set_learning_rate(self, rate: float) -> None:
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def zero_grad(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def momentum(self) -> dict[str, Tensor]:
+        """Collective with ZeRO. Momentum by parameter name: what is replicated on rank 0 at least, a shard on its rank."""
+        found: dict[str, Tensor] = {}
+        for optimizer, named in self._named:
+            if optimizer is self._zero:
+                optimizer.consolidate_state_dict(to=0)
+                if dist.get_rank() != 0:
+                    continue
+                states = optimizer.state_dict()["state"]
+                buffers = [states.get(index, {}).get("momentum_buffer") for index in range(len(named))]
+            else:
+                buffers = [optimizer.state[parameter].get("momentum_buffer") for _, parameter in named]
+            found.update({name: buffer for (name, _), buffer in zip(named, buffers) if buffer is not None})
+        return found
+
+    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """Take over momentum by parameter name; a name that is missing starts without. Every rank gives all it trains."""
+        for optimizer, named in self._named:
+            packed = Optimizer.state_dict(optimizer)  # the base class's: ZeRO's own would ask for a consolidation
+            packed["state"] = {
+                index: {"momentum_buffer": _laid_out_like(parameter, momentum[name])}
+                for index, (name, parameter) in enumerate(named) if name in momentum
+            }
+            optimizer.load_state_dict(packed)
+
+
+def _laid_out_like(parameter: nn.Parameter, momentum: Tensor) -> Tensor:
+    """The momentum in the parameter's memory layout: torch's fused SGD walks both as they lie, and a checkpoint may be of a run
+    with the other setting of --channels-last. A shard's, which always fits, is not copied."""
+    if momentum.stride() == parameter.stride() and momentum.device == parameter.device:
+        return momentum
+    return torch.empty_like(parameter, requires_grad=False).copy_(momentum)
