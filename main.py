@@ -225,7 +225,7 @@ def train_one_epoch(
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
-        losses, num_closer, finite = [], [], []
+        losses, closer, finite = [], [], []
         guard.remember()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch, indices=indices)
@@ -235,7 +235,7 @@ def train_one_epoch(
                 loss, num_closer, embeddings_finite = model(images, labels)
                 state.scaler.scale(loss / micro_batches).backward()
             losses.append(loss.detach())
-            num_closer.append(num_closer)
+            closer.append(num_closer)
             finite.append(embeddings_finite)
             skipped_images += skipped
         nonfinite = guard.nonfinite(losses)
@@ -244,7 +244,7 @@ def train_one_epoch(
         optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                num_closer=torch.cat(num_closer), finite=torch.stack(finite).all())
+                num_closer=torch.cat(closer), finite=torch.stack(finite).all())
         stopped_by = stop.poll() if stop is not None else None
         if stopped_by:
             break

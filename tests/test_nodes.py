@@ -228,7 +228,7 @@ def test_a_port_in_use_is_named():
 
 
 def test_the_program_is_known_by_its_files(tmp_path, monkeypatch):
-    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "launch").mkdir(parents=True)
     file = tmp_path / "utils" / "launch" / "fingerprint.py"
     file.write_text("1")
     monkeypatch.setattr(fingerprint, "__file__", str(file))

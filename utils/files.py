@@ -1,29 +1,99 @@
-"""One run at a time writes to --output."""
+"""Files that are whole or absent, and one run at a time in a directory."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing import reduction
+from typing import BinaryIO
 
 from utils.errors import UserError
 
 LOCK_FILE = ".lock"
 
-
-# A predecessor that was killed is gone at once, one that only lost its parent after a second or two, the processes that load
-# its images after five.
+# How long to wait for a run that is ending: a killed one is gone at once, one that only lost its parent after a second or
+# two, its image loading processes after five.
 PATIENCE = 20.0
 
 
-class OutputLock:
-    """Held as long as any process lives that has it: sent to a process that is being started, it is the same lock there.
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[BinaryIO]:
+    """A file to write, which takes `path`'s place when the block ends, flushed to the disk; after an error nothing changes.
 
-    So a run whose parent was killed keeps the directory until the last of its ranks, which may be saving, has ended too.
+    Raises OSError.
+    """
+    temporary = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            flush(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def flush(file: BinaryIO) -> None:
+    """Have what was written on the disk when this returns. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_directory(path: str) -> None:
+    """Have the names that were created or renamed in a directory on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that need no such thing refuse it
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def move_aside(path: str) -> None:
+    """Rename an older file, link or directory to path.1, path.2, ..."""
+    if os.path.lexists(path):
+        number = 1
+        while os.path.lexists(f"{path}.{number}"):
+            number += 1
+        os.rename(path, f"{path}.{number}")
+
+
+def require_directory(flag: str, path: str) -> None:
+    """Create the directory if need be. Raises UserError unless files can be written there: found before the work."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); give another directory") from None
+
+
+def require_writable(flag: str, path: str) -> None:
+    """Raises UserError unless the file of `flag` can be written: found before the work, not after it."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.exists(path) and not os.path.isfile(path):  # a device as well: it would be replaced
+        raise UserError(f"{flag} {path}: is not a file; give the name of one")
+    if not os.path.isdir(directory):
+        raise UserError(f"{flag} {path}: there is no directory {directory}; create it first")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: the directory {directory} is not writable")
+
+
+class OutputLock:
+    """The lock of a directory, held as long as any process lives that has it, also one that it was sent to at its start.
+
+    A run whose parent was killed so keeps the directory until the last of its ranks, which may be saving, has ended.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -69,12 +139,3 @@ def lock_output(output: str, patience: float = PATIENCE) -> OutputLock | None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return OutputLock(descriptor)
-
-
-def move_aside(path: str) -> None:
-    """Rename an older file, link or directory to path.1, path.2, ..."""
-    if os.path.lexists(path):
-        number = 1
-        while os.path.lexists(f"{path}.{number}"):
-            number += 1
-        os.rename(path, f"{path}.{number}")

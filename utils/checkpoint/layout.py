@@ -19,7 +19,6 @@ checkpoint; where the file system has no symbolic links they are copies.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -29,7 +28,7 @@ import zlib
 
 from utils.checkpoint.weights import read_torch_file
 from utils.errors import UserError
-from utils.files import move_aside
+from utils.files import flush, flush_directory, move_aside
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 STEPS_DIRECTORY = "checkpoints"
@@ -80,15 +79,15 @@ def finish(output: str, directory: str, files: dict[str, tuple[int, int]], *, li
         # Another host's clock may be ahead of this one's: what is saved now is the newest all the same.
         newest = max(map(_saved_at, newest_first(output)), default=0.0)
         json.dump({"saved_at": max(time.time(), newest + 1e-3), "files": files}, file, indent=1)
-        _flush(file)
-    _flush_directory(os.path.join(directory, SHARDS_DIRECTORY))
-    _flush_directory(directory)
+        flush(file)
+    flush_directory(os.path.join(directory, SHARDS_DIRECTORY))
+    flush_directory(directory)
     name = final_name(directory)
     os.rename(directory, os.path.join(output, name))
-    _flush_directory(os.path.join(output, STEPS_DIRECTORY))
+    flush_directory(os.path.join(output, STEPS_DIRECTORY))
     for link in links:
         _refer(output, link, f"{name}/{STATE_FILE}")
-    _flush_directory(output)
+    flush_directory(output)
     _prune(output, keep)
 
 
@@ -118,7 +117,7 @@ def write_flushed(path: str, write) -> None:
     """Make the file by `write(file)` and have it on the disk when this returns. Raises OSError."""
     with open(path, "wb") as file:
         write(file)
-        _flush(file)
+        flush(file)
 
 
 def _refer(output: str, link: str, target: str) -> None:
@@ -149,23 +148,6 @@ def _referred_step(path: str) -> str | None:
         if isinstance(contents, dict) and isinstance(contents.get("directory"), str):
             return os.path.basename(contents["directory"])
     return None
-
-
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_directory(path: str) -> None:
-    """What was created or renamed in it is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that need no such thing refuse it
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
