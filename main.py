@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
-import os
 import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,7 +19,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Until training begins Ctrl-C ends the program at once, without a traceback of the imports that follow, say.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,17 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data.augment import prepare_batch
-from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
-from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
-from data.recordio import RecordIODataset, is_recordio, require_no_package
+from data.pairs import PairImages, PairList, PairSet
 from losses.fused import margin_softmax
 from losses.softmax import margin_softmax_torchshard
-from models import build_backbone, check_arch
+from models import build_backbone
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint.initial import check_initial, start_from
-from utils.checkpoint.layout import BEST, LATEST
 from utils.checkpoint.reader import find_checkpoint, load_checkpoint, read_resumable, require_same_identities
 from utils.checkpoint.weights import load_backbone
 from utils.checkpoint.writer import CheckpointWriter
@@ -49,14 +42,23 @@ from utils.dist.context import DistContext, seed_random_numbers
 from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.dist.stop import StopSignal
-from utils.errors import UserError, exit_on_user_error
+from utils.errors import exit_on_user_error
 from utils.evaluation.embed import buffers_of_rank_0, embed_images_together
 from utils.evaluation.lfw import format_result, squared_distance
 from utils.files import OutputLock, lock_output
-from utils.launch.fingerprint import program_fingerprint
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
 from utils.launch.spawn import launch
 from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
+from utils.preflight import (
+    TrainingImages,
+    check_batch,
+    check_fused_update,
+    make_output,
+    open_dataset,
+    open_validation_sets,
+    run_table,
+    shared_facts,
+)
 from utils.signals import EXIT_SAVED
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
@@ -65,8 +67,6 @@ from utils.training.scaler import SharedGradScaler, amp_dtype
 from utils.training.schedules import learning_rate
 from utils.training.state import Position, TrainState
 from valid import evaluate_pairs, validate
-
-TrainingImages = FaceFolder | RecordIODataset
 
 
 class TrainingModel(nn.Module):
@@ -93,7 +93,6 @@ def main() -> None:
         if is_first_process():
             evaluate(options, plan)
         return
-    check_arch(options.training_arch)
     check_batch(options, plan)
     check_fused_update(options, plan)
     # Both only to check them: every process reads for itself.
@@ -222,8 +221,8 @@ def train_one_epoch(
     guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
     batches = iter(DeviceBatches(loader, context.device))
     for steps_left in reversed(range(steps)):
-        lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
-                           milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
+        lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch,
+                           options.epochs * steps_per_epoch, options)
         optimizers.set_learning_rate(lr)
         losses, closer, finite = [], [], []
         guard.remember()
@@ -331,11 +330,11 @@ def build_training(
     if options.sync_bn:
         backbone = convert_sync_batchnorm(backbone, context.device.type)
     classifier = ArcFaceClassifier(
-        EMBEDDING_SIZE, shard, scale=options.scale, margin=options.margin, easy_margin=options.easy_margin, seed=seed,
+        EMBEDDING_SIZE, shard, scale=options.scale, **options.loss_settings, seed=seed,
         device=context.device, dtype=getattr(torch, options.precision), group=group,
         model_parallel_dim=options.model_parallel_dim or 1,
     )
-    autocast_dtype = amp_dtype(options, context.device.type) if options.enable_amp_mode else None
+    autocast_dtype = amp_dtype(options.amp_dtype, context.device.type) if options.enable_amp_mode else None
     model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, getattr(torch, options.precision))
     let_ddp_ignore_shards(model)
     optimizers = Optimizers(model, options)
@@ -367,26 +366,6 @@ def classifier_loss(
     )
 
 
-def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
-    """What must be the same on all nodes: program, data, and every flag but those that are about one node alone."""
-    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root",
-           "pair_list", "val_pairs", "val_bin"}
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
-    return {"program (hash of its files)": program_fingerprint(), **flags, "--resume given": bool(options.resume),
-            "--init-from given": bool(options.init_from), "number of images": len(dataset),
-            "number of identities": len(dataset.identities),
-            "training data (hash of identity names and labels)": data_fingerprint(dataset),
-            "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
-
-
-def data_fingerprint(dataset: TrainingImages) -> str:
-    """Of the labels in order and the identities' names: what decides which class an image is trained as. Seconds for 10**8."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(np.ascontiguousarray(dataset.labels))
-    digest.update(b"\0".join(map(os.fsencode, dataset.identities)))
-    return digest.hexdigest()
-
-
 def choose_seed(options: Options, context: DistContext) -> int:
     """Collective. --seed, or one that rank 0 draws for all."""
     if options.seed is not None:
@@ -396,130 +375,6 @@ def choose_seed(options: Options, context: DistContext) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the processes start
-
-
-def check_batch(options: Options, plan: ProcessPlan) -> None:
-    """The batch must divide by processes and micro-batches, and leave BatchNorm at least two images. Raises UserError."""
-    parts = plan.processes_per_node * options.accumulation_steps
-    flag = f"--batch-size {options.batch_size}"
-    if options.batch_size % parts:
-        raise UserError(
-            f"{flag}: the images of one node must divide by {plan.processes_per_node} processes x "
-            f"{options.accumulation_steps} micro-batches (--accumulation-steps); give a multiple of {parts}, such as "
-            f"{-(-options.batch_size // parts) * parts}"
-        )
-    per_rank = options.batch_size // parts
-    if per_rank == 1 and (not options.sync_bn or plan.world_size == 1):
-        fix = f"give at least {2 * parts}" + (", or --sync-bn" if plan.world_size > 1 else "")
-        raise UserError(
-            f"{flag}: leaves one image per process and micro-batch, of which BatchNorm has no statistics; {fix}"
-        )
-
-
-def check_fused_update(options: Options, plan: ProcessPlan) -> None:
-    """What --fuse-classifier-update cannot serve on this machine. Raises UserError."""
-    if not options.fuse_classifier_update:
-        return
-    if not options.enable_model_parallel and plan.world_size > 1:
-        raise UserError(f"--fuse-classifier-update: a classifier that {plan.world_size} processes have a copy of each needs the "
-                        "mean of their gradients before a step; add --enable-model-parallel, or drop it")
-    if options.enable_amp_mode and amp_dtype(options, plan.device_type) == torch.float16:
-        raise UserError("--fuse-classifier-update with fp16: whether the loss scale overflowed is known only after all gradients "
-                        "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
-
-
-def open_validation_sets(options: Options) -> dict[str, PairSet]:
-    """The sets of --val-pairs and --val-bin by name, every image decoded once: not after an epoch. Raises UserError."""
-    lists = [(options.imgs_root, path) for path in options.val_pairs]
-    sets = open_pair_sets(lists, list(options.val_bin), list_flag="--val-pairs", bin_flag="--val-bin")
-    for pairs in sets.values():
-        check_images(pairs, progress=is_first_process())
-    return sets
-
-
-def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
-    """Open and check the training images. Raises UserError.
-
-    One process of a node does the work: the others are started later, or wait for the first one and take its index.
-    """
-    if is_recordio(options.data):
-        if options.index != "auto":
-            raise UserError(f"--index {options.index}: {options.data} is a package, which keeps its list beside the .rec; drop the flag")
-        dataset = RecordIODataset(options.data, progress=is_first_process())
-    else:
-        require_no_package(options.data)
-        dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
-    dataset.check_headers(options.skip_bad_images, progress=is_first_process())
-    identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
-    if identities > options.num_classes:
-        raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "
-                        f"give at least {identities}")
-    if len(dataset) < global_batch:
-        raise UserError(f"--batch-size {options.batch_size}: one step takes {global_batch} images over all nodes, and "
-                        f"{dataset.root} has {len(dataset)}; give a smaller batch")
-    return dataset
-
-
-def make_output(options: Options) -> None:
-    """--output must be a directory that can be written: better found out now than after an epoch. Raises UserError."""
-    try:
-        os.makedirs(options.output, exist_ok=True)
-        with tempfile.TemporaryFile(dir=options.output):
-            pass
-        if os.path.isdir(os.path.join(options.output, LATEST)):
-            raise IsADirectoryError(0, f"{LATEST} is a directory there")
-    except OSError as error:
-        raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
-
-
-def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: dict[str, PairSet]) -> str:
-    """What is about to run, a line each."""
-    backbone_parameters = sum(
-        parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()
-    )
-    shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
-    bytes_per_value = 8 if options.precision == "float64" else 4
-    center_mib = shard.size * EMBEDDING_SIZE * bytes_per_value / 2**20
-    global_batch = options.batch_size * plan.nodes
-    per_rank = global_batch // plan.world_size // options.accumulation_steps
-    steps_per_epoch = len(dataset) // global_batch
-    device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
-    precision = options.precision
-    if options.enable_amp_mode:
-        autocast = str(amp_dtype(options, plan.device_type)).removeprefix("torch.")
-        operands = f"{autocast} products summed in float32" if plan.device_type == "cuda" else "float32"
-        precision = f"mixed: backbone {autocast}, classifier {operands}"
-    rows = {
-        "device": f"{device}, {plan.backend}",
-        "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
-                     f"this is node {plan.node_rank}",
-        "backbone": f"{options.training_arch}, {backbone_parameters:,} parameters, embedding {EMBEDDING_SIZE}"
-                    + (", synchronised BatchNorm" if options.sync_bn else ""),
-        "classifier": f"{options.num_classes:,} classes, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
-                      + ("sharded over all processes" if options.enable_model_parallel else "a copy in every process"),
-        "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
-                         + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update
-                            else f"{3 * center_mib:,.0f} MiB with gradient and momentum"),
-        "loss": f"ArcFace, scale {options.scale:g}, margin {options.margin:g} "
-                f"({'easy' if options.easy_margin else 'hard'})",
-        "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",
-        "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
-                 f"{per_rank}",
-        "schedule": f"{options.epochs} epochs x {steps_per_epoch:,} steps, learning rate {options.lr:g}, "
-                    + "x 0.1 at epochs " + (", ".join(f"{milestone:g}" for milestone in options.lr_milestones) or "(never)")
-                    + (f", warm-up {options.warmup_epochs:g} epochs" if options.warmup_epochs else "")
-                    + (f", stop at step {options.max_steps:,}" if options.max_steps else ""),
-        "optimizer": f"SGD, momentum {options.momentum:g}, weight decay {options.weight_decay:g}"
-                     + (", ZeRO over the replicated parameters" if options.enable_zero_optim else ""),
-        "precision": precision,
-        "output": os.path.abspath(options.output) + (" (no checkpoints)" if options.no_save else ""),
-    }
-    if sets:
-        when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
-        rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
-                              + ("" if options.no_save else f"; the best: {BEST}"))
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def evaluate(options: Options, plan: ProcessPlan) -> None:

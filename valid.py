@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -46,10 +47,9 @@ from utils.evaluation.plots import (
     draw_roc,
     require_matplotlib,
 )
-from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
+from utils.flags import parse_list
+from utils.launch.plan import ProcessFlags, ProcessPlan, is_first_process, plan_processes
 from utils.launch.spawn import launch
-from utils.options import file_list
-from utils.options import parse_options as parse_training_options
 
 FOLDS = 10
 MONTAGE_PAIRS = 2 * MONTAGE_COLUMNS  # of each kind of error
@@ -229,18 +229,14 @@ def describe_sets(sets: dict[str, PairSet]) -> None:
 
 
 def process_plan(options: Options) -> ProcessPlan:
-    """One process, or those of --multiprocessing-distributed: of this node alone, which meet at a port that is free now.
-
-    main.py's own parser says what else there is to know about processes.
-    """
-    flags = ["--device", options.device]
-    if options.multiprocessing_distributed:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            flags += ["--multiprocessing-distributed", "--dist-url", f"tcp://127.0.0.1:{probe.getsockname()[1]}"]
-    if options.nproc_per_node is not None:
-        flags += ["--nproc-per-node", str(options.nproc_per_node)]
-    return plan_processes(parse_training_options([".", *flags]))
+    """One process, or those of --multiprocessing-distributed on this node, which meet at a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return plan_processes(ProcessFlags(
+        multiprocessing_distributed=options.multiprocessing_distributed, nproc_per_node=options.nproc_per_node,
+        device=options.device, dist_url=f"tcp://127.0.0.1:{port}",
+    ))
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
@@ -250,7 +246,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     group.add_argument("--imgs-root", metavar="DIR", help="the images of the pairs, aligned, 112x112")
     group.add_argument("--pair-list", metavar="FILE",
                        help="lines of: path1 path2 0|1, the paths relative to --imgs-root")
-    group.add_argument("--bin", type=file_list, default=(), metavar="FILE,FILE,...",
+    group.add_argument("--bin", type=functools.partial(parse_list, str), default=(), metavar="FILE,FILE,...",
                        help="evaluation sets in one file each, such as lfw.bin,cfp_fp.bin, instead of a list or beside it")
 
     group = parser.add_argument_group("model")

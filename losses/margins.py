@@ -6,9 +6,12 @@ Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from utils.flags import flag
 
 
 def arcface_margin(cosine: Tensor, margin: float, easy: bool) -> tuple[Tensor, Tensor]:
@@ -52,3 +55,22 @@ class ArcFaceMargin(torch.autograd.Function):
     def backward(ctx, grad_phi: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return grad_phi * slope, None, None
+
+
+@dataclass(eq=False)
+class ArcFace(nn.Module):
+    """Stand-in until the losses are objects."""
+
+    margin: float = flag("--margin", default=0.5, metavar="M", at_least=0, at_most=math.pi / 2, section="loss",
+                         help="margin in radians")
+    easy_margin: bool = flag("--easy-margin", default=True, section="loss",
+                             help="margin only where the target cosine is positive")
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def describe(self) -> str:
+        return f"ArcFace, margin {self.margin:g} ({'easy' if self.easy_margin else 'hard'})"
+
+
+MARGINS: dict[str, type[ArcFace]] = {"arcface": ArcFace}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from utils.dist.sharding import is_sharded
-from utils.options import Options
+
+OPTIMIZERS = {"sgd": SGD}  # name -> class
 
 
 def make_momentum(optimizer: SGD) -> None:
@@ -58,7 +61,7 @@ class Optimizers:
         options: lr, momentum, weight_decay, enable_zero_optim, on_nonfinite.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Any) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
         sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]

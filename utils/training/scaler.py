@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from utils.options import Options
 from utils.training.optim import make_momentum
 
 
@@ -63,10 +62,10 @@ def _local_optimizer(optimizer: Optimizer) -> Optimizer:
     return getattr(optimizer, "optim", optimizer)
 
 
-def amp_dtype(options: Options, device_type: str) -> torch.dtype:
-    """The autocast type of --enable-amp-mode: bf16 where the device has it, else fp16, unless the user chose."""
-    if options.amp_dtype == "fp16":
+def amp_dtype(choice: str | None, device_type: str) -> torch.dtype:
+    """The autocast type for --amp-dtype: "fp16", "bf16", or (auto, None) bf16 if the device supports it, else fp16."""
+    if choice == "fp16":
         return torch.float16
-    if options.amp_dtype == "bf16" or device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
+    if choice == "bf16" or device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16
