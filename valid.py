@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -48,7 +47,7 @@ from utils.evaluation.plots import (
     require_matplotlib,
 )
 from utils.flags import parse_list
-from utils.launch.plan import ProcessFlags, ProcessPlan, is_first_process, plan_processes
+from utils.launch.plan import NodeFlags, is_first_process, plan_node
 from utils.launch.spawn import launch
 
 FOLDS = 10
@@ -86,7 +85,7 @@ def main() -> None:
     for flag, path in (("--json", options.json), ("--plot", options.plot), ("--montage", options.montage)):
         if path is not None:
             check_writable(flag, path)
-    plan = process_plan(options)
+    plan = plan_node(NodeFlags(options.multiprocessing_distributed, options.nproc_per_node, options.device))
     if not (options.untrained or plan.launcher == "single"):
         load_backbone(options.resume, options.arch)  # only to check it, before any process is started
     if is_first_process():
@@ -226,17 +225,6 @@ def describe_sets(sets: dict[str, PairSet]) -> None:
     for name, pairs in sets.items():
         same = np.count_nonzero(pairs.is_same)
         print(f"=> {name}: {len(pairs)} pairs of {pairs.path}, {same} of them same, {pairs.num_images} images")
-
-
-def process_plan(options: Options) -> ProcessPlan:
-    """One process, or those of --multiprocessing-distributed on this node, which meet at a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return plan_processes(ProcessFlags(
-        multiprocessing_distributed=options.multiprocessing_distributed, nproc_per_node=options.nproc_per_node,
-        device=options.device, dist_url=f"tcp://127.0.0.1:{port}",
-    ))
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

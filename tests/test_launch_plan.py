@@ -9,7 +9,14 @@ import torch
 from helpers.commands import free_port
 
 from utils.errors import UserError
-from utils.launch.plan import ProcessFlags, choose_device_type, is_first_process, plan_processes
+from utils.launch.plan import (
+    NodeFlags,
+    ProcessFlags,
+    choose_device_type,
+    is_first_process,
+    plan_node,
+    plan_processes,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1",
             "MASTER_PORT": "29500"}
@@ -42,6 +49,14 @@ def test_one_process_per_gpu(gpus):
     plan = plan_processes(ProcessFlags(multiprocessing_distributed=True, dist_url=url()))
     assert (plan.launcher, plan.processes_per_node, plan.device_type, plan.backend) == ("spawn", 4, "cuda", "nccl")
     assert plan_processes(ProcessFlags(gpu=3)).gpu == 3
+
+
+def test_one_node_meets_at_any_free_port(gpus):
+    gpus(2)
+    plan = plan_node(NodeFlags(multiprocessing_distributed=True))
+    assert (plan.launcher, plan.processes_per_node, plan.nodes, plan.port) == ("spawn", 2, 1, 0)
+    plan = plan_node(NodeFlags(multiprocessing_distributed=True, nproc_per_node=3, device="cpu"))
+    assert (plan.processes_per_node, plan.backend) == (3, "gloo")
 
 
 def test_several_nodes(gpus):
@@ -102,6 +117,7 @@ def test_torchrun(gpus, monkeypatch):
     (dict(world_size=2, rank=-1), "--rank -1"),
     (dict(dist_url="localhost:80"), "--dist-url localhost:80: .*tcp://"),
     (dict(dist_url="tcp://host", world_size=2), "--dist-url tcp://host: .*port"),
+    (dict(dist_url="tcp://host:0", world_size=2), "--dist-url tcp://host:0: .*port"),
     (dict(device="cuda"), "--device cuda: PyTorch sees no GPU"),
     (dict(gpu=0), "--gpu 0: PyTorch sees no GPU"),
     (dict(dist_backend="nccl"), "--dist-backend nccl"),

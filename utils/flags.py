@@ -206,11 +206,12 @@ def parse_list(kind: type, text: str) -> tuple[Any, ...]:
 
     The list is a single argument, so it cannot swallow the positional one. Raises ArgumentTypeError.
     """
-    if kind is float:
-        try:
-            return () if text.strip() in ("", "none") else tuple(map(float, text.split(",")))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of numbers such as 10,16,21") from None
-    if not all(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of files such as lfw.bin,cfp.bin")
-    return tuple(text.split(","))
+    if kind is float and text.strip() in ("", "none"):
+        return ()
+    try:
+        if not all(parts := text.split(",")):
+            raise ValueError
+        return tuple(map(kind, parts))
+    except ValueError:
+        what = "numbers such as 10,16,21" if kind is float else "files such as lfw.bin,cfp_fp.bin"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of {what}") from None

@@ -18,28 +18,35 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 
 @dataclass(frozen=True)
-class ProcessFlags:
-    """The flags that decide processes and devices."""
+class NodeFlags:
+    """The flags that decide the processes and devices of one node."""
 
     multiprocessing_distributed: bool = flag("--multiprocessing-distributed", default=False, section=SECTION,
                                              help="start one process per GPU of this node")
     nproc_per_node: int | None = flag(
         "--nproc-per-node", metavar="N", at_least=1, default_text="the visible GPUs, or 1", section=SECTION,
         help="with --multiprocessing-distributed: processes of this node, on the CPU too")
+    device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"), section=SECTION,
+                       help="auto: GPUs if there are any")
+
+
+@dataclass(frozen=True)
+class ProcessFlags(NodeFlags):
+    """The flags that decide all processes of a run and their devices."""
+
     world_size: int = flag("--world-size", default=1, metavar="N", per_node=True, section=SECTION,
                            help="number of nodes; -1 with --dist-url env:// reads WORLD_SIZE")
     rank: int = flag("--rank", default=0, metavar="R", per_node=True, section=SECTION,
                      help="number of this node, from 0; -1 with --dist-url env:// reads RANK")
     dist_url: str = flag("--dist-url", default="tcp://127.0.0.1:8000", metavar="URL", per_node=True, section=SECTION,
-                         help="where the nodes meet: tcp://<address of node 0>:<free port>, or env://")
+                         help="where the processes meet: tcp://<address of node 0>:<free port>, or env://; with one node, "
+                              "port 0 is any free port")
     dist_backend: str | None = flag("--dist-backend", choices=("nccl", "gloo"), section=SECTION,
                                     default_text="nccl on GPUs, gloo on the CPU", help="backend of torch.distributed")
     dist_timeout: float = flag(
         "--dist-timeout", default=DIST_TIMEOUT, metavar="SECONDS", at_least=1, at_most=10**7, section=SECTION,
         help="how long to wait for other nodes at the start, and for other ranks in a collective, including the time "
              "that rank 0 takes to save")
-    device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"), section=SECTION,
-                       help="auto: GPUs if there are any")
     gpu: int | None = flag("--gpu", metavar="ID", at_least=0, per_node=True, section=SECTION,
                            help="the GPU of a single process")
 
@@ -91,13 +98,21 @@ def plan_processes(flags: ProcessFlags) -> ProcessPlan:
         processes = flags.nproc_per_node or max(gpus, 1)
         if device_type == "cuda" and processes > gpus:
             raise UserError(f"--nproc-per-node {processes}: only {gpus} GPUs are visible; give at most {gpus}")
-    host, port = _rendezvous(flags.dist_url, node_rank) if nodes * processes > 1 else ("127.0.0.1", 0)
+    host, port = _rendezvous(flags.dist_url, nodes, node_rank) if nodes * processes > 1 else ("127.0.0.1", 0)
     return ProcessPlan(
         # With several nodes even a single process has a parent, because the parents watch each other.
         launcher="spawn" if flags.multiprocessing_distributed or nodes > 1 else "single",
         nodes=nodes, node_rank=node_rank, processes_per_node=processes,
         device_type=device_type, gpu=flags.gpu, backend=backend, host=host, port=port, timeout=flags.dist_timeout,
     )
+
+
+def plan_node(flags: NodeFlags) -> ProcessPlan:
+    """The plan of a program that runs on this node alone; its processes meet at any free port. Raises UserError."""
+    return plan_processes(ProcessFlags(
+        multiprocessing_distributed=flags.multiprocessing_distributed, nproc_per_node=flags.nproc_per_node,
+        device=flags.device, dist_url="tcp://127.0.0.1:0",
+    ))
 
 
 def choose_device_type(device: str, gpu: int | None = None) -> str:
@@ -180,8 +195,9 @@ def _environment_number(name: str, given: str) -> int:
     return int(text)
 
 
-def _rendezvous(url: str, node_rank: int) -> tuple[str, int]:
-    """(host, port) of --dist-url. Node 0 listens there, so its port must be free. Raises UserError."""
+def _rendezvous(url: str, nodes: int, node_rank: int) -> tuple[str, int]:
+    """(host, port) of --dist-url. Node 0 listens there, so its port must be free; a single node may use port 0, any
+    free one. Raises UserError."""
     host: str | None
     port: int | None
     if url == "env://":
@@ -191,7 +207,7 @@ def _rendezvous(url: str, node_rank: int) -> tuple[str, int]:
             host, port = urlsplit(url).hostname, urlsplit(url).port
         except ValueError:
             host, port = None, None
-        if not host or not port:
+        if not host or port is None or port == 0 and nodes > 1:
             raise UserError(f"--dist-url {url}: give tcp://<address of node 0>:<free port>, such as tcp://127.0.0.1:8000")
     if node_rank != 0:
         return host, port
