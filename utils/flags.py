@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class Flag:
             return self.default_text
         return "" if self.default is None or self.default is False or self.default in ("", ()) else _text(self.default)
 
+    def describe_help(self) -> str:
+        """The help, with the choices unless the metavar shows them."""
+        return f"{self.help}: {', '.join(self.choices)}" if self.choices and self.metavar else self.help
+
     def describe(self, value: Any) -> str:
         """Name and value as on the command line: "--lr 0.1", "--compile", "--no-easy-margin"."""
         if self.type is bool:
@@ -93,10 +98,7 @@ class Flag:
     def add_to(self, group: Any, field: str) -> None:
         """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""
         default = self.describe_default()
-        text = self.help
-        if self.choices is not None and self.metavar is not None:
-            text += f": {', '.join(self.choices)}"
-        text += f" (default: {default})" if default else ""
+        text = self.describe_help() + (f" (default: {default})" if default else "")
         arguments: dict[str, Any] = {"default": self.default, "help": text.replace("%", "%%")}
         if not self.names[0].startswith("-"):
             arguments["nargs"] = "?"
@@ -171,16 +173,14 @@ def flag_tables(flags: Mapping[str, Flag], sections: Iterable[str] = ()) -> str:
     for section, members in _by_section(flags, sections).items():
         lines = [f"| {section} | default | |", "|---|---|---|"]
         for definition in members.values():
-            names = [f"`{name}`" for name in definition.names]
+            names = [name for name in definition.names if name.startswith("-")]
             if definition.type is bool and definition.default is not False:
-                names += [f"`--no-{name[2:]}`" for name in definition.names if name.startswith("--")]
-            value = definition.metavar if definition.type is not bool else None
-            if definition.choices is not None and value is None:
-                value = "|".join(definition.choices)
-            text = definition.help
-            if definition.choices is not None and definition.metavar is not None:
-                text += f": {', '.join(definition.choices)}"
-            cells = (", ".join(names) + (f" `{value}`" if value else ""), definition.describe_default(), text)
+                names += [f"--no-{name[2:]}" for name in names if name.startswith("--")]
+            usage = ", ".join(f"`{name}`" for name in names)
+            if definition.type is not bool and (value := definition.metavar or "|".join(definition.choices or ())):
+                usage += f" `{value}`"
+            text = re.sub(r"([<*])", r"\\\1", definition.describe_help())
+            cells = (usage.strip(), definition.describe_default(), text)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
