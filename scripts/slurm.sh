@@ -34,8 +34,8 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"  # jobs may shar
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 \
     bash -c 'exec "$0" main.py "$@" --rank "$SLURM_NODEID"' "$PYTHON" "$DATA" \
     --multiprocessing-distributed --dist-url "tcp://$MASTER_ADDR:$MASTER_PORT" --world-size "$SLURM_JOB_NUM_NODES" \
-    --enable-model-parallel --batch-size "$BATCH_SIZE" --num-classes "$NUM_CLASSES" --workers "${SLURM_CPUS_PER_TASK:-8}" \
-    --output "$OUTPUT" --resume auto "$@" &
+    --enable-model-parallel --batch-size "$BATCH_SIZE" --num-classes "$NUM_CLASSES" \
+    --workers "${SLURM_CPUS_PER_TASK:-8}" --output "$OUTPUT" --resume auto "$@" &
 srun=$!
 trap 'scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
 
