@@ -35,7 +35,7 @@ _NOTHING = -1e30
 
 
 # Columns beside the chunk's own: the first takes the writes for targets of other chunks, the rest keep rows aligned.
-_SPARE = 16
+SPARE_COLUMNS = 16
 
 
 # What the buffers of a chunk may fill of a CPU's cache, bytes.
@@ -190,7 +190,7 @@ class _MarginSoftmax(torch.autograd.Function):
         phi, slope = arcface_margin(cosine, walk.margin, walk.easy_margin)
         bar = (walk.scale * cosine).unsqueeze(1)
 
-        buffer = embedding.new_empty(rows, walk.chunk + _SPARE)
+        buffer = embedding.new_empty(rows, walk.chunk + SPARE_COLUMNS)
         compared = torch.empty_like(buffer)
         kept_type = torch.bfloat16 if walk.operands == torch.bfloat16 else buffer.dtype
         kept_chunks = min(len(chunks), walk.kept_bytes // (buffer.numel() * kept_type.itemsize))
@@ -250,7 +250,7 @@ class _MarginSoftmax(torch.autograd.Function):
             target_column.clamp_(min=torch.finfo(torch.float16).min)
         shift = (log_total - math.log(gain)).unsqueeze(1)
 
-        buffer = embedding.new_empty(rows, walk.chunk + _SPARE)
+        buffer = embedding.new_empty(rows, walk.chunk + SPARE_COLUMNS)
         product = embedding.new_empty(walk.chunk, size)
         embedding_grad, part = torch.zeros_like(embedding), torch.empty_like(embedding)
         wants_grad = ctx.needs_input_grad[1] and walk.update is None

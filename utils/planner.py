@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from losses.fused import _SPARE, automatic_memory_bytes, chunk_classes
+from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes
 from utils.dist.sharding import ClassShard
 
 IMAGE_VALUES = 3 * 112 * 112
@@ -152,7 +152,7 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     # The buffers of losses.fused for a chunk in the forward and in the backward pass, and what connects the two.
     chunk = min(chunk_classes(rows, d, run.cache_bytes), size)
     chunks = -(-size // chunk)
-    block = rows * (chunk + _SPARE)
+    block = rows * (chunk + SPARE_COLUMNS)
     saved_block = block * (2 if run.matmul_dtype == torch.bfloat16 else FLOAT)
     budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update) if run.classifier_memory_mib is None
               else int(run.classifier_memory_mib * 2**20))
