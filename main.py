@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
-import os
 import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,7 +19,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Until training begins Ctrl-C ends the program at once, without a traceback of the imports that follow, say.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,10 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data.augment import prepare_batch
-from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
-from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
-from data.recordio import RecordIODataset, is_recordio, require_no_package
+from data.pairs import PairImages, PairList, PairSet
 from losses.fused import margin_softmax
 from losses.margins import MARGINS, Margin
 from losses.softmax import margin_softmax_torchshard
@@ -41,7 +35,6 @@ from models import build_backbone, check_arch
 from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint.initial import check_initial, start_from
-from utils.checkpoint.layout import BEST, LATEST
 from utils.checkpoint.reader import find_checkpoint, load_checkpoint, read_resumable, require_same_identities
 from utils.checkpoint.weights import load_backbone
 from utils.checkpoint.writer import CheckpointWriter
@@ -50,14 +43,23 @@ from utils.dist.context import DistContext, seed_random_numbers
 from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.dist.stop import StopSignal
-from utils.errors import UserError, exit_on_user_error
+from utils.errors import exit_on_user_error
 from utils.evaluation.embed import buffers_of_rank_0, embed_images_together
 from utils.evaluation.lfw import format_result, squared_distance
 from utils.files import OutputLock, lock_output
-from utils.launch.fingerprint import program_fingerprint
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
 from utils.launch.spawn import launch
 from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
+from utils.preflight import (
+    TrainingImages,
+    check_batch,
+    check_fused_update,
+    make_output,
+    open_dataset,
+    open_validation_sets,
+    run_table,
+    shared_facts,
+)
 from utils.signals import EXIT_SAVED
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
@@ -66,8 +68,6 @@ from utils.training.scaler import SharedGradScaler, amp_dtype
 from utils.training.schedules import learning_rate
 from utils.training.state import Position, TrainState
 from valid import evaluate_pairs, validate
-
-TrainingImages = FaceFolder | RecordIODataset
 
 
 class TrainingModel(nn.Module):
@@ -94,7 +94,6 @@ def main() -> None:
         if is_first_process():
             evaluate(options, plan)
         return
-    check_arch(options.training_arch)
     check_batch(options, plan)
     check_fused_update(options, plan)
     # Both only to check them: every process reads for itself.
@@ -223,8 +222,8 @@ def train_one_epoch(
     guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
     batches = iter(DeviceBatches(loader, context.device))
     for steps_left in reversed(range(steps)):
-        lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
-                           milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
+        lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch,
+                           options.epochs * steps_per_epoch, options)
         optimizers.set_learning_rate(lr)
         losses, closer, finite = [], [], []
         guard.remember()
@@ -373,26 +372,6 @@ def classifier_loss(
         matmul_dtype=autocast_dtype if context.device.type == "cuda" else None,  # slower on a CPU
         update=None if row_sgd is None else row_sgd.update_rows,
     )
-
-
-def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
-    """What must be the same on all nodes: program, data, and every flag but those that are about one node alone."""
-    own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root",
-           "pair_list", "val_pairs", "val_bin"}
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in own}
-    return {"program (hash of its files)": program_fingerprint(), **flags, "--resume given": bool(options.resume),
-            "--init-from given": bool(options.init_from), "number of images": len(dataset),
-            "number of identities": len(dataset.identities),
-            "training data (hash of identity names and labels)": data_fingerprint(dataset),
-            "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
-
-
-def data_fingerprint(dataset: TrainingImages) -> str:
-    """Of the labels in order and the identities' names: what decides which class an image is trained as. Seconds for 10**8."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(np.ascontiguousarray(dataset.labels))
-    digest.update(b"\0".join(map(os.fsencode, dataset.identities)))
-    return digest.hexdigest()
 
 
 def choose_seed(options: Options, context: DistContext) -> int:

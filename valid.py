@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -46,10 +46,9 @@ from utils.evaluation.plots import (
     draw_roc,
     require_matplotlib,
 )
-from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
+from utils.flags import parse_list
+from utils.launch.plan import NodeFlags, is_first_process, plan_node
 from utils.launch.spawn import launch
-from utils.options import file_list
-from utils.options import parse_options as parse_training_options
 
 FOLDS = 10
 MONTAGE_PAIRS = 2 * MONTAGE_COLUMNS  # of each kind of error
@@ -86,7 +85,7 @@ def main() -> None:
     for flag, path in (("--json", options.json), ("--plot", options.plot), ("--montage", options.montage)):
         if path is not None:
             check_writable(flag, path)
-    plan = process_plan(options)
+    plan = plan_node(NodeFlags(options.multiprocessing_distributed, options.nproc_per_node, options.device))
     if not (options.untrained or plan.launcher == "single"):
         load_backbone(options.resume, options.arch)  # only to check it, before any process is started
     if is_first_process():
@@ -228,21 +227,6 @@ def describe_sets(sets: dict[str, PairSet]) -> None:
         print(f"=> {name}: {len(pairs)} pairs of {pairs.path}, {same} of them same, {pairs.num_images} images")
 
 
-def process_plan(options: Options) -> ProcessPlan:
-    """One process, or those of --multiprocessing-distributed: of this node alone, which meet at a port that is free now.
-
-    main.py's own parser says what else there is to know about processes.
-    """
-    flags = ["--device", options.device]
-    if options.multiprocessing_distributed:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            flags += ["--multiprocessing-distributed", "--dist-url", f"tcp://127.0.0.1:{probe.getsockname()[1]}"]
-    if options.nproc_per_node is not None:
-        flags += ["--nproc-per-node", str(options.nproc_per_node)]
-    return plan_processes(parse_training_options([".", *flags]))
-
-
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse and check all that can be checked without opening a file. Raises UserError."""
     parser = Parser("valid.py", "Pair accuracy of a face recognition backbone by the LFW protocol.")
@@ -250,7 +234,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     group.add_argument("--imgs-root", metavar="DIR", help="the images of the pairs, aligned, 112x112")
     group.add_argument("--pair-list", metavar="FILE",
                        help="lines of: path1 path2 0|1, the paths relative to --imgs-root")
-    group.add_argument("--bin", type=file_list, default=(), metavar="FILE,FILE,...",
+    group.add_argument("--bin", type=functools.partial(parse_list, str), default=(), metavar="FILE,FILE,...",
                        help="evaluation sets in one file each, such as lfw.bin,cfp_fp.bin, instead of a list or beside it")
 
     group = parser.add_argument_group("model")

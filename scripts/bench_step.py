@@ -57,13 +57,14 @@ from scripts.measure import (
 from utils.dist.context import DistContext  # noqa: E402
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.flags import flags_of  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
 from utils.options import Options as TrainingOptions  # noqa: E402
-from utils.options import parse_options as parse_training_options  # noqa: E402
+from utils.options import check_options  # noqa: E402
 
 IMPLEMENTATIONS = ("ours", "published")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OWN_FLAGS = ("--channels-last", "--compile", "--fuse-classifier-update")
+OWN_FLAGS = ("channels_last", "compile", "fuse_classifier_update", "classifier")  # of main.py, for ours alone
 SEED = 0
 LEARNING_RATE = 0.01
 WARM_UP_STEPS = 2  # the first one makes momentum and chooses convolutions, after it DDP rebuilds its buckets
@@ -84,7 +85,7 @@ class Options:
     batch: int
     world_size: int
     precision: str
-    flags: tuple[str, ...]  # of main.py, for ours alone
+    flags: tuple[str, ...]  # OWN_FLAGS as given
     impl: tuple[str, ...]
     steps: int
     block: int
@@ -377,9 +378,8 @@ def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptio
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32",
                         help="of the backbone (default: %(default)s); published does bf16 on GPUs as fp16")
     group = parser.add_argument_group("flags of main.py, for ours")
-    for flag in OWN_FLAGS:
-        group.add_argument(flag, action="store_true")
-    group.add_argument("--classifier", choices=("fused", "torchshard"))
+    for name in OWN_FLAGS:
+        flags_of(TrainingOptions)[name].add_to(group, name)
     parser.add_argument("--impl", default=",".join(IMPLEMENTATIONS), metavar="A,B",
                         help="what takes turns (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, metavar="K",
@@ -399,26 +399,18 @@ def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptio
 
     if values["fuse_classifier_update"] and values["precision"] == "fp16":
         raise UserError("--fuse-classifier-update with --precision fp16: main.py has no such mode; use bf16, or drop one of them")
-    flags = [flag for flag in OWN_FLAGS if values.pop(flag[2:].replace("-", "_"))]
-    classifier = values.pop("classifier")
-    if classifier is not None:
-        flags += ["--classifier", classifier]
-    device = choose_device_type(values["device"], world_size)
-    options = Options(**{**values, "flags": tuple(flags), "device": device,
+    own = {name: values.pop(name) for name in OWN_FLAGS}
+    definitions = flags_of(TrainingOptions)
+    flags = tuple(definitions[name].describe(value) for name, value in own.items() if value != definitions[name].default)
+    options = Options(**{**values, "flags": flags, "device": choose_device_type(values["device"], world_size),
                          "impl": choose_implementations(values["impl"], IMPLEMENTATIONS)})
-    return options, parse_training_options(training_flags(options))
-
-
-def training_flags(options: Options) -> list[str]:
-    """The command line of main.py that trains in our way."""
-    flags = ["images drawn by the benchmark", "-a", options.arch, "--num-classes", str(options.classes),
-             "--batch-size", str(options.batch), "--device", options.device, "--seed", str(SEED), "--lr", str(LEARNING_RATE),
-             "--enable-model-parallel", "--no-save"]
-    if options.precision != "fp32":
-        flags += ["--enable-amp-mode", "--amp-dtype", options.precision]
-    if options.world_size > 1:
-        flags += ["--multiprocessing-distributed", "--nproc-per-node", str(options.world_size)]
-    return flags + list(options.flags)
+    low_precision = options.precision != "fp32"
+    return options, check_options(TrainingOptions(
+        data="images drawn by the benchmark", arch=options.arch, num_classes=options.classes, batch_size=options.batch,
+        device=options.device, seed=SEED, lr=LEARNING_RATE, enable_model_parallel=True, no_save=True,
+        enable_amp_mode=low_precision, amp_dtype=options.precision if low_precision else None,
+        multiprocessing_distributed=world_size > 1, nproc_per_node=world_size if world_size > 1 else None, **own,
+    ))
 
 
 if __name__ == "__main__":

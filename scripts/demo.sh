@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way in a few minutes: draw synthetic faces, train on them with two processes and sharded class centers (on
-# GPUs: one process each), validate on pairs of people that training never saw, draw the curves. Run it again as you like.
+# The whole workflow in a few minutes: draw synthetic faces, train on them with sharded class centers (one process per
+# GPU, or two on the CPU), validate on pairs of unseen people, plot the curves. It can be run again.
 #     bash scripts/demo.sh                       # writes below demo/
 #     DEMO_DIR=/tmp/demo bash scripts/demo.sh
 set -euo pipefail
@@ -24,10 +24,10 @@ run() {
     "$@"
 }
 
-# of an earlier demo only what it wrote itself is replaced
+# Replace the results of an earlier demo, but nothing else.
 results="$demo/results"
 if [ -e "$results" ] && [ ! -e "$results/made-by-demo" ]; then
-    echo "error: $results exists and is not an earlier demo's; set DEMO_DIR to another directory" >&2
+    echo "error: $results was not written by this demo; set DEMO_DIR to another directory" >&2
     exit 2
 fi
 rm -rf "$results"
@@ -51,13 +51,13 @@ run "$PYTHON" main.py "$demo/data" --multiprocessing-distributed --nproc-per-nod
     --augment standard --seed 0 --print-freq 5 --output "$results"
 
 pairs=(--imgs-root "$demo/data/lfw/imgs" --pair-list "$demo/data/lfw/pair.list" --batch-size 64 --workers 2)
-step "3/5 validation of the untrained network, on people it never saw"
+step "3/5 validation of the untrained network on unseen people"
 run "$PYTHON" valid.py "${pairs[@]}" --untrained -a mobilefacenet --json "$results/untrained.json"
 
-step "4/5 validation of the trained network, on the same pairs"
+step "4/5 validation of the trained network on the same pairs"
 run "$PYTHON" valid.py "${pairs[@]}" --resume "$results/checkpoint.pth.tar" --json "$results/trained.json"
 
-step "5/5 pictures"
+step "5/5 plots"
 run "$PYTHON" scripts/plot.py --metrics "$results/metrics.jsonl" --output "$results/curve.png"
 run "$PYTHON" scripts/plot.py --roc "$results/trained.json=trained" --roc "$results/untrained.json=untrained" \
     --output "$results/roc.png"
@@ -74,6 +74,6 @@ ROC             $results/roc.png
 checkpoint      $results/checkpoint.pth.tar
 faces           $demo/data/train
 
-Next: your own faces, aligned, 112x112, one directory per person (see README.md, Data), for example
+Next, train on your own faces: aligned, 112x112, one directory per person. For example:
     DATA=data/ms1m NUM_CLASSES=85744 bash scripts/train_single_node.sh
 END

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The test suite, in a virtual environment that this script makes. Arguments go to pytest:
+# Run the tests in a virtual environment that this script creates. Arguments go to pytest:
+#     bash scripts/test.sh -m "not slow"    # at most three minutes
 #     bash scripts/test.sh -k parity
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several nodes with sharded class centers: start it on every node, with that node's number.
+# Train on several nodes with sharded class centers. Run this on every node with its rank:
 #     MASTER_ADDR=172.20.10.22 bash scripts/train_multi_node.sh 0 [more flags of main.py]
 #     MASTER_ADDR=172.20.10.22 bash scripts/train_multi_node.sh 1 [the same flags]
 set -euo pipefail
@@ -13,13 +13,13 @@ shift
 
 DATA="${DATA:-data/ms1m}"                     # training images, the same on every node
 NUM_CLASSES="${NUM_CLASSES:-4000000}"
-BATCH_SIZE="${BATCH_SIZE:-128}"               # images per step of one node, over its GPUs
+BATCH_SIZE="${BATCH_SIZE:-128}"               # images per step and node, over its GPUs
 NNODES="${NNODES:-2}"
 MASTER_ADDR="${MASTER_ADDR:-172.20.10.22}"    # address of node 0
 MASTER_PORT="${MASTER_PORT:-12355}"           # a free port there
-OUTPUT="${OUTPUT:-runs/multi_node}"           # a directory that all nodes share
+OUTPUT="${OUTPUT:-runs/multi_node}"           # a directory shared by all nodes
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}"
-# export NCCL_SOCKET_IFNAME=ens1f1 GLOO_SOCKET_IFNAME=ens1f1    # the network interface between the nodes, if it is not found
+# export NCCL_SOCKET_IFNAME=ens1f1 GLOO_SOCKET_IFNAME=ens1f1    # the interface between the nodes, if it is not found
 
 data="$(realpath -m "$DATA")" output="$(realpath -m "$OUTPUT")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -136,8 +137,8 @@ def test_what_does_not_fit_is_told_and_the_others_go_on(pools):
 def first_losses(rank: int, world_size: int) -> tuple[float, float]:
     """Of both ways of training, on the same images: without the mirroring that only ours does itself."""
     flags = ["--classes", "30", "--batch", "8", "--world-size", str(world_size), "--device", "cpu"]
-    options, _ = bench_step.parse_options(flags)
-    training = bench_step.parse_training_options([*bench_step.training_flags(options), "--augment", "none"])
+    options, training = bench_step.parse_options(flags)
+    training = dataclasses.replace(training, augment="none")
     context = DistContext(rank, world_size, world_size, CPU)
     images, labels = bench_step.draw_batch(context, options)
     losses = []

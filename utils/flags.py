@@ -1,20 +1,22 @@
-"""One definition per command-line flag: names, type, default, range, help and section stand in one place.
+"""One definition per command-line flag: its names, type, default, range, help and section.
 
-A program declares its options as a frozen dataclass:
+A program declares its flags as the fields of a frozen dataclass:
 
     @dataclass(frozen=True)
     class Options:
         lr: float = flag("--lr", "--learning-rate", default=0.1, at_least=0, section="schedule", help="...")
 
-The field's annotation gives the type: bool (a switch), int, float, str, tuple[str, ...] or tuple[float, ...] (both
-comma-separated), each also with `| None`. The parser, the range checks and the README's tables follow from it.
+The annotation gives the type: bool (a switch), int, float, str, tuple[str, ...] or tuple[float, ...] (values separated
+by commas), each also as `... | None`. The parser, the checks, --help and the flag tables all derive from this.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,153 +29,189 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Flag:
-    """What a flag is, beside its type.
+    """The definition of a flag.
 
-    names: "--lr", "--learning-rate"; a name without dashes is a positional argument, which may be left out.
-    default_text: what --help says of the default, where the value itself says too little; "" says nothing.
-    at_least, above, at_most, below: bounds of a number; it must be finite in any case.
+    names: such as ("--lr", "--learning-rate"); a name without dashes is an optional positional argument.
+    default_text: the default as --help shows it, if the value itself would not explain it; "" shows none.
+    required: the command line must contain the flag. Its dataclass field has no default.
+    per_node: nodes of one run may have different values.
+    at_least, above, at_most, below: bounds of a number, or of each number in a list. Numbers are always finite.
+    type, is_list: from the field's annotation; `flags_of` sets them.
     """
 
     names: tuple[str, ...]
-    default: Any
     help: str
-    section: str
+    section: str = "options"
+    default: Any = None
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     default_text: str | None = None
+    required: bool = False
+    per_node: bool = False
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    type: Any = None
+    is_list: bool = False
 
     @property
     def name(self) -> str:
-        """The name that messages use: the first long one."""
-        return next((name for name in self.names if name.startswith("--")), self.names[0])
+        """The name in messages: the first long one, or the metavar of a positional argument."""
+        return next((name for name in self.names if name.startswith("--")), self.metavar or self.names[0])
 
-    def described_default(self) -> str:
-        """The default in words, "" for a switch that is off and where there is none."""
+    def describe_default(self) -> str:
+        """The default as text; "" if there is none or if it is a switch that is off."""
         if self.default_text is not None:
             return self.default_text
-        if self.default is None or self.default is False or self.default in ("", ()):
-            return ""
-        if self.default is True:
-            return "on"
-        if isinstance(self.default, tuple):
-            return ",".join(map(_number, self.default))
-        return _number(self.default)
+        return "" if self.default is None or self.default is False or self.default in ("", ()) else _text(self.default)
+
+    def describe_help(self) -> str:
+        """The help, with the choices unless the metavar shows them."""
+        return f"{self.help}: {', '.join(self.choices)}" if self.choices and self.metavar else self.help
+
+    def describe(self, value: Any) -> str:
+        """Name and value as on the command line: "--lr 0.1", "--compile", "--no-easy-margin"."""
+        if self.type is bool:
+            return self.name if value else f"--no-{self.name[2:]}"
+        return f"{self.name} {_text(value)}"
 
     def check(self, value: Any) -> None:
-        """Raise UserError, naming flag, value and range, unless the number, or each of several, is in the range."""
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                continue
-            low, high = self.at_least, self.at_most
-            if not (math.isfinite(number) and (low is None or number >= low) and (high is None or number <= high)
-                    and (self.above is None or number > self.above) and (self.below is None or number < self.below)):
-                raise UserError(f"{self.name} {_number(number)}: give a number {self._range()}")
+        """Raise UserError if the value is outside the range or is none of the choices. None is always valid."""
+        if value is None:
+            return
+        if self.choices is not None and value not in self.choices:
+            raise UserError(f"{self.describe(value)}: choose one of {', '.join(self.choices)}")
+        if self.type in (int, float) and not all(map(self._in_range, value if self.is_list else (value,))):
+            raise UserError(f"{self.describe(value)}: give a {self._range()}")
+
+    def _in_range(self, number: float) -> bool:
+        return (math.isfinite(number)
+                and (self.at_least is None or number >= self.at_least) and (self.above is None or number > self.above)
+                and (self.at_most is None or number <= self.at_most) and (self.below is None or number < self.below))
 
     def _range(self) -> str:
-        bounds = [("of at least", self.at_least), ("above", self.above), ("up to", self.at_most), ("below", self.below)]
-        words = [f"{relation} {_number(bound)}" for relation, bound in bounds if bound is not None]
-        return " and ".join(words) or "that is finite"
+        bounds = {"of at least": self.at_least, "above": self.above, "up to": self.at_most, "below": self.below}
+        words = " and ".join(f"{word} {_text(bound)}" for word, bound in bounds.items() if bound is not None)
+        return f"number {words}" if words else "finite number"
+
+    def add_to(self, group: Any, field: str) -> None:
+        """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""
+        default = self.describe_default()
+        text = self.describe_help() + (f" (default: {default})" if default else "")
+        arguments: dict[str, Any] = {"default": self.default, "help": text.replace("%", "%%")}
+        if not self.names[0].startswith("-"):
+            arguments["nargs"] = "?"
+        else:
+            arguments.update(dest=field, required=self.required)
+        if self.type is bool:
+            arguments["action"] = "store_true" if self.default is False else argparse.BooleanOptionalAction
+        else:
+            arguments["metavar"] = self.metavar or (self.choices and f"{{{','.join(self.choices)}}}")
+            arguments["type"] = functools.partial(parse_list, self.type) if self.is_list else self.type
+        group.add_argument(*self.names, **arguments)
 
 
-def flag(*names: str, help: str, section: str = "options", default: Any = None, choices: Iterable[str] | None = None,
-         **more: Any) -> Any:
-    """A dataclass field that is a flag; the arguments are those of Flag."""
-    choices = None if choices is None else tuple(choices)
-    definition = Flag(names, default, help, section, choices=choices, **more)
-    return dataclasses.field(default=default, metadata={"flag": definition})
+def flag(*names: str, default: Any = None, choices: Iterable[str] | None = None, **settings: Any) -> Any:
+    """A dataclass field that is a flag. The arguments are those of Flag; `help` is required."""
+    definition = Flag(names, default=default, choices=None if choices is None else tuple(choices), **settings)
+    return dataclasses.field(
+        default=dataclasses.MISSING if definition.required else default, metadata={"flag": definition}
+    )
 
 
-def flags_of(options: type) -> dict[str, tuple[Flag, Any]]:
-    """{field: (its Flag, its type)} of a dataclass, without the fields that are no flags."""
-    types = typing.get_type_hints(options)
-    return {field.name: (field.metadata["flag"], types[field.name])
-            for field in dataclasses.fields(options) if "flag" in field.metadata}
+def flags_of(options: type) -> dict[str, Flag]:
+    """{field name: Flag} of a dataclass; fields that are not flags are left out."""
+    annotations = typing.get_type_hints(options)
+    flags = {}
+    for field in dataclasses.fields(options):
+        if "flag" in field.metadata:
+            kind = annotations[field.name]
+            if type(None) in typing.get_args(kind):
+                kind = next(part for part in typing.get_args(kind) if part is not type(None))
+            is_list = typing.get_origin(kind) is tuple
+            flags[field.name] = dataclasses.replace(
+                field.metadata["flag"], type=typing.get_args(kind)[0] if is_list else kind, is_list=is_list
+            )
+    return flags
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, flags: Mapping[str, tuple[Flag, Any]], sections: Iterable[str] = ()
-) -> None:
-    """Add the flags, a group for each section: those in `sections` first and in that order."""
-    groups: dict[str, Any] = {section: parser.add_argument_group(section) for section in sections}
-    for field, (definition, kind) in flags.items():
-        if definition.section not in groups:
-            groups[definition.section] = parser.add_argument_group(definition.section)
-        groups[definition.section].add_argument(*definition.names, **_arguments(field, definition, kind))
-
-
-def _arguments(field: str, definition: Flag, kind: Any) -> dict[str, Any]:
-    """The keyword arguments of argparse's add_argument."""
-    default = definition.described_default()
-    text = definition.help + (f" (default: {default})" if default else "")
-    arguments: dict[str, Any] = {"default": definition.default, "help": text.replace("%", "%%")}
-    if definition.names[0].startswith("-"):
-        arguments["dest"] = field
-    else:
-        arguments["nargs"] = "?"
-    value_type = next(part for part in (typing.get_args(kind) or (kind,)) if part is not type(None))
-    if bool in (kind, value_type):
-        on = definition.default is False
-        return {**arguments, "action": "store_true" if on else argparse.BooleanOptionalAction}
-    arguments["metavar"] = definition.metavar
-    if definition.choices is not None:
-        return {**arguments, "choices": definition.choices}
-    if typing.get_origin(kind) is tuple or typing.get_origin(value_type) is tuple:
-        part = typing.get_args(kind if typing.get_origin(kind) is tuple else value_type)[0]
-        return {**arguments, "type": _numbers if part is float else _files}
-    return {**arguments, "type": value_type}
+def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, Flag], sections: Iterable[str] = ()) -> None:
+    """Add the flags in one group per section. `sections` come first, in this order."""
+    for section, members in _by_section(flags, sections).items():
+        group = parser.add_argument_group(section)
+        for field, definition in members.items():
+            definition.add_to(group, field)
 
 
 def parse_flags(options: type[T], prog: str, description: str, argv: list[str] | None = None) -> T:
-    """Parse `argv`, or the program's own arguments, and check the ranges. Raises UserError."""
+    """Parse `argv` (default: the program's arguments) into the dataclass and check each value. Raises UserError."""
     parser = Parser(prog, description)
     add_flags(parser, flags_of(options))
     parsed = options(**vars(parser.parse_args(argv)))
-    check_ranges(parsed)
+    check_values(parsed)
     return parsed
 
 
-def check_ranges(options: Any) -> None:
-    """Raise UserError, naming flag, value and range, for the first number that is outside of its range."""
-    for field, (definition, _) in flags_of(type(options)).items():
+def check_values(options: Any) -> None:
+    """Raise UserError for the first flag whose value is outside its range or is none of its choices."""
+    for field, definition in flags_of(type(options)).items():
         definition.check(getattr(options, field))
 
 
-def flag_tables(flags: Mapping[str, tuple[Flag, Any]], sections: Iterable[str] = ()) -> str:
-    """Markdown: a table for each section, in the order of `add_flags`."""
-    rows: dict[str, list[str]] = {section: [] for section in sections}
-    for definition, kind in flags.values():
-        names = ", ".join(f"`{name}`" for name in definition.names)
-        if definition.choices is not None:
-            names += f" `{'|'.join(definition.choices)}`"
-        elif definition.metavar is not None and bool not in (kind, *typing.get_args(kind)):
-            names += f" `{definition.metavar}`"
-        cells = (names.replace("|", "\\|"), definition.described_default(), definition.help.replace("|", "\\|"))
-        rows.setdefault(definition.section, []).append("| " + " | ".join(cells) + " |")
-    head = "| {} | default | |\n|---|---|---|\n"
-    return "\n\n".join(head.format(section) + "\n".join(lines) for section, lines in rows.items())
+def describe_section(options: Any, section: str) -> str:
+    """The values of a section's flags: "schedule step, lr 0.1, lr-milestones 10,16,21"."""
+    values = {definition: getattr(options, field) for field, definition in flags_of(type(options)).items()
+              if definition.section == section}
+    return ", ".join(definition.describe(value).removeprefix("--") for definition, value in values.items()
+                     if value is not None)
 
 
-def _number(value: Any) -> str:
+def flag_tables(flags: Mapping[str, Flag], sections: Iterable[str] = ()) -> str:
+    """Markdown: one table per section, in the order of `add_flags`."""
+    tables = []
+    for section, members in _by_section(flags, sections).items():
+        lines = [f"| {section} | default | |", "|---|---|---|"]
+        for definition in members.values():
+            names = [name for name in definition.names if name.startswith("-")]
+            if definition.type is bool and definition.default is not False:
+                names += [f"--no-{name[2:]}" for name in names if name.startswith("--")]
+            usage = ", ".join(f"`{name}`" for name in names)
+            if definition.type is not bool and (value := definition.metavar or "|".join(definition.choices or ())):
+                usage += f" `{value}`"
+            text = re.sub(r"([<*])", r"\\\1", definition.describe_help())
+            cells = (usage.strip(), definition.describe_default(), text)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _by_section(flags: Mapping[str, Flag], sections: Iterable[str]) -> dict[str, dict[str, Flag]]:
+    groups: dict[str, dict[str, Flag]] = {section: {} for section in sections}
+    for field, definition in flags.items():
+        groups.setdefault(definition.section, {})[field] = definition
+    return {section: members for section, members in groups.items() if members}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    if value is True:
+        return "on"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    """'10,16,21' -> (10.0, 16.0, 21.0); '' and 'none' -> (). One argument cannot swallow the positional one."""
-    if text.strip() in ("", "none"):
+def parse_list(kind: type, text: str) -> tuple[Any, ...]:
+    """Numbers: '10,16,21' -> (10.0, 16.0, 21.0); '' and 'none' -> (). Files: 'a.bin,b.bin' -> ('a.bin', 'b.bin').
+
+    The list is a single argument, so it cannot swallow the positional one. Raises ArgumentTypeError.
+    """
+    if kind is float and text.strip() in ("", "none"):
         return ()
     try:
-        return tuple(float(part) for part in text.split(","))
+        if not all(parts := text.split(",")):
+            raise ValueError
+        return tuple(map(kind, parts))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers separated by commas, such as 10,16,21") from None
-
-
-def _files(text: str) -> tuple[str, ...]:
-    """'a.bin,b.bin' -> ('a.bin', 'b.bin')."""
-    paths = tuple(text.split(","))
-    if not all(paths):
-        raise argparse.ArgumentTypeError(f"{text!r}: give files separated by commas, such as lfw.bin,cfp_fp.bin")
-    return paths
+        what = "numbers such as 10,16,21" if kind is float else "files such as lfw.bin,cfp_fp.bin"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of {what}") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.sgd import sgd
 
 from utils.dist.sharding import is_sharded
-from utils.options import Options
+
+OPTIMIZERS = {"sgd": SGD}  # name -> class
 
 
 def make_momentum(optimizer: SGD) -> None:
@@ -73,7 +76,7 @@ class Optimizers:
         row_sgd: the optimizer of the shard, if it steps in the backward pass.
     """
 
-    def __init__(self, model: nn.Module, options: Options, row_sgd: RowSGD | None = None) -> None:
+    def __init__(self, model: nn.Module, options: Any, row_sgd: RowSGD | None = None) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
         sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]

@@ -67,8 +67,8 @@ def _local_optimizer(optimizer: Optimizer) -> Optimizer:
     return getattr(optimizer, "optim", optimizer)
 
 
-def amp_dtype(choice: str, device_type: str) -> torch.dtype:
-    """The autocast dtype for --amp-dtype auto|bf16|fp16. auto: bf16 where the device has it, else fp16."""
+def amp_dtype(choice: str | None, device_type: str) -> torch.dtype:
+    """The autocast dtype for --amp-dtype auto|bf16|fp16. auto, or None: bf16 where the device has it, else fp16."""
     if choice == "fp16":
         return torch.float16
     if choice == "bf16" or device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):

@@ -1,4 +1,4 @@
-"""What scripts/plan.py predicts, against what a forward pass and the classifier really keep."""
+"""The predicted memory against what a forward pass, the classifier and a training run really allocate."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from scripts import bench_step, plan
 from utils.dist.context import DistContext
 from utils.dist.sharding import ClassShard
 from utils.errors import UserError, exit_on_user_error
-from utils.planner import BackboneMemory, largest, measure_backbone, predict_memory
+from utils.planner import BackboneMemory, RunSettings, largest, measure_backbone, predict_memory
 
 MIB, GIB = 2**20, 2**30
 BACKBONE = BackboneMemory(trained=(1000, 300, 200), fixed=50, activations=70, activations_per_image=10_000)
-SETTINGS = dict(classes=100_000, embedding_size=512, batch_size=256, world_size=8, model_parallel=True, zero=False,
-                fused_update=False, classifier_memory_mib=0, operands=None, device_type="cpu", total_bytes=16 * GIB,
-                cache_bytes=8 * MIB)
+RUN = RunSettings(classes=100_000, batch_size=256, world_size=8, classifier_memory_mib=0, device_type="cpu",
+                  total_bytes=16 * GIB, cache_bytes=8 * MIB)
 
 
 def predict(**changes) -> dict[str, int]:
-    return predict_memory(BACKBONE, **{**SETTINGS, **changes})
+    return predict_memory(BACKBONE, dataclasses.replace(RUN, **changes))
 
 
 def kept_for_backward(work, leave_out) -> list[torch.Tensor]:
@@ -81,7 +80,7 @@ def test_parts_by_arithmetic():
         "backbone weights": 1550, "backbone gradients": 1500, "DDP buckets": 1500, "backbone momentum": 1500,
         "images": 32 * 3 * 112 * 112 * 5, "activations": 70 + 32 * 10_000,
         "class centers": centers, "class centers' gradient": centers, "class centers' momentum": centers,
-        "kept probabilities": 0,
+        "saved probabilities": 0,
         "chunk buffers": block * 4 + chunk * 512 * 4 + -(-12_500 // chunk) * 256 * 12 + 12_500 * 4,
         "embeddings": 256 * 512 * 12 + 4 * 32 * 512 * 4,
         "optimizer, beyond activations": 0,
@@ -117,8 +116,8 @@ def test_kept_probabilities_are_those_of_the_classifier(operands, value_bytes, m
         [embedding, centers],
     )
     kept = sum(tensor.nbytes for tensor in tensors if tensor.ndim == 3)  # (chunks, N, K)
-    assert kept == predict(classes=classes, batch_size=rows, world_size=1, operands=operands,
-                           classifier_memory_mib=memory_mib)["kept probabilities"]
+    assert kept == predict(classes=classes, batch_size=rows, world_size=1, matmul_dtype=operands,
+                           classifier_memory_mib=memory_mib)["saved probabilities"]
     assert (kept > 0) == (memory_mib > 0) and kept % value_bytes == 0
 
 
@@ -137,12 +136,12 @@ def test_automatic_memory_is_that_of_the_trainer(fused_update):
 
 
 def peak_allocations(rank: int, world_size: int, flags: list[str]) -> int:
-    """The most bytes that PyTorch has allocated at once in three steps of main.py's own training, from their trace."""
+    """The most bytes that PyTorch has allocated at once in two steps of main.py's own training, from their trace."""
     options, training = bench_step.parse_options(flags)
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     images, labels = bench_step.draw_batch(context, options)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bench_step.OurTraining(context, training, images, labels).run(3)
+        bench_step.OurTraining(context, training, images, labels).run(2)
     with tempfile.TemporaryDirectory() as directory:
         profiler.export_chrome_trace(f"{directory}/trace.json")
         with open(f"{directory}/trace.json", encoding="utf-8") as file:
@@ -152,7 +151,7 @@ def peak_allocations(rank: int, world_size: int, flags: list[str]) -> int:
 
 
 @pytest.mark.parametrize("flags", [[], ["--fuse-classifier-update"]])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_prediction_equals_the_allocations_of_a_training_run(pools, world_size, flags):
     classes, batch = 20_000, 8
     measured = max(pools(world_size).run(
@@ -160,10 +159,10 @@ def test_prediction_equals_the_allocations_of_a_training_run(pools, world_size, 
                            str(world_size), "--device", "cpu", *flags],
     ))
     backbone = measure_backbone(lambda: build_backbone("mobilefacenet", 512), device_type="cpu", autocast_dtype=None)
-    parts = predict_memory(backbone, **{
-        **SETTINGS, "classes": classes, "batch_size": batch, "world_size": world_size, "fused_update": bool(flags),
-        "classifier_memory_mib": None,
-    })
+    parts = predict_memory(backbone, dataclasses.replace(
+        RUN, classes=classes, batch_size=batch, world_size=world_size, fused_update=bool(flags),
+        classifier_memory_mib=None,
+    ))
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
 
 
@@ -196,10 +195,12 @@ def test_command(monkeypatch, capsys):
 @pytest.mark.parametrize("flags, words", [
     ("--classes 1", "--classes 1"),
     ("--classes 9 --batch-size 9 --world-size 2", "--batch-size 9: must divide"),
-    ("--classes 9 --fuse-classifier-update --precision fp16", "no such mode"),
-    ("--classes 9 --fuse-classifier-update --world-size 2 --no-enable-model-parallel", "--enable-model-parallel"),
+    ("--classes 9 --fuse-classifier-update --precision fp16", "does not support"),
+    ("--classes 9 --fuse-classifier-update --world-size 2 --no-enable-model-parallel", "--no-enable-model-parallel"),
     ("--classes 9 -a resnet", "--arch resnet"),
     ("--classes 9 --memory-gib nan", "--memory-gib nan"),
+    ("--classes 9 --memory-gib 0", "--memory-gib 0"),
+    ("--batch-size 4", "--classes"),
 ])
 def test_options(flags, words):
     with pytest.raises(UserError, match=words):

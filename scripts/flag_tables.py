@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Write the flags of main.py and valid.py into utils/FLAGS.md.
+
+    python3 scripts/flag_tables.py            # write the file
+    python3 scripts/flag_tables.py --check    # exit status 1 if it is stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# The script's own directory is on sys.path, the repository's root is not.
+sys.path.insert(0, ROOT)
+
+import valid  # noqa: E402
+from utils.flags import flag_tables, flags_of  # noqa: E402
+from utils.options import SECTIONS, main_flags  # noqa: E402
+
+PATH = os.path.join(ROOT, "utils", "FLAGS.md")
+
+
+def generate() -> str:
+    """The contents of the file."""
+    return f"""# Flags
+
+`python3 scripts/flag_tables.py` generates this file; do not edit it. `--help` of each program shows the same.
+
+## main.py
+
+{flag_tables(main_flags(), SECTIONS)}
+
+## valid.py
+
+{flag_tables(flags_of(valid.Options))}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the flags of the programs to utils/FLAGS.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is stale")
+    check = parser.parse_args().check
+    contents = generate()
+    if not check:
+        with open(PATH, "w", encoding="utf-8") as file:
+            file.write(contents)
+        return
+    with open(PATH, encoding="utf-8") as file:
+        if file.read() != contents:
+            sys.exit(f"{PATH} is stale: run python3 scripts/flag_tables.py")
+
+
+if __name__ == "__main__":
+    main()

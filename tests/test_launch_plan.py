@@ -1,0 +1,147 @@
+"""The plan of processes: from flags, from env:// and from torchrun's variables."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from helpers.commands import free_port
+
+from utils.errors import UserError
+from utils.launch.plan import (
+    NodeFlags,
+    ProcessFlags,
+    choose_device_type,
+    is_first_process,
+    plan_node,
+    plan_processes,
+)
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1",
+            "MASTER_PORT": "29500"}
+CPU = {"device": "cpu"}
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """`gpus(N)`: PyTorch sees N GPUs."""
+    def see(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    see(0)
+    return see
+
+
+def url() -> str:
+    return f"tcp://127.0.0.1:{free_port()}"
+
+
+def test_one_process(gpus):
+    plan = plan_processes(ProcessFlags())
+    assert (plan.launcher, plan.world_size, plan.device_type, plan.backend) == ("single", 1, "cpu", "gloo")
+    assert (plan.port, plan.timeout) == (0, 1800)
+
+
+def test_one_process_per_gpu(gpus):
+    gpus(4)
+    plan = plan_processes(ProcessFlags(multiprocessing_distributed=True, dist_url=url()))
+    assert (plan.launcher, plan.processes_per_node, plan.device_type, plan.backend) == ("spawn", 4, "cuda", "nccl")
+    assert plan_processes(ProcessFlags(gpu=3)).gpu == 3
+
+
+def test_one_node_meets_at_any_free_port(gpus):
+    gpus(2)
+    plan = plan_node(NodeFlags(multiprocessing_distributed=True))
+    assert (plan.launcher, plan.processes_per_node, plan.nodes, plan.port) == ("spawn", 2, 1, 0)
+    plan = plan_node(NodeFlags(multiprocessing_distributed=True, nproc_per_node=3, device="cpu"))
+    assert (plan.processes_per_node, plan.backend) == (3, "gloo")
+
+
+def test_several_nodes(gpus):
+    flags: dict = dict(multiprocessing_distributed=True, nproc_per_node=2, world_size=3, rank=1, dist_url="tcp://10.0.0.1:8000")
+    plan = plan_processes(ProcessFlags(**flags, **CPU))
+    assert (plan.nodes, plan.node_rank, plan.world_size, plan.url) == (3, 1, 6, "tcp://10.0.0.1:8000")
+    # Even one process per node is started by a parent.
+    assert plan_processes(ProcessFlags(world_size=2, rank=1, dist_url="tcp://10.0.0.1:8000")).launcher == "spawn"
+
+
+def test_environment(gpus, monkeypatch):
+    flags = ProcessFlags(world_size=-1, rank=-1, dist_url="env://")
+    with pytest.raises(UserError, match="WORLD_SIZE is not set"):
+        plan_processes(flags)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_PORT is 'x'"):
+        plan_processes(flags)
+    monkeypatch.setenv("MASTER_PORT", "8000")
+    plan = plan_processes(flags)
+    assert (plan.nodes, plan.node_rank, plan.host, plan.port) == (4, 2, "10.0.0.1", 8000)
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(UserError, match="RANK is 4 .* from 0 to 3"):
+        plan_processes(flags)
+
+
+def test_torchrun(gpus, monkeypatch):
+    assert is_first_process()
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    plan = plan_processes(ProcessFlags(multiprocessing_distributed=True))
+    assert (plan.launcher, plan.nodes, plan.node_rank, plan.processes_per_node) == ("torchrun", 2, 1, 4)
+    assert (plan.host, plan.port) == ("10.0.0.1", 29500)
+    assert not is_first_process()
+    for flags, word in (
+        (dict(world_size=2), "--world-size 2"),
+        (dict(world_size=2, rank=1), "--world-size 2"),
+        (dict(multiprocessing_distributed=True, nproc_per_node=2), "--nproc-per-node 2"),
+    ):
+        with pytest.raises(UserError, match=f"{word}: torchrun decides"):
+            plan_processes(ProcessFlags(**flags))
+    gpus(2)
+    with pytest.raises(UserError, match="only 2 GPUs"):
+        plan_processes(ProcessFlags())
+    gpus(0)
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    with pytest.raises(UserError, match="started 9 processes, 4 of them on this node"):
+        plan_processes(ProcessFlags())
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (dict(nproc_per_node=2), "--nproc-per-node 2: .*--multiprocessing-distributed"),
+    (dict(gpu=0, multiprocessing_distributed=True), "--gpu 0: .*CUDA_VISIBLE_DEVICES"),
+    (dict(gpu=0, device="cpu"), "--gpu 0 with --device cpu"),
+    (dict(world_size=2, rank=2), "--rank 2: .* from 0 to .* 1"),
+    (dict(world_size=0), "--world-size 0"),
+    (dict(world_size=-1), "--world-size -1"),
+    (dict(world_size=2, rank=-1), "--rank -1"),
+    (dict(dist_url="localhost:80"), "--dist-url localhost:80: .*tcp://"),
+    (dict(dist_url="tcp://host", world_size=2), "--dist-url tcp://host: .*port"),
+    (dict(dist_url="tcp://host:0", world_size=2), "--dist-url tcp://host:0: .*port"),
+    (dict(device="cuda"), "--device cuda: PyTorch sees no GPU"),
+    (dict(gpu=0), "--gpu 0: PyTorch sees no GPU"),
+    (dict(dist_backend="nccl"), "--dist-backend nccl"),
+])
+def test_flags_that_cannot_work(gpus, flags, words):
+    with pytest.raises(UserError, match=words):
+        plan_processes(ProcessFlags(**flags))
+
+
+def test_gpus_that_are_not_there(gpus):
+    gpus(2)
+    assert choose_device_type("auto") == choose_device_type("cuda", 1) == "cuda"
+    assert choose_device_type("cpu") == "cpu"
+    with pytest.raises(UserError, match="--gpu 2: the visible GPUs are 0 to 1"):
+        choose_device_type("auto", 2)
+    with pytest.raises(UserError, match="--nproc-per-node 3: only 2 GPUs"):
+        plan_processes(ProcessFlags(multiprocessing_distributed=True, nproc_per_node=3))
+
+
+def test_the_port_of_node_0_must_be_free(gpus):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        flags = dict(multiprocessing_distributed=True, nproc_per_node=2, dist_url=f"tcp://127.0.0.1:{port}")
+        with pytest.raises(UserError, match=f"port {port}.* free port"):
+            plan_processes(ProcessFlags(**flags, **CPU))

@@ -1,0 +1,162 @@
+"""What main.py checks, opens and prints before it starts any process.
+
+Each function raises UserError for a flag, a file or data that cannot work, so that mistakes show before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import numpy as np
+import torch
+
+from data.folder import FaceFolder
+from data.pairs import PairSet, check_images, open_pair_sets
+from data.recordio import RecordIODataset, is_recordio, require_no_package
+from losses.margins import MARGINS
+from models import build_backbone
+from utils.checkpoint.layout import BEST, LATEST
+from utils.dist.sharding import ClassShard
+from utils.errors import UserError
+from utils.files import require_directory
+from utils.flags import describe_section, flags_of
+from utils.launch.fingerprint import program_fingerprint
+from utils.launch.plan import ProcessPlan, is_first_process
+from utils.options import EMBEDDING_SIZE, Options, loss_flags
+from utils.training.scaler import amp_dtype
+
+TrainingImages = FaceFolder | RecordIODataset
+
+
+def check_batch(options: Options, plan: ProcessPlan) -> None:
+    """Raise UserError unless processes and micro-batches divide the batch and leave BatchNorm at least two images."""
+    parts = plan.processes_per_node * options.accumulation_steps
+    given = f"--batch-size {options.batch_size}"
+    if options.batch_size % parts:
+        raise UserError(
+            f"{given}: must divide by {plan.processes_per_node} processes x {options.accumulation_steps} micro-batches "
+            f"(--accumulation-steps); give a multiple of {parts}, such as {-(-options.batch_size // parts) * parts}"
+        )
+    if options.batch_size == parts and (not options.sync_bn or plan.world_size == 1):
+        raise UserError(
+            f"{given}: leaves one image per process and micro-batch, too few for BatchNorm statistics; give at least "
+            f"{2 * parts}" + (", or add --sync-bn" if plan.world_size > 1 else "")
+        )
+
+
+def check_fused_update(options: Options, plan: ProcessPlan) -> None:
+    """Raise UserError if this run's processes or their device rule out --fuse-classifier-update."""
+    if not options.fuse_classifier_update:
+        return
+    if not options.enable_model_parallel and plan.world_size > 1:
+        raise UserError(f"--fuse-classifier-update: the {plan.world_size} processes must average the gradients of a "
+                        "replicated classifier before they update it; add --enable-model-parallel, or drop the flag")
+    if options.enable_amp_mode and amp_dtype(options.amp_dtype, plan.device_type) == torch.float16:
+        raise UserError("--fuse-classifier-update with fp16: an overflow of the scaled loss is known only after the "
+                        "whole backward pass; use --amp-dtype bf16 if the GPU supports it, or drop one of them")
+
+
+def open_validation_sets(options: Options) -> dict[str, PairSet]:
+    """The sets of --val-pairs and --val-bin by name. Decodes every image once. Raises UserError."""
+    lists = [(options.imgs_root, path) for path in options.val_pairs]
+    sets = open_pair_sets(lists, list(options.val_bin), list_flag="--val-pairs", bin_flag="--val-bin")
+    for pairs in sets.values():
+        check_images(pairs, progress=is_first_process())
+    return sets
+
+
+def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
+    """Open the training images and check them against --num-classes and --batch-size. Raises UserError.
+
+    One process per node does the work. The others start later, or wait for the first one and read its index.
+    """
+    assert options.data is not None
+    dataset: TrainingImages
+    if is_recordio(options.data):
+        if options.index != "auto":
+            raise UserError(f"--index {options.index}: the package {options.data} has its own index; drop the flag")
+        dataset = RecordIODataset(options.data, progress=is_first_process())
+    else:
+        require_no_package(options.data)
+        dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
+    dataset.check_headers(options.skip_bad_images, progress=is_first_process())
+    identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
+    if identities > options.num_classes:
+        raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "
+                        f"give at least {identities}")
+    if len(dataset) < global_batch:
+        raise UserError(f"--batch-size {options.batch_size}: a step takes {global_batch} images over all nodes, and "
+                        f"{dataset.root} has {len(dataset)}; give a smaller batch")
+    return dataset
+
+
+def make_output(options: Options) -> None:
+    """Create --output. Raises UserError unless checkpoints can be written there."""
+    require_directory("--output", options.output)
+    if os.path.isdir(os.path.join(options.output, LATEST)):
+        raise UserError(f"--output {options.output}: {LATEST} is a directory there; give another directory")
+
+
+def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
+    """What must be the same on all nodes: program, training data, and every flag that is not `per_node`."""
+    # Labels in order and names: together they decide which class an image is trained as.
+    training_data = hashlib.blake2b(np.ascontiguousarray(dataset.labels).data, digest_size=8)
+    training_data.update(b"\0".join(map(os.fsencode, dataset.identities)))
+    return {
+        "program (hash of its files)": program_fingerprint(),
+        **{definition.name: getattr(options, field) for field, definition in flags_of(Options).items()
+           if not definition.per_node},
+        **{loss_flags()[field].name: value for field, value in options.loss_settings.items()},
+        "--resume given": bool(options.resume),
+        "--init-from given": bool(options.init_from),
+        "number of images": len(dataset),
+        "number of identities": len(dataset.identities),
+        "training data (hash of identity names and labels)": training_data.hexdigest(),
+        "evaluation sets (pairs, images)":
+            {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()},
+    }
+
+
+def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: dict[str, PairSet]) -> str:
+    """A description of the run, one line per topic."""
+    backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
+    center_mib = shard.size * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
+    global_batch = options.batch_size * plan.nodes
+    micro_batch = global_batch // plan.world_size // options.accumulation_steps
+    device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
+    precision = options.precision
+    if options.enable_amp_mode:
+        autocast = str(amp_dtype(options.amp_dtype, plan.device_type)).removeprefix("torch.")
+        products = f"{autocast} products summed in float32" if plan.device_type == "cuda" else "float32"
+        precision = f"mixed: backbone {autocast}, classifier {products}"
+    rows = {
+        "device": f"{device}, {plan.backend}",
+        "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
+                     f"this is node {plan.node_rank}",
+        "backbone": f"{options.training_arch}, {sum(p.numel() for p in backbone.parameters()):,} parameters, "
+                    f"embedding {EMBEDDING_SIZE}" + (", synchronized BatchNorm" if options.sync_bn else ""),
+        "classifier": f"{options.num_classes:,} classes, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
+                      + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
+        "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
+                         + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update
+                            else f"{3 * center_mib:,.0f} MiB with gradient and momentum"),
+        "loss": f"{MARGINS[options.loss](**options.loss_settings).describe()}, scale {options.scale:g}",
+        "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",
+        "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
+                 f"{micro_batch}",
+        "training": f"{options.epochs} epochs x {len(dataset) // global_batch:,} steps"
+                    + (f", stops at step {options.max_steps:,}" if options.max_steps else ""),
+        "schedule": describe_section(options, "schedule"),
+        "optimizer": describe_section(options, "optimizer")
+                     + (", ZeRO over the replicated parameters" if options.enable_zero_optim else ""),
+        "precision": precision,
+        "output": os.path.abspath(options.output) + (" (no checkpoints)" if options.no_save else ""),
+    }
+    if sets:
+        when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
+        rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
+                              + ("" if options.no_save else f"; {BEST} is the best checkpoint"))
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
