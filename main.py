@@ -62,13 +62,13 @@ from utils.preflight import (
     shared_facts,
 )
 from utils.signals import EXIT_SAVED
+from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
 from utils.training.optim import Optimizers, RowSGD
 from utils.training.scaler import SharedGradScaler, amp_dtype
 from utils.training.schedules import learning_rate
 from utils.training.state import Position, TrainState
-from valid import evaluate_pairs, validate
 
 
 class TrainingModel(nn.Module):
@@ -120,10 +120,10 @@ def train(
     context: DistContext,
     options: Options,
     dataset: TrainingImages,
-    sets: dict[str, PairSet] | None = None,
+    sets: Sequence[EvalSet] = (),
     lock: OutputLock | None = None,
 ) -> int:
-    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on, by name. `lock`, of --output,
+    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on. `lock`, of --output,
     is only to be held.
 
     Returns the exit status: not 0 if a signal stopped it.
@@ -167,18 +167,20 @@ def train(
         keep=options.keep or KEEP, save_freq=options.save_freq, enabled=not options.no_save)
     del checkpoint  # its tensors are mapped from a file
 
-    evaluation = Evaluation(context, options, state, sets or {}, log)
+    evaluator = Evaluator(context, sets, freq=options.val_freq, workers=options.workers, batch_size=max(
+        options.batch_size // context.processes_per_node // options.accumulation_steps, 32))
+    guard = StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
     stop, stopped_by = StopSignal(context.world_size, timeout=options.dist_timeout), None
     try:
         while position.step < last_step and not stopped_by:
             sampler.set_position(position.epoch, position.step_in_epoch)
             steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-            stopped_by = train_one_epoch(context, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation, stop)
+            stopped_by = train_one_epoch(context, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluator, stop, guard)
             if position.step_in_epoch == steps_per_epoch:
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
             # After a signal there may be little time left: what counts then is that the checkpoint gets written.
-            due = position.step == last_step or not stopped_by and (options.val_freq is None or evaluation.is_due(position.step))
-            save(state, log, writer, is_best=due and evaluation.run())
+            due = position.step == last_step or not stopped_by and (options.val_freq is None or evaluator.is_due(position.step))
+            save(state, log, guard, writer, is_best=due and evaluate_and_note(state, log, guard, evaluator))
     except NotFinite:  # on all ranks: what is being saved just now is from before, and good
         writer.wait()
         raise
@@ -193,9 +195,9 @@ def train(
     return 0
 
 
-def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter, *, is_best: bool) -> None:
+def save(state: TrainState, log: TrainingLog, guard: StepGuard, writer: CheckpointWriter, *, is_best: bool) -> None:
     """Collective. Losses and weights are looked at first: what is not finite is never saved. Raises NotFinite on all ranks."""
-    log.flush()  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
+    guard.check(log.flush())  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
     require_finite_weights(state.backbone, state.classifier.weight, state.position.step)
     log.pause(writer.save(state, is_best=is_best))
 
@@ -210,25 +212,26 @@ def train_one_epoch(
     steps_per_epoch: int,
     log: TrainingLog,
     writer: CheckpointWriter | None = None,
-    evaluation: Evaluation | None = None,
+    evaluator: Evaluator | None = None,
     stop: StopSignal | None = None,
+    guard: StepGuard | None = None,
 ) -> signal.Signals | None:
     """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, or up to the signal returned.
 
-    Between them `stop` tells of signals, `evaluation` looks at the backbone and `writer` saves.
+    Between them `stop` tells of signals, `evaluator` looks at the backbone and `writer` saves.
     """
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images, stopped_by = 0, None
-    guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
+    guard = guard or StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
     batches = iter(DeviceBatches(loader, context.device))
     for steps_left in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch,
                            options.epochs * steps_per_epoch, options)
         optimizers.set_learning_rate(lr)
         losses, closer, finite = [], [], []
-        guard.remember()
+        guard.snapshot()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch, indices=indices)
             last = micro_batch == micro_batches - 1
@@ -242,77 +245,41 @@ def train_one_epoch(
             skipped_images += skipped
         nonfinite = guard.nonfinite(losses)
         state.scaler.step_all(optimizers.all, nonfinite)
-        guard.take_back(nonfinite)
+        guard.rollback(nonfinite)
         optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
-        log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                num_closer=torch.cat(closer), finite=torch.stack(finite).all())
+        guard.check(log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
+                            num_closer=torch.cat(closer), finite=torch.stack(finite).all()))
         stopped_by = stop.poll() if stop is not None else None
         if stopped_by:
             break
         if steps_left:  # after the last one the caller does both
-            is_best = evaluation is not None and evaluation.is_due(position.step) and evaluation.run()
+            is_best = (evaluator is not None and evaluator.is_due(position.step)
+                       and evaluate_and_note(state, log, guard, evaluator))
             if writer is not None and (is_best or writer.is_due(position.step)):
-                save(state, log, writer, is_best=is_best)
+                save(state, log, guard, writer, is_best=is_best)
     log.count_skipped(skipped_images)
     return stopped_by
 
 
-class Evaluation:
-    """The pair accuracy of the backbone while it trains, on the sets by name; without sets, nothing."""
+def evaluate_and_note(state: TrainState, log: TrainingLog, guard: StepGuard, evaluator: Evaluator) -> bool:
+    """Collective. Evaluate the backbone, if there are sets; log the result, and note it if it is the best so far.
 
-    def __init__(
-        self, context: DistContext, options: Options, state: TrainState, sets: dict[str, PairSet], log: TrainingLog
-    ) -> None:
-        self.context, self.options, self.state, self.sets, self.log = context, options, state, sets, log
-
-    def is_due(self, step: int) -> bool:
-        """Whether --val-freq asks for an evaluation after this step."""
-        return self.options.val_freq is not None and step % self.options.val_freq == 0
-
-    def run(self) -> bool:
-        """Collective. Embed and evaluate each set with the backbone as a checkpoint would hold it; nothing else changes.
-
-        Returns whether the mean accuracy over the sets is the best so far, which the position then holds.
-        """
-        if not self.sets:
-            return False
-        started = time.perf_counter()
-        context, options, log, position = self.context, self.options, self.log, self.state.position
-        log.flush()
-        results = {}
-        images_at_a_time = max(options.batch_size // context.processes_per_node // options.accumulation_steps, 32)
-        # The bare backbone: DistributedDataParallel would synchronise, and a rank may have fewer batches than another.
-        with buffers_of_rank_0(context, self.state.backbone):
-            for name, pairs in self.sets.items():
-                embeddings = embed_images_together(
-                    context, self.state.backbone, PairImages(pairs), batch_size=images_at_a_time,
-                    workers=-(-options.workers // context.processes_per_node), progress=False,
-                )
-                if context.is_main:
-                    distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
-                    results[name] = evaluate_pairs(pairs, embeddings, distance)
-        score = torch.tensor([result.accuracy for result in results.values()] or [0.0], dtype=torch.float64,
-                             device=context.device).mean()
-        dist.broadcast(score, src=0)
-        is_best = position.best_score is None or float(score) > position.best_score
-        if is_best:
-            position.best_score = float(score)
-        if context.is_main:
-            epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
-            log.add_evaluation(step=position.step, epoch=epoch, results={
-                name: {
-                    **{key: value for key, value in vars(result).items() if isinstance(value, (int, float))},
-                    **{f"tar_at_far_{far}": tar for far, tar in result.tar_at_far.items()},
-                }
-                for name, result in results.items()
-            })
-        figures = "  ".join(f"{name} {100 * r.accuracy:.2f}% +- {100 * r.accuracy_std:.2f}" for name, r in results.items())
-        log.say(f"validation at step {position.step}: {figures}  mean {100 * float(score):.2f}% "
-                f"({'the best so far' if is_best else f'best {100 * position.best_score:.2f}%'})  "
-                f"in {time.perf_counter() - started:.1f} s")
-        log.pause(time.perf_counter() - started)
-        return is_best
+    Returns whether it is.
+    """
+    if not evaluator.sets:
+        return False
+    guard.check(log.flush())
+    position = state.position
+    evaluation = evaluator.run(state.backbone)
+    epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
+    log.add_evaluation(step=position.step, epoch=epoch, metrics=evaluation.metrics)
+    log.say(f"validation at step {position.step}: {evaluation.describe(position.best_score)}")
+    log.pause(evaluation.seconds)
+    is_best = position.best_score is None or evaluation.score > position.best_score
+    if is_best:
+        position.best_score = evaluation.score
+    return is_best
 
 
 def build_training(
@@ -420,12 +387,11 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
 
-def open_validation_sets(options: Options) -> dict[str, PairSet]:
-    """The sets of --val-pairs and --val-bin by name, every image decoded once: not after an epoch. Raises UserError."""
-    lists = [(options.imgs_root, path) for path in options.val_pairs]
-    sets = open_pair_sets(lists, list(options.val_bin), list_flag="--val-pairs", bin_flag="--val-bin")
-    for pairs in sets.values():
-        check_images(pairs, progress=is_first_process())
+def open_validation_sets(options: Options) -> list[EvalSet]:
+    """The sets of --val-pairs and --val-bin, every image decoded once: not after an epoch. Raises UserError."""
+    sets = open_sets([Source("pairs", path, "--val-pairs", options.imgs_root) for path in options.val_pairs]
+                     + [Source("bin", path, "--val-bin") for path in options.val_bin])
+    check_images(sets, progress=is_first_process())
     return sets
 
 
@@ -464,7 +430,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: dict[str, PairSet]) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: Sequence[EvalSet]) -> str:
     """What is about to run, a line each."""
     backbone_parameters = sum(
         parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()
@@ -507,7 +473,7 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
     }
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
-        rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
+        rows["evaluation"] = (", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}"
                               + ("" if options.no_save else f"; the best: {BEST}"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
