@@ -395,19 +395,13 @@ def open_validation_sets(options: Options) -> list[EvalSet]:
     return sets
 
 
-def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
+def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
     """Open and check the training images. Raises UserError.
 
     One process of a node does the work: the others are started later, or wait for the first one and take its index.
     """
-    if is_recordio(options.data):
-        if options.index != "auto":
-            raise UserError(f"--index {options.index}: {options.data} is a package, which keeps its list beside the .rec; drop the flag")
-        dataset = RecordIODataset(options.data, progress=is_first_process())
-    else:
-        require_no_package(options.data)
-        dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
-    dataset.check_headers(options.skip_bad_images, progress=is_first_process())
+    dataset = open_training_set(options.data, index=options.index, skip_bad=options.skip_bad_images,
+                                progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
     if identities > options.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "

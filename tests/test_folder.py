@@ -365,7 +365,7 @@ def test_bad_headers_are_dropped_on_request_and_labels_stay(tmp_path, capsys):
     assert all(image.shape == (3, 112, 112) for image, _ in folder)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "7 of 12 images are bad and skipped" in err and "a/empty.jpg" in err and "keep their label: 1" in err
+    assert "7 of 12 images are bad and skipped" in err and "a/empty.jpg" in err and "labels: 1" in err
     assert folder.check_headers(skip_bad=True, progress=True) == 0
     assert FaceFolder(tmp_path).check_headers(skip_bad=True, progress=False) == 7
     assert capsys.readouterr() == ("", "")
@@ -381,8 +381,8 @@ def test_a_folder_of_bad_files_only(tmp_path):
 
 @pytest.mark.parametrize("waiting_ratio", [-1, float("inf")], ids=["threads", "loop"])
 def test_first_bad_file_is_named_and_all_are_counted_over_many_chunks(tmp_path, monkeypatch, waiting_ratio):
-    monkeypatch.setattr("data.index._CHUNK", 7)
-    monkeypatch.setattr("data.index._WAITING_RATIO", waiting_ratio)
+    monkeypatch.setattr("data.folder._CHUNK", 7)
+    monkeypatch.setattr("data.folder._WAITING_RATIO", waiting_ratio)
     make_folder(tmp_path, {"a": 30, "b": 30})
     for name in ("a/017.jpg", "a/018.jpg", "b/000.jpg", "b/029.jpg"):
         (tmp_path / name).write_bytes(b"")
