@@ -179,7 +179,7 @@ def test_a_parent_that_ends_is_named_sooner_after_a_failure(meeting, monkeypatch
     links = meeting(2).meet()
     links[1].close()
     cause = links[0].report(error("lost", 0))
-    assert (cause.kind, cause.node) == ("gone", 1) and "no sign of life for 1 s" in cause.message
+    assert (cause.kind, cause.node) == ("gone", 1) and "no sign of life for " in cause.message
 
 
 def test_a_cut_network_is_noticed_on_both_sides(meeting):
@@ -190,7 +190,7 @@ def test_a_cut_network_is_noticed_on_both_sides(meeting):
     wait_for(lambda: first.alarm and second.alarm)
     assert time.monotonic() - begun < 10  # 2 on a quiet machine
     for cause, node in zip(report_all([first, second], None, None), (1, 0)):
-        assert (cause.kind, cause.node) == ("gone", node) and "no sign of life for 2 s" in cause.message
+        assert (cause.kind, cause.node) == ("gone", node) and "no sign of life for " in cause.message
 
 
 def test_node_0_that_ends_is_named(meeting):
@@ -364,26 +364,27 @@ def test_a_cut_network_ends_both_nodes_and_the_run_resumes(faces, tmp_path, netw
         url = f"tcp://{network.hosts[0]}:{free_port()}"
         return [
             subprocess.Popen(
-                [*network.prefix(node), sys.executable, "-u", "-c", MAIN, str(faces), *common, "--dist-url", url, "--rank",
-                 str(node), *map(str, flags)],
+                [*network.prefix(node), sys.executable, "-u", "-c", MAIN, str(faces), *common, "--dist-url", url,
+                 "--rank", str(node), *map(str, flags)],
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             for node in (0, 1)
         ]
 
-    both = start_both("--seed", 1, "--max-steps", 10_000, "--epochs", 10_000)
+    both = start_both("--seed", 1, "--max-steps", 10_000, "--epochs", 10_000, "--save-freq", 1)
     head = []
     for line in both[0].stdout:
         head.append(line)
-        if " step 8/" in line:  # of six to an epoch: one checkpoint is written
+        if " step 4/" in line:  # by now a checkpoint is complete
             break
-    assert " step 8/" in head[-1], "".join(head)
+    assert " step 4/" in head[-1], "".join(head)
     network.cut(both[1].pid)
     begun = time.monotonic()
     output = finish(both[0], status=1)
     assert time.monotonic() - begun < 60
-    assert re.search(rf"^error: node 1 \({socket.gethostname()}, .* is gone: no sign of life for 4 s", output, re.M), output
+    silence = re.search(r"^error: node 1 \(.*\) is gone: no sign of life for (\d+) s", output, re.M)
+    assert silence and 4 <= int(silence[1]) < 30, output
     if isinstance(network, Loopback):
         network.mend(both[1].pid)  # node 0 has closed the connection meanwhile
     output = finish(both[1], status=1)

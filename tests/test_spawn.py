@@ -88,7 +88,7 @@ def test_a_killed_rank_ends_all_nodes_within_seconds(start_nodes):
     assert time.monotonic() - begun < 30  # 1 on a quiet machine
     for status, output in ends:
         last = output.rstrip().splitlines()[-1]
-        for words in (f"error: rank 1 on node 1 ({socket.gethostname()}, process ", "SIGKILL", "all nodes were stopped"):
+        for words in (f"rank 1 on node 1 ({socket.gethostname()}, process ", "SIGKILL", "all nodes were stopped"):
             assert words in last, output
         assert status == 1 and "Traceback" not in output and "saved" not in output
 
@@ -206,8 +206,8 @@ def test_a_single_process_that_fails_does_not_wait_for_its_loaders(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The store
 
-PLAN = ProcessPlan(launcher="spawn", nodes=1, node_rank=0, processes_per_node=2, device_type="cpu", gpu=None, backend="gloo",
-                   host="127.0.0.1", port=0)
+PLAN = ProcessPlan(launcher="spawn", nodes=1, node_rank=0, processes_per_node=2, device_type="cpu", gpu=None,
+                   backend="gloo", host="127.0.0.1", port=0)
 
 
 def reaches(host: str, port: int) -> bool:
