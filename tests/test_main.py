@@ -203,32 +203,3 @@ def test_real_faces(tmp_path):
     run("valid.py", "--imgs-root", faces / "lfw/imgs", "--pair-list", faces / "lfw/pair.list", "--resume",
         tmp_path / "checkpoint.pth.tar", "--json", tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["accuracy"] > 0.5
-
-
-FAILS_BESIDE_LOADERS = """
-import sys
-sys.path.insert(0, {root!r})
-import functools, os
-from torch.utils.data import DataLoader
-from data.loader import start_loader_worker
-from utils.launch.plan import plan_processes
-from utils.launch.spawn import launch
-from utils.options import parse_options
-
-def work(context):
-    kept.append(iter(DataLoader(range(8), num_workers=2, multiprocessing_context="fork",
-                                worker_init_fn=functools.partial(start_loader_worker, os.getpid()))))
-    next(kept[0])
-    raise RuntimeError("the cause")
-
-kept = []
-launch(work, plan_processes(parse_options([".", "--device", "cpu"])))
-"""
-
-
-def test_a_single_process_that_fails_does_not_wait_for_its_loaders(tmp_path):
-    """They ignore SIGTERM, and Python's exit would wait for them."""
-    script = tmp_path / "fails.py"
-    script.write_text(FAILS_BESIDE_LOADERS.format(root=str(Path(__file__).resolve().parent.parent)))
-    output = finish(start(script), status=1, timeout=120)
-    assert output.rstrip().endswith("RuntimeError: the cause"), output

@@ -1,8 +1,12 @@
+"""Which classes a rank owns, and that the initial class centers do not depend on it."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 
+from models import classifier
 from models.classifier import CENTER_BLOCK, initial_centers
-from utils.dist import sharding
 from utils.dist.sharding import ClassShard
 
 
@@ -30,7 +34,7 @@ def test_initial_centers_differ_by_class_block_and_seed():
     assert len(torch.unique(centers, dim=0)) == 2 * CENTER_BLOCK
     other = initial_centers(ClassShard(2 * CENTER_BLOCK, 0, 1), 8, seed=4)
     assert not (centers == other).all(dim=1).any()
-    # Seeds that agree in their low 32 bits are still other seeds.
+    # Seeds that agree in their low 32 bits differ too.
     far = initial_centers(ClassShard(10, 0, 1), 8, seed=3 + 2**32)
     assert not torch.equal(far, centers[:10])
 
@@ -40,9 +44,9 @@ def test_an_empty_shard_has_no_rows():
 
 
 def test_a_rank_draws_only_its_own_blocks(monkeypatch):
-    """A 100-million-class shard must not cost the whole matrix."""
+    """With 100 million classes a rank must not draw the whole matrix."""
     drawn = []
-    philox = sharding.np.random.Philox
-    monkeypatch.setattr(sharding.np.random, "Philox", lambda key: drawn.append(int(key[1])) or philox(key=key))
+    philox = classifier.np.random.Philox
+    monkeypatch.setattr(classifier.np.random, "Philox", lambda key: drawn.append(int(key[1])) or philox(key=key))
     initial_centers(ClassShard(64 * CENTER_BLOCK, 10, 64), 4, seed=0)
     assert drawn == [10]

@@ -1,14 +1,13 @@
-"""Stopping early: signals, and how the processes of a run answer them.
+"""Stop signals: SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to save and stop.
 
-SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to stop. Until training begins there is nothing to save, and a signal ends
-a process as the system does by default, at once. From then on
+Before training there is nothing to save, and a stop signal kills a process as the system does by default. From then on
 
-    parent      forwards the first signal to its ranks; a Ctrl-C a second or more later ends them at once
-    rank        notes it (StopSignal); all ranks of all nodes agree on the step to stop at, save, and exit with EXIT_SAVED
-    loader      ignores it: the rank that it reads for ends it
+    parent      forwards the first signal to its ranks; a Ctrl-C a second or more later kills them
+    rank        notes it (utils.dist.stop.StopSignal); all ranks save after the same step and exit with EXIT_SAVED
+    loader      ignores it: its rank ends it
 
-Ranks stay in their parent's process group, so that Ctrl-C in a terminal reaches them twice, directly and forwarded: a rank
-under a parent (or under torchrun) does not count, it only notes.
+Ranks stay in their parent's process group, so a Ctrl-C in a terminal reaches them twice, from the terminal and from the
+parent. So a rank under a parent, or under torchrun, does not count signals.
 """
 
 from __future__ import annotations
@@ -17,29 +16,27 @@ import ctypes
 import os
 import signal
 import time
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-
-# What a batch system's script starts again, and nothing else: success is 0, a user's mistake 2, a failure 1, and a process
-# that a signal ended without saving has 128 + signal.
+# The only status after which a batch system's script should start the run again. Success is 0, a failure 1, a user's
+# mistake 2, and 128 + signal means that a signal ended the run without a save.
 EXIT_SAVED = os.EX_TEMPFAIL  # 75
 
-
-# Signals that are closer together are one: a batch system may signal the process and its group.
-_TWICE_SECONDS = 1.0
+_TWICE_SECONDS = 1.0  # a batch system may signal the process and its group: signals closer than this are one
 _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """The first stop signal of this process, and whether Ctrl-C came again; what a handler of signals needs to know."""
+    """The first stop signal of this process, and whether Ctrl-C was pressed again."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._time = 0.0
 
     def note(self, number: int) -> bool:
-        """True if this one means: at once."""
+        """Note a signal. True if it asks to stop at once."""
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._time = signal.Signals(number), now
@@ -47,10 +44,10 @@ class StopRequest:
         return number == signal.SIGINT and now - self._time >= _TWICE_SECONDS
 
 
-def handle(handler: object) -> dict[int, object]:
-    """`signal.signal` for the stop signals, but for those that this process was started to ignore (`nohup main.py &`).
+def handle(handler: Any) -> dict[signal.Signals, Any]:
+    """Install `handler` for the stop signals, except those that this process was started to ignore (`nohup main.py &`).
 
-    Returns the handlers before, for `restore`.
+    Returns the previous handlers, for `restore`.
     """
     return {
         number: signal.signal(number, handler)
@@ -59,16 +56,16 @@ def handle(handler: object) -> dict[int, object]:
     }
 
 
-def restore(handlers: dict[int, object]) -> None:
+def restore(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def end_with_parent(parent: int) -> None:
-    """From now on this process ends, without saving, when `parent`, the process that started it, does.
+    """Have the kernel kill this process when `parent`, the process that started it, ends.
 
-    A rank that went on without its parent would race with the job that takes its place. (torch asks for SIGINT, which is
-    noted here and would make it save.)
+    A rank without a parent would race with the job that replaces it. torch's own spawn asks for SIGINT instead, which a
+    rank answers by saving.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""Running the project's programs as a user does."""
+"""Run the project's programs as a user does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def start(*command: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
-    """Start `python3 <command>` with ROOT/main.py and such given as "main.py"; output and errors in one stream."""
+    """Start `python3 <command>`, where "main.py" means ROOT/main.py. stdout and stderr come in one stream."""
     program, *arguments = map(str, command)
     variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "CI")}
     return subprocess.Popen(
@@ -39,10 +41,17 @@ def run(*command: object, status: int = 0, cwd: Path | None = None, **environmen
     return finish(start(*command, cwd=cwd, **environment), status)
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still waiting after {seconds} s"
+        time.sleep(0.02)
+
+
 def load_script(name: str) -> ModuleType:
-    """scripts/<name>.py as a module: what is tested of it without starting a program."""
+    """scripts/<name>.py as a module, to test its functions without starting it."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
     spec.loader.exec_module(module)
     return module
 

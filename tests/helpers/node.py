@@ -1,5 +1,6 @@
-"""One node of a run of tiny steps, as the tests start it: everything of `launch`, nothing of a model. A process of its own,
-because it is to be killed and signalled; it imports little, to start in two seconds.
+"""One node of a run of tiny steps: all of `launch`, no model. Tests start it as a process, to kill and to signal it.
+
+It imports little, so that it starts in two seconds.
 
     python3 tests/helpers/node.py --nodes 2 --node 1 --port 29500
 
@@ -28,7 +29,7 @@ from utils.signals import EXIT_SAVED
 
 
 def say(text: str) -> None:
-    os.write(1, f"{text}\n".encode())  # whole, beside the other ranks' words
+    os.write(1, f"{text}\n".encode())  # in one piece: other ranks write too
 
 
 def work(context: DistContext, options: argparse.Namespace) -> int:
@@ -37,6 +38,8 @@ def work(context: DistContext, options: argparse.Namespace) -> int:
     stop = StopSignal(context.world_size, timeout=60)
     say(f"rank {context.rank} is process {os.getpid()}")
     for step in range(1, options.steps + 1):
+        if options.fail and context.rank == context.world_size - 1:
+            raise RuntimeError(options.fail)
         dist.all_reduce(torch.ones(2))
         time.sleep(0.02)
         if context.is_main:
@@ -60,7 +63,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--prepare", type=float, default=0, help="seconds before training begins")
     parser.add_argument("--linger", type=float, default=0, help="seconds that a save takes")
-    parser.add_argument("--no-save", action="store_true", help="as main.py's: the exit status tells the signal")
+    parser.add_argument("--fail", default="", help="the error that the last rank raises")
+    parser.add_argument("--no-save", action="store_true", help="as in main.py: the exit status is 128 + signal")
     options = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         say("SIGINT is ignored")

@@ -1,7 +1,7 @@
-"""Persistent pools of gloo processes, one pool per world size, so that a distributed test costs no process start.
+"""Persistent pools of gloo processes, one pool per world size, so that a distributed test starts no process.
 
-`run(function, *args)` calls `function(rank, world_size, *args)` in every process and returns the list of results. The function is
-sent by name: it must be a module-level function of a module in tests/.
+`run(function, *args)` calls `function(rank, world_size, *args)` in every process and returns the list of results. The
+function is sent by name: it must be a module-level function of a module in tests/.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TIMEOUT = 900.0
@@ -46,7 +47,7 @@ class Pool:
                 except EOFError:
                     succeeded, results[rank] = False, "the process died"
                 if not succeeded:
-                    # The others may wait for this rank in a collective: end them all, the next test gets a new pool.
+                    # The others may wait for this rank in a collective: kill them all. The next test gets a new pool.
                     message = results[rank]
                     self.close()
                     raise AssertionError(f"rank {rank} of {self.world_size}:\n{message}")
@@ -56,12 +57,12 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(prefix="arcface-pool-"), "store")
         for rank in range(self.world_size):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, store, theirs), daemon=True)
+            pipe, far_end = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, store, far_end), daemon=True)
             process.start()
-            theirs.close()
+            far_end.close()
             self._processes.append(process)
-            self._pipes.append(mine)
+            self._pipes.append(pipe)
 
     def close(self) -> None:
         for process in self._processes:
@@ -72,8 +73,9 @@ class Pool:
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: multiprocessing.connection.Connection) -> None:
-    sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
-    import torch  # only here: the parent of the pool need not have it loaded when it starts the processes
+    tests = Path(__file__).resolve().parent.parent
+    sys.path[:0] = [str(tests), str(tests.parent)]
+    import torch  # here: the parent does not need it to start the processes
     import torch.distributed as dist
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))

@@ -1,4 +1,4 @@
-"""torchrun as a file, so that the tests start it with this very interpreter."""
+"""torchrun as a file, so that tests start it with their own interpreter."""
 
 from torch.distributed.run import main
 

@@ -1,15 +1,18 @@
-"""This process among all of the run: its rank, the world size and its device."""
+"""This process among the ranks of the run: its rank, the world size, its device."""
 
 from __future__ import annotations
 
 import hashlib
-import torch
 from dataclasses import dataclass
+
+import torch
+
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among all: rank of world_size (W), and its device."""
+    """This process: rank `rank` of `world_size` (W), and its device."""
 
     rank: int
     world_size: int
@@ -22,14 +25,30 @@ class DistContext:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that prints and writes."""
+        """Rank 0, which prints and writes."""
         return self.rank == 0
 
 
-def seed_random_numbers(seed: int, micro_batch: int, context: DistContext) -> None:
-    """Make what torch draws next a function of the run's seed, the micro-batch (counted over all steps) and the rank.
+def choose_device(name: str, gpu: int | None = None) -> torch.device:
+    """The device for --device auto|cuda|cpu and, if given, --gpu: "auto" is a GPU if there is one.
 
-    The backbones draw nothing; one that does (dropout, say) sees the same in a resumed run, and there is no state to save.
+    Raises UserError if the GPU that was asked for does not exist.
+    """
+    if name == "cpu" or not (torch.cuda.is_available() or name == "cuda" or gpu is not None):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        flag = "--device cuda" if name == "cuda" else f"--gpu {gpu}"
+        raise UserError(f"{flag}: PyTorch sees no GPU on this machine; check nvidia-smi and CUDA_VISIBLE_DEVICES, or "
+                        "use --device cpu")
+    if gpu is not None and gpu >= torch.cuda.device_count():
+        raise UserError(f"--gpu {gpu}: the visible GPUs are 0 to {torch.cuda.device_count() - 1}")
+    return torch.device("cuda" if gpu is None else f"cuda:{gpu}")
+
+
+def seed_random_numbers(seed: int, micro_batch: int, context: DistContext) -> None:
+    """Seed torch with the run's seed, the micro-batch (counted over all steps) and the rank.
+
+    So a resumed run draws the same numbers (for dropout, say), and checkpoints need no generator state.
     """
     digest = hashlib.blake2b(f"{seed} {micro_batch} {context.rank}".encode(), digest_size=8).digest()
     value = int.from_bytes(digest, "little") >> 1  # torch takes 63 bits

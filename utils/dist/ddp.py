@@ -7,12 +7,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def fix_gradient_buckets(model: DistributedDataParallel) -> None:
-    """Collective. Let DistributedDataParallel decide now, as in every run, where in its buckets a gradient lies.
+    """Collective. Make DistributedDataParallel lay out its gradient buckets now, in the same way in every run.
 
-    It does so once, after its first backward pass, by the order in which the gradients came. Where a number lies in a bucket is
-    the order in which three or more ranks add it up: the first step of a resumed run would differ from the same step of the
-    run that went on. So the first backward pass is one that costs nothing, of a sum of all parameters, whose gradients come
-    last parameter first, as they do in training. Its gradients are thrown away.
+    It lays them out again once, after its first backward pass, in the order in which the gradients became ready. The
+    place of a gradient in a bucket decides in which order three or more ranks add it up, so the first step of a resumed
+    run would differ from the same step of the uninterrupted run. So the first backward pass is a cheap one, of a sum of
+    all parameters. Its gradients become ready last parameter first, as in training, and are thrown away.
     """
     averaged = [
         parameter for name, parameter in model.module.named_parameters()
@@ -20,9 +20,9 @@ def fix_gradient_buckets(model: DistributedDataParallel) -> None:
     ]
     model.module.forward = lambda anchor: torch.stack([parameter.sum() for parameter in averaged]).sum() + anchor
     try:
-        # With GPUs DistributedDataParallel takes it for granted that there is an input.
-        model(averaged[0].new_zeros(())).backward()  # the buckets are laid out at the beginning of the next forward pass, whatever that is
+        # With GPUs DistributedDataParallel needs an input. The next forward pass lays out the buckets.
+        model(averaged[0].new_zeros(())).backward()
     finally:
-        del model.module.forward  # the class's own is there again
+        del model.module.forward  # uncovers the class's own
     for parameter in averaged:
         parameter.grad = None

@@ -1,23 +1,25 @@
-"""Which classes a rank owns, and everything taken from torchshard: the only file that imports it.
+"""Which classes a rank owns, and everything that comes from torchshard: no other file imports it.
 
-torchshard gives the model-parallel process group, the parallel-dim registration by which DistributedDataParallel is told
-to leave sharded parameters alone, and `parallel_cross_entropy`, the reference that our loss is tested against.
+torchshard provides the model-parallel process group, the registration that makes DistributedDataParallel leave sharded
+parameters alone, and `parallel_cross_entropy`, the reference that our loss is tested against.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 import torchshard
-from dataclasses import dataclass
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torchshard.nn.functional import parallel_cross_entropy as _torchshard_cross_entropy
 
 
 @dataclass(frozen=True)
 class ClassShard:
-    """The classes [start, stop) of `num_classes` that one rank owns: torch.chunk's convention, which is DTensor's too.
+    """The classes [start, stop) of `num_classes` (C) that rank `rank` of `world_size` (W) owns.
 
-    ceil(C / W) classes a rank, so that the last ranks may own fewer, or none (C = 5, W = 4: 2, 2, 1, 0).
+    The convention of torch.chunk and DTensor: ceil(C / W) classes per rank, so the last ranks may own fewer, or none
+    (C = 5, W = 4: 2, 2, 1, 0).
     """
 
     num_classes: int
@@ -44,14 +46,14 @@ class ClassShard:
 
 
 def init_model_parallel(world_size: int) -> dist.ProcessGroup:
-    """Collective. torchshard's model-parallel group of all `world_size` ranks, made at the first call in a process."""
+    """Collective. torchshard's model-parallel group of all `world_size` ranks; the first call creates it."""
     if not torchshard.distributed.is_initialized():
         torchshard.distributed.init_process_group(group_size=world_size)
     return torchshard.distributed.get_group()
 
 
 def register_parallel_dim(parameter: nn.Parameter, dim: int) -> None:
-    """Mark `parameter` as this rank's shard (torchshard's attribute; 1 and -1 are the class dimension)."""
+    """Mark `parameter` as this rank's shard. `dim` is torchshard's attribute: 1 and -1 are the class dimension."""
     torchshard.register_parallel_dim(parameter, dim)
 
 
@@ -60,14 +62,14 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 
 def let_ddp_ignore_shards(model: nn.Module) -> list[str]:
-    """Tell DistributedDataParallel, before it wraps `model`, to leave sharded parameters alone. Returns their names."""
+    """Make DistributedDataParallel, which wraps `model` later, leave sharded parameters alone. Returns their names."""
     return torchshard.register_ddp_parameters_to_ignore(model)
 
 
 def parallel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Collective. torchshard's cross entropy of column-sharded logits (N, C_r), mean over the N rows; label (N,) int64.
 
-    torchshard itself asks that every rank have the same number of columns: the caller pads.
+    torchshard needs the same number of columns on every rank: the caller pads.
     """
     torchshard.register_parallel_dim(logits, -1)
     return _torchshard_cross_entropy(logits, label)

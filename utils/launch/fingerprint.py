@@ -1,18 +1,17 @@
-"""A hash of this program's own files, which nodes compare before they train together."""
+"""A hash of the program's own files, which nodes compare before they train together."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
+from pathlib import Path
 
 
 def program_fingerprint() -> str:
-    """Of this program's own files: the same on all nodes, or they would run something else each, or wait for ever."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    """12 hexadecimal digits that depend on the name and contents of every file of training and validation."""
+    root = Path(__file__).resolve().parent.parent.parent
+    files = [root / "main.py", root / "valid.py"]
+    files += [path for room in ("data", "losses", "models", "utils") for path in (root / room).rglob("*.py")]
     digest = hashlib.sha256()
-    for pattern in ("*.py", "data/*.py", "losses/*.py", "models/*.py", "utils/*.py", "utils/*/*.py"):
-        for path in sorted(glob.glob(os.path.join(glob.escape(root), pattern))):
-            with open(path, "rb") as file:
-                digest.update(f"{os.path.relpath(path, root)}\0".encode() + file.read() + b"\0")
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

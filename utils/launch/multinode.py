@@ -1,384 +1,297 @@
-"""The nodes of a run. Every node has one parent process, which starts the node's ranks; the parents meet before that, and
-watch one another until the end, so that whatever ends one node ends all of them, with the same words.
+"""How the nodes of a run meet and watch one another: whatever ends one node ends all of them, with one known cause.
 
-Node 0's parent listens at --dist-url (Coordinator), and all parents, its own as well, connect there (NodeLink). They send
-lines of JSON, one object each:
+Every node has one parent process, which starts the node's ranks. Node 0's parent hosts a TCPStore at --dist-url. The
+parents meet there, and the ranks form their process group there. The parents' keys, with JSON values:
 
-    node -> coordinator     {"hello": {node, host, process, facts}}     first
-                            {"report": cause or null}                   its ranks have ended: by a failure, or well
-    coordinator -> node     {"waiting": [node, ...]}                    who has not come yet
-                            {"start": store_port}                       all have come: start the ranks
-                            {"alarm": true}                             a node failed: stop, and report
-                            {"end": cause or null}                      the run is over, by this cause, or well
-    both                    {}                                          every second, to be heard
+    node/<id>    written by a node every POLL_SECONDS (Record): its changing counter is the heartbeat
+    arrivals     the ids of the nodes, each followed by a comma
+    state        written by node 0 (State): who is missing, whether to start or to stop, and how the run ended
 
-A closed connection tells at once that a parent has ended, silence that the network is cut. Nothing here needs torch.
+While the network is cut a store call blocks, whatever its timeout. So each parent makes its calls in a thread
+(NodeLink), node 0 has a second one (Coordinator), and the main thread reads what they found and watches the clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
-import selectors
+import secrets
 import socket
-import sys
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from utils.errors import UserError
+from utils.launch.cause import Cause, first_cause
 
-HEARTBEAT_SECONDS = 1.0
-
-
-# A network that stands still for a moment must not end a run of days.
-SILENCE_SECONDS = 20.0
-
-
-# After a failure, for all nodes to tell what they saw of it: their ranks notice within moments, or never.
-ANSWER_SECONDS = 5.0
-WAITING_SECONDS = 10.0
-_RETRY_SECONDS = 0.5
-_MAX_LINE_BYTES = 1 << 20
-
-
-# The first that is found is the cause, the others followed from it. "lost" is an error of a rank that misses another one.
-KINDS = ("stopped", "crash", "user", "error", "gone", "lost")
+POLL_SECONDS = 0.2
+SILENCE_SECONDS = 20.0  # a network that stalls for a moment must not end a run of days
+ANSWER_SECONDS = 5.0  # after a failure, when the other nodes notice within moments, or never
+ABSENT_SECONDS = 2.0  # before the start: a node that is silent for this long has ended, and may be started again
+WAITING_SECONDS = 10.0  # before a node prints which nodes it waits for
 
 
 @dataclass(frozen=True)
-class Cause:
-    """Why a run ended before its time."""
+class Record:
+    """What a node publishes."""
 
-    kind: str  # one of KINDS
-    message: str
-    node: int
-    time: float = 0.0  # of this kind the earliest counts
-    traceback: str = ""
-    signal: int = 0  # of "stopped"
-
-    @property
-    def exit_status(self) -> int:
-        return {"stopped": 128 + self.signal, "user": 2}.get(self.kind, 1)
-
-
-def first_cause(causes: list[Cause]) -> Cause | None:
-    return min(causes, key=lambda cause: (KINDS.index(cause.kind), cause.time), default=None)
-
-
-def _names(nodes: list[int], of: int) -> str:
-    return f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))} of {of}"
-
-
-class _Connection:
-    """A socket that carries lines of JSON. Sending never raises: a connection that is gone shows when it is read."""
-
-    def __init__(self, connected: socket.socket) -> None:
-        connected.settimeout(SILENCE_SECONDS)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = connected
-        self.heard = self.sent = time.monotonic()
-        self._rest = b""
-        self._lock = threading.Lock()
-
-    def send(self, message: dict[str, Any]) -> None:
-        with self._lock:
-            try:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-            except OSError:
-                pass
-            self.sent = time.monotonic()
-
-    def beat(self) -> None:
-        if time.monotonic() - self.sent >= HEARTBEAT_SECONDS:
-            self.send({})
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have arrived, when the socket is readable; None at its end, or for what is none of ours."""
-        try:
-            received = self.socket.recv(65536)
-        except OSError:
-            return None
-        if not received:
-            return None
-        self.heard = time.monotonic()
-        *lines, self._rest = (self._rest + received).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        if len(self._rest) > _MAX_LINE_BYTES or not all(isinstance(message, dict) for message in messages):
-            return None
-        return messages
-
-
-@dataclass
-class _Member:
-    """What the coordinator knows of a node."""
-
-    connection: _Connection
     node: int
     host: str
     process: int
-    reported: bool = False
-    cause: Cause | None = None
-    gone: str = ""  # how it was lost, if it was
+    facts: dict[str, Any]  # must be the same on all nodes
+    beat: int
+    reported: bool  # its ranks have ended
+    cause: Cause | None  # why, unless they succeeded or were stopped because another node failed
+    left: bool  # it has read how the run ended
 
     def __str__(self) -> str:
-        return f"node {self.node} ({self.host})"
+        return f"node {self.node} ({self.host}, process {self.process})"
+
+
+@dataclass(frozen=True)
+class State:
+    """What node 0 publishes."""
+
+    phase: str  # "waiting", "running", "stopping" (a node failed) or "ended"; "connecting" before node 0 was reached
+    missing: list[int] = field(default_factory=list)  # nodes
+    members: list[str] = field(default_factory=list)  # ids of the nodes, once all have come
+    cause: Cause | None = None  # of "ended"; None is success
+
+
+_Value = TypeVar("_Value", Record, State)
+
+
+def _encode(value: Record | State) -> str:
+    return json.dumps(dataclasses.asdict(value))
+
+
+def _decode(kind: type[_Value], text: bytes) -> _Value | None:
+    """None for a text that `_encode` did not write."""
+    try:
+        fields = json.loads(text)
+        return kind(**{**fields, "cause": fields["cause"] and Cause(**fields["cause"])})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _name_nodes(nodes: list[int], total: int) -> str:
+    return f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))} of {total}"
+
+
+def _silent(seconds: float) -> str:
+    return f"no sign of life for {seconds:.0f} s; was it killed, is the network cut, or the machine down?"
 
 
 class Coordinator:
-    """Node 0's: waits for the nodes, then for what ends the run, and tells all of them, from a thread of its own.
+    """On node 0: waits for the nodes, then for what ends the run, and publishes the state, in a thread of its own.
 
-    Raises UserError where the port is taken.
+    Args:
+        store: a client that nothing else uses.
+        nodes: how many.
+        facts: name -> value, which every node must have.
+        timeout: seconds to wait for the nodes.
     """
 
-    def __init__(self, *, port: int, nodes: int, facts: dict[str, Any], store_port: int, timeout: float) -> None:
-        self._nodes, self._facts, self._store_port, self._timeout = nodes, facts, store_port, timeout
-        try:
-            if socket.has_dualstack_ipv6():
-                self._listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-            else:
-                self._listener = socket.create_server(("", port), backlog=1024)
-        except OSError as error:
-            raise UserError(f"--dist-url: cannot listen on port {port} ({error.strerror}); another run may be using it: "
-                            "give a free port") from None
-        self.port = self._listener.getsockname()[1]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
-        self._members: dict[int, _Member] = {}
-        self._begin = time.monotonic()
-        self._started = self._alarm = self._ended = None  # when
-        self._said_waiting = False
+    def __init__(self, store: dist.Store, *, nodes: int, facts: dict[str, Any], timeout: float) -> None:
+        self._store, self._nodes, self._facts, self._timeout = store, nodes, facts, timeout
+        self._members: list[str] = []
+        self._records: dict[str, Record] = {}
+        self._heard: dict[str, float] = {}
+        self._closing = False
+        store.set("arrivals", "")
+        self._publish("waiting")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """When this node's link has heard the end: wait, not for long, until the others have."""
+        """Wait until the other nodes have read how the run ended, but not for long."""
+        self._closing = self._phase != "ended"
         self._thread.join(2 * ANSWER_SECONDS)
-        self._listener.close()
 
     def _run(self) -> None:
-        while True:
-            for key, _ in self._selector.select(timeout=0.2):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._read(key.data)
-            now = time.monotonic()
-            if self._ended is None:
-                self._look(now)
-            # Each node hangs up when it has read the end: closing first could take it from its hands.
-            elif not self._open() or now - self._ended > ANSWER_SECONDS:
+        try:
+            self._wait_for_nodes()
+            self._watch_nodes()
+        except Exception as error:  # nobody would end the run
+            self._publish("ended", cause=Cause("error", f"node 0's coordinator failed: {error!r}", 0))
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not self._closing and time.monotonic() < deadline:
+            if all(record.left for record in self._read_alive().values()):
                 return
-            for member in self._members.values():
-                if not member.gone:
-                    member.connection.beat()
 
-    def _open(self) -> list[Any]:
-        return [key for key in self._selector.get_map().values() if key.data is not None]
+    def _publish(self, phase: str, *, missing: list[int] | None = None, cause: Cause | None = None) -> None:
+        self._store.set("state", _encode(State(phase, missing or [], self._members, cause)))
+        self._phase = phase
 
-    def _accept(self) -> None:
-        try:
-            connected, _ = self._listener.accept()
-        except OSError:
-            return
-        connection = _Connection(connected)
-        self._selector.register(connected, selectors.EVENT_READ, connection)
+    def _read(self) -> dict[str, Record]:
+        """Wait a moment, then read the records of the members, or, before the start, of all nodes that ever came."""
+        time.sleep(POLL_SECONDS)
+        names = self._members or self._store.get("arrivals").decode().split(",")[:-1]
+        for name, text in zip(names, self._store.multi_get([f"node/{name}" for name in names])):
+            record = _decode(Record, text)
+            if record is not None and record != self._records.get(name):
+                self._records[name], self._heard[name] = record, time.monotonic()
+        return self._records
 
-    def _read(self, connection: _Connection) -> None:
-        messages = connection.receive()
-        member = next((member for member in self._members.values() if member.connection is connection), None)
-        if messages is None:
-            self._selector.unregister(connection.socket)
-            connection.socket.close()
-            if member is not None and not member.gone:
-                member.gone = "its process has ended"
-                if self._started is None:  # it may come again
-                    del self._members[member.node]
-            return
-        for message in messages:
-            if "hello" in message and member is None:
-                self._welcome(connection, message["hello"])
-            elif "report" in message and member is not None:
-                member.reported = True
-                member.cause = Cause(**message["report"]) if message["report"] else None
+    def _silence(self, name: str) -> float:
+        """The seconds since this node last wrote."""
+        return time.monotonic() - self._heard[name]
 
-    def _welcome(self, connection: _Connection, hello: dict[str, Any]) -> None:
-        try:
-            member = _Member(connection, int(hello["node"]), str(hello["host"]), int(hello["process"]))
-            facts = dict(hello["facts"])
-        except (KeyError, TypeError, ValueError):  # a stranger
-            return
-        refusal = self._refusal(member, facts)
-        if refusal is None:
-            self._members[member.node] = member
-            return
-        cause = Cause("user", refusal, member.node)
-        connection.send({"end": dataclasses.asdict(cause)})
-        if self._started is None:  # else a run that is complete goes on
-            self._end(cause)
+    def _read_alive(self) -> dict[str, Record]:
+        return {name: record for name, record in self._read().items() if self._silence(name) < ABSENT_SECONDS}
 
-    def _refusal(self, member: _Member, facts: dict[str, Any]) -> str | None:
-        for name, value in self._facts.items():
-            if facts.get(name) != value:
-                return (f"{name} is {facts.get(name)} on {member} and {value} on node 0 ({socket.gethostname()}): "
-                        "start all nodes with the same flags and the same program")
-        other = self._members.get(member.node)
-        if other is not None:
-            return (f"--rank {member.node} was given to two nodes, {other.host} (process {other.process}) and {member.host} "
-                    f"(process {member.process}): number them from 0 to {self._nodes - 1}")
+    def _wait_for_nodes(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        while self._phase == "waiting" and not self._closing:
+            alive = self._read_alive()
+            missing = sorted(set(range(self._nodes)) - {record.node for record in alive.values()})
+            refusal = self._refuse(list(alive.values()))
+            if refusal is not None:
+                self._publish("ended", cause=refusal)
+            elif not missing:
+                self._members, self._records = list(alive), alive
+                self._publish("running")
+            elif time.monotonic() > deadline:
+                self._publish("ended", cause=Cause(
+                    "user", f"{_name_nodes(missing, self._nodes)} did not come within {self._timeout:g} s "
+                            "(--dist-timeout): start every node with this --dist-url and its own --rank", missing[0]))
+            else:
+                self._publish("waiting", missing=missing)
+
+    def _refuse(self, records: list[Record]) -> Cause | None:
+        """Why these nodes cannot train together."""
+        numbers: dict[int, Record] = {}
+        for record in records:
+            for name, value in self._facts.items():
+                if record.facts.get(name) != value:
+                    return Cause("user", f"{name} is {record.facts.get(name)} on {record} and {value} on node 0: "
+                                         "start all nodes with the same flags and the same program", record.node)
+            other = numbers.setdefault(record.node, record)
+            if other is not record:
+                return Cause("user", f"--rank {record.node} was given twice, to {other.host} (process {other.process})"
+                                     f" and {record.host} (process {record.process}): number the nodes from 0 to "
+                                     f"{self._nodes - 1}", record.node)
         return None
 
-    def _look(self, now: float) -> None:
-        """Decide what is next, if anything."""
-        if self._started is None:
-            missing = [node for node in range(self._nodes) if node not in self._members]
-            waited = now - self._begin
-            if not missing:
-                self._started = now
-                self._tell({"start": self._store_port})
-            elif waited > self._timeout:
-                self._end(Cause("user", f"{_names(missing, self._nodes)} did not come within {self._timeout:g} s "
-                                        "(--dist-timeout): start every node, with this --dist-url and a --rank of its own", missing[0]))
-            elif waited > WAITING_SECONDS and not self._said_waiting:
-                self._said_waiting = True
-                self._tell({"waiting": missing})
-            return
-        open_members = [member for member in self._members.values() if not member.gone]
-        for member in open_members:
-            if not member.reported and now - member.connection.heard > SILENCE_SECONDS:
-                member.gone = f"nothing was heard of it for {SILENCE_SECONDS:g} s; is the network cut, or the machine down?"
-        waiting = [member for member in open_members if not member.gone and not member.reported]
-        failed = any(member.cause is not None or member.gone and not member.reported for member in self._members.values())
-        if failed and self._alarm is None:
-            self._alarm = now
-            self._tell({"alarm": True})
-        if failed and waiting and now - self._alarm > ANSWER_SECONDS:
-            for member in waiting:
-                member.gone = f"it did not answer within {ANSWER_SECONDS:g} s; is the network cut, or the machine down?"
-            waiting = []
-        if not waiting:
-            causes = [member.cause for member in self._members.values() if member.cause is not None]
-            causes += [Cause("gone", f"{member} is gone: {member.gone}", member.node)
-                       for member in self._members.values() if member.gone and not member.reported]
-            self._end(first_cause(causes))
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        for member in self._members.values():
-            member.connection.send(message)
-
-    def _end(self, cause: Cause | None) -> None:
-        self._ended = time.monotonic()
-        self._tell({"end": dataclasses.asdict(cause) if cause else None})
+    def _watch_nodes(self) -> None:
+        failed_at = None
+        while self._phase != "ended" and not self._closing:
+            causes, unfinished = [], False
+            for name, record in self._read().items():
+                silence = self._silence(name)
+                if record.reported:
+                    causes += [record.cause] if record.cause else []
+                elif silence > (SILENCE_SECONDS if failed_at is None else ANSWER_SECONDS):
+                    causes.append(Cause("gone", f"{record} is gone: {_silent(silence)}", record.node))
+                elif failed_at is not None and time.monotonic() - failed_at > SILENCE_SECONDS:
+                    causes.append(Cause("gone", f"{record} could not end its ranks", record.node))
+                else:
+                    unfinished = True
+            if not unfinished:
+                self._publish("ended", cause=first_cause(causes))
+            elif causes and failed_at is None:
+                failed_at = time.monotonic()
+                self._publish("stopping")
 
 
 class NodeLink:
-    """A parent's connection to the coordinator.
-
-    `meet`, start the ranks, look at `alarm` now and then, and `report` in the end.
-    """
+    """A parent's connection to the others: `meet`, start the ranks, watch `alarm`, `report` in the end, and `close`."""
 
     def __init__(self, *, host: str, port: int, node: int, nodes: int, facts: dict[str, Any], timeout: float) -> None:
-        self._address, self._node, self._nodes, self._facts, self._timeout = (host, port), node, nodes, facts, timeout
-        self._cause: Cause | None = None
-        self._over = threading.Event()
-        self.alarm = False  # a node has failed, or node 0 is gone: this node's ranks are to be stopped
+        self._host, self._port, self._nodes, self._timeout = host, port, nodes, timeout
+        self._record = Record(node, socket.gethostname(), os.getpid(), facts, 0, reported=False, cause=None, left=False)
+        self._state = State("connecting")
+        self._begin = self._heard = time.monotonic()
+        self._failure = "no answer"  # why node 0 is out of reach
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
-    def meet(self) -> int:
-        """Wait until all nodes have come; the port of the ranks' store, on the coordinator's machine. Raises UserError."""
-        self._connection = _Connection(self._connect())
-        hello = {"node": self._node, "host": socket.gethostname(), "process": os.getpid(), "facts": self._facts}
-        self._connection.send({"hello": hello})
-        # Who is missing in the end the coordinator tells, which may have been started later; this is for its silence.
-        deadline = time.monotonic() + self._timeout + SILENCE_SECONDS
-        while True:
-            self._connection.socket.settimeout(max(0.1, deadline - time.monotonic()))
-            messages = self._connection.receive()
-            if messages is None:
-                raise UserError(f"{self._url}: node 0 has ended, or something else answers there, before all {self._nodes} "
-                                "nodes had come; see node 0's output")
-            for message in messages:
-                if "waiting" in message:
-                    print(f"waiting for {_names(message['waiting'], self._nodes)}, up to {self._timeout:g} s (--dist-timeout)",
-                          flush=True)
-                elif "end" in message:
-                    raise UserError(Cause(**message["end"]).message)
-                elif "start" in message:
-                    self._connection.socket.settimeout(SILENCE_SECONDS)
-                    threading.Thread(target=self._listen, daemon=True).start()
-                    return message["start"]
+    def meet(self) -> None:
+        """Wait until all nodes have come. Raises UserError."""
+        announced = False
+        while self._state.phase not in ("running", "stopping"):
+            time.sleep(POLL_SECONDS / 4)
+            state, now = self._state, time.monotonic()
+            if state.cause is not None:
+                raise UserError(state.cause.message)
+            if state.missing and not announced and now - self._begin > WAITING_SECONDS:
+                announced = True
+                print(f"waiting for {_name_nodes(state.missing, self._nodes)}, up to {self._timeout:g} s "
+                      "(--dist-timeout)", flush=True)
+            if now - self._heard > (self._timeout if state.phase == "connecting" else SILENCE_SECONDS):
+                raise UserError(
+                    f"--dist-url tcp://{self._host}:{self._port}: node {self._record.node} did not reach node 0 there "
+                    f"within {now - self._heard:.0f} s (--dist-timeout; {self._failure}): is node 0 started, is that "
+                    "its address, is the port open?")
 
     @property
-    def _url(self) -> str:
-        return f"--dist-url tcp://{self._address[0]}:{self._address[1]}"
-
-    def _connect(self) -> socket.socket:
-        # Node 0 listens already: if it does not reach itself, the others will not reach it either.
-        deadline = time.monotonic() + (min(self._timeout, SILENCE_SECONDS) if self._node == 0 else self._timeout)
-        while True:
-            try:
-                return socket.create_connection(self._address, timeout=max(0.1, deadline - time.monotonic()))
-            except OSError as error:
-                if time.monotonic() + _RETRY_SECONDS > deadline:
-                    if self._node == 0:
-                        raise UserError(f"{self._url}: node 0 cannot reach itself there ({error.strerror or error}); give an "
-                                        "address of node 0 that the other nodes reach") from None
-                    raise UserError(f"{self._url}: node {self._node} did not reach node 0 there within {self._timeout:g} s "
-                                    f"(--dist-timeout; {error.strerror or error}): is node 0 started, is that its address, is the "
-                                    "port open?") from None
-            time.sleep(_RETRY_SECONDS)
-
-    def _listen(self) -> None:
-        """Until the end: beat, and hear what the coordinator says."""
-        connection = self._connection
-        connection.heard = time.monotonic()
-        with selectors.DefaultSelector() as selector:
-            selector.register(connection.socket, selectors.EVENT_READ)
-            while True:
-                ready = selector.select(timeout=0.2)
-                messages = connection.receive() if ready else []
-                for message in messages or ():
-                    if "end" in message:
-                        return self._finish(Cause(**message["end"]) if message["end"] else None)
-                    self.alarm |= "alarm" in message
-                if messages is None:
-                    return self._finish(Cause("gone", f"node 0 ({self._address[0]}) is gone: its process has ended", 0))
-                if time.monotonic() - connection.heard > SILENCE_SECONDS:
-                    return self._finish(Cause("gone", f"node 0 ({self._address[0]}) is gone: nothing was heard of it for "
-                                                      f"{SILENCE_SECONDS:g} s; is the network cut, or the machine down?", 0))
-                connection.beat()
-
-    def _finish(self, cause: Cause | None) -> None:
-        self._cause = cause
-        self.alarm |= cause is not None
-        self._connection.socket.close()
-        self._over.set()
+    def alarm(self) -> bool:
+        """Whether another node has failed, so that this node must stop its ranks."""
+        return self._state.phase == "stopping" or self._end() is not None
 
     def report(self, cause: Cause | None) -> Cause | None:
-        """Tell how this node's ranks ended, wait for the others, and return what ended the run: None, if nothing did.
+        """Publish how this node's ranks ended, wait for the other nodes, and return what ended the run, None: success.
 
-        `cause` None: well, or because of `alarm`.
+        `cause` is None if the ranks succeeded, or were stopped because of `alarm`.
         """
-        if not self._over.is_set():
-            self._connection.send({"report": dataclasses.asdict(cause) if cause else None})
-        self._over.wait()
-        return first_cause([known for known in (cause, self._cause) if known is not None])
+        self._record = dataclasses.replace(self._record, reported=True, cause=cause)
+        while self._state.phase != "ended" and self._end() is None:
+            time.sleep(POLL_SECONDS / 4)
+        return first_cause([known for known in (cause, self._end()) if known is not None])
 
+    def close(self) -> None:
+        self._closing = True
+        self._thread.join(2 * POLL_SECONDS)  # not for ever: a store call may block it
 
-def show(cause: Cause, node: int, nodes: int) -> None:
-    """The last words of a run, on stderr of each node. `message` names rank and node where there are several."""
-    if cause.kind == "user":
-        elsewhere = f"node {cause.node}: " if cause.node != node else ""
-        print(f"error: {elsewhere}{cause.message}", file=sys.stderr, flush=True)
-        return
-    if cause.kind == "stopped":
-        print(cause.message, file=sys.stderr, flush=True)
-        return
-    stopped = "all nodes were stopped" if nodes > 1 else "all ranks of this node were stopped"
-    if cause.traceback and cause.node == node:
-        print(cause.traceback, end="", file=sys.stderr)
-    print(f"error: {cause.message}; {stopped}", file=sys.stderr, flush=True)
+    def _end(self) -> Cause | None:
+        """What ended the run, as far as this node knows."""
+        state, silence = self._state, time.monotonic() - self._heard
+        if state.phase == "ended":
+            return state.cause
+        if state.phase == "lost" or silence > SILENCE_SECONDS:
+            why = "its process has ended" if state.phase == "lost" else _silent(silence)
+            return Cause("gone", f"node 0 ({self._host}) is gone: {why}", 0)
+        return None
+
+    def _run(self) -> None:
+        while self._state.phase in ("connecting", "waiting") and not self._closing:
+            try:
+                self._take_part()
+            except (OSError, RuntimeError, ValueError) as error:
+                self._failure = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                # Before the start node 0 may be started again.
+                self._state = State("connecting" if self._state.phase in ("connecting", "waiting") else "lost")
+                time.sleep(POLL_SECONDS)
+
+    def _take_part(self) -> None:
+        """Write this node's record and read node 0's state until the end. Raises an error if the connection fails."""
+        # TCPStore does not say why it cannot connect.
+        socket.create_connection((self._host, self._port), timeout=ANSWER_SECONDS).close()
+        store = dist.TCPStore(self._host, self._port, is_master=False, timeout=timedelta(seconds=self._timeout))
+        name = secrets.token_hex(8)
+        for beat in itertools.count():
+            state = _decode(State, store.get("state"))
+            if state is None:
+                raise ValueError("another program answers there")
+            if state.members and name not in state.members:
+                if state.phase != "running":
+                    raise ValueError("another run is ending there")
+                self._state = State("ended", cause=Cause(
+                    "user", f"--rank {self._record.node}: the run at --dist-url tcp://{self._host}:{self._port} has "
+                            "started without this node; was the number given to two nodes?", self._record.node))
+                return
+            left = state.phase == "ended"
+            store.set(f"node/{name}", _encode(dataclasses.replace(self._record, beat=beat, left=left)))
+            if beat == 0:
+                store.append("arrivals", f"{name},")  # type: ignore[attr-defined]  # torch's stubs lack it
+            self._heard, self._state = time.monotonic(), state
+            if left or self._closing:
+                return
+            time.sleep(POLL_SECONDS)

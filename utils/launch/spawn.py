@@ -1,309 +1,214 @@
-"""Processes: planned before they start, started, joined into one group, and stopped together; collectives with gradients.
+"""The parent of a node's ranks: starts a process per rank, watches them and the other nodes, and stops them together.
 
-One process per GPU. A process group is always made, a group of one as well, so that the training code has one path.
+A process group is always made, also for a single process, so that the training code has one path.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import dataclasses
+import ipaddress
 import json
-import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import struct
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing import connection, resource_tracker
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.dist.context import DistContext
 from utils.errors import UserError
+from utils.launch.cause import Cause, first_cause, show
 from utils.launch.fingerprint import program_fingerprint
-from utils.launch.multinode import Cause, Coordinator, NodeLink, first_cause, show
+from utils.launch.multinode import Coordinator, NodeLink
 from utils.launch.plan import ProcessPlan
-from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, end_with_parent, handle, restore
+from utils.launch.rank import Work, run_child, run_here
+from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle, restore
 
-# After a rank has failed, for the others to fail by themselves, before they are killed: one of them may know the cause.
+# After a rank has failed, the others fail within moments, and one of them may know the cause. Then they are killed.
 _GRACE_SECONDS = 1.0
-_SIOCGIFADDR = 0x8915  # of netdevice(7): an interface's IPv4 address
+_ALARM_SECONDS = 0.2  # how often the parent looks for failures of other nodes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting and stopping
+@dataclasses.dataclass
+class _Rank:
+    process: BaseProcess
+    report: connection.Connection  # what it says of its failure
+    exit_code: int | None = None  # None if it was killed by this parent
+
+    @property
+    def failed(self) -> bool:
+        return self.exit_code not in (None, 0, EXIT_SAVED, *(128 + number for number in STOP_SIGNALS))
 
 
-def launch(work: Callable[..., int | None], plan: ProcessPlan, *args: Any) -> int:
-    """Run `work(context, *args)` in every process of this node, within a process group of all nodes; return its exit status.
+def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
+    """Run `work(context, *args)` in every process of this node, in a process group of all nodes. Returns its status.
 
-    `work` returns 0 or None, or utils.preemption.EXIT_SAVED, the same on all ranks. If a process fails, those of all nodes
-    are stopped, the cause alone is shown, last, and this process exits: 2 for a user's mistake, 128 + signal for a signal
-    that came before training, else 1.
+    `work` returns 0, None, or utils.signals.EXIT_SAVED, the same on all ranks. If a rank fails, all ranks of all nodes
+    are stopped, every node prints the cause as its last words, and this process exits: with 2 for a user's mistake, 128
+    + signal for a signal before training, else 1.
     """
     if plan.launcher != "spawn":
-        if plan.launcher == "torchrun":
-            end_with_parent(os.getppid())
-        try:
-            return _run(int(os.environ["LOCAL_RANK"]) if plan.launcher == "torchrun" else 0, work, plan, plan.port, args)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(2)  # not sys.exit: see _child
-        finally:
-            _end_loaders()  # Python's exit would wait for them
-    # The messages of C++ threads that lose their peer would bury the one error that matters.
+        return run_here(work, plan, args)
+    # C++ threads that lose their peer print warnings, which would bury the cause.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    store = _host_store(plan) if plan.node_rank == 0 else None  # lives as long as this function
-    coordinator = link = None
+    store = _host_store(plan) if plan.node_rank == 0 else None
     if plan.nodes == 1:
-        store_port = store.port
-    else:
-        facts = {"--world-size": plan.nodes, "number of processes (GPUs, or --nproc-per-node)": plan.processes_per_node,
-                 "program (hash of its files)": program_fingerprint(), "torch": torch.__version__,
-                 "--dist-backend": plan.backend}
-        if plan.node_rank == 0:
-            coordinator = Coordinator(port=plan.port, nodes=plan.nodes, facts=facts, store_port=store.port, timeout=plan.timeout)
-        link = NodeLink(host=plan.host, port=plan.port, node=plan.node_rank, nodes=plan.nodes, facts=facts, timeout=plan.timeout)
-    try:
-        if link is not None:
-            store_port = link.meet()
-        return _supervise(work, plan, store_port, args, link)
-    finally:
-        if coordinator is not None:
-            coordinator.close()
+        assert store is not None
+        return _end(_supervise(work, dataclasses.replace(plan, host=store.host, port=store.port), args, None), plan)
+    facts = {
+        "--world-size": plan.nodes, "number of processes (GPUs, or --nproc-per-node)": plan.processes_per_node,
+        "program (hash of its files)": program_fingerprint(), "torch": torch.__version__,
+        "--dist-backend": plan.backend,
+    }
+    with contextlib.ExitStack() as stack:
+        if store is not None:
+            coordinator = Coordinator(store, nodes=plan.nodes, facts=facts, timeout=plan.timeout)
+            stack.callback(coordinator.close)
+        link = NodeLink(host=plan.host, port=plan.port, node=plan.node_rank, nodes=plan.nodes, facts=facts,
+                        timeout=plan.timeout)
+        stack.callback(link.close)
+        link.meet()
+        outcome = _supervise(work, plan, args, link)
+    return _end(outcome, plan)
+
+
+def _end(outcome: int | Cause, plan: ProcessPlan) -> int:
+    """Return the exit status of success. After a failure print the cause and exit."""
+    if isinstance(outcome, int):
+        return outcome
+    show(outcome, plan.node_rank, plan.nodes)
+    sys.stdout.flush()
+    os._exit(outcome.exit_status)  # not sys.exit: Python takes seconds to tear down torch
 
 
 def _host_store(plan: ProcessPlan) -> dist.TCPStore:
-    """The store in which this node's and the others' ranks make their group. It must outlive them: so it is the parent's."""
-    port = plan.port if plan.nodes == 1 else 0  # with several nodes they meet at plan.port, and hear of this one there
+    """The store in which the nodes and the ranks meet, which listens at the address of --dist-url. Raises UserError."""
+    host = plan.host
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    except dist.DistError as error:
-        raise UserError(f"--dist-url {plan.url}: cannot listen there ({str(error).splitlines()[0]}); another run may be using "
-                        "the port: give a free one") from None
-    if plan.nodes == 1:
-        try:
-            socket.create_connection((plan.host, store.port), timeout=min(10.0, plan.timeout)).close()
-        except OSError as error:
-            raise UserError(f"--dist-url {plan.url}: this machine cannot reach itself there ({error.strerror or error}); with one "
-                            "node give tcp://127.0.0.1:<free port>") from None
-    return store
+        family, _, _, _, address = socket.getaddrinfo(host, plan.port, type=socket.SOCK_STREAM)[0]
+        # Many machines resolve their own name to the loopback, where other nodes cannot reach them.
+        if plan.nodes > 1 and address[0] != host and ipaddress.ip_address(address[0]).is_loopback:
+            host, address = "localhost", ("", plan.port)
+        else:
+            host = str(address[0])
+        listener = socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise UserError(
+            f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({reason}); give "
+            + ("an address of node 0 that the other nodes reach" if plan.nodes > 1 else "tcp://127.0.0.1")
+            + " and a free port") from None
+    return dist.TCPStore(host, listener.getsockname()[1], is_master=True, wait_for_workers=False,
+                         master_listen_fd=listener.detach())
 
 
-def _supervise(work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple, link: NodeLink | None) -> int:
-    """Start the ranks of this node and stay until they have ended, by themselves or by what this function does to them."""
-    reports = tempfile.mkdtemp(prefix="arcface-errors-")
-    processes = _start(work, plan, store_port, args, reports)
-    request, ended = StopRequest(), {}
-    at_once = False
+def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeLink | None) -> int | Cause:
+    """Start this node's ranks, and wait until all exit or are killed. Returns the exit status, or why they failed."""
+    ranks = _start(work, plan, args)
+    request, at_once = StopRequest(), False
 
-    def forward(number: int, frame: object) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         nonlocal at_once
         first = request.signal is None
         at_once |= request.note(number)
-        running = [process.pid for process in processes if process.is_alive()]
-        for pid in running if first or at_once else ():
-            os.kill(pid, signal.SIGKILL if at_once else number)
-        if at_once and not running:  # only other nodes are waited for
+        running = [rank.process for rank in ranks if rank.process.is_alive()]
+        for process in running if first or at_once else ():
+            assert process.pid is not None  # it was started
+            os.kill(process.pid, signal.SIGKILL if at_once else number)
+        if at_once and not running:  # this process only waits for other nodes
             os._exit(128 + number)
 
-    before = handle(forward)
+    handlers = handle(forward)
     try:
-        while len(ended) < len(processes) and not any(map(_is_failure, ended.values())) and not (link and link.alarm):
-            _collect(processes, ended, timeout=0.5 if link else None)
-        # The others fail by themselves now, most of them, and what they report may be the cause.
+        while any(rank.exit_code is None for rank in ranks) and not any(rank.failed for rank in ranks):
+            if link is not None and link.alarm:
+                break
+            _wait(ranks, timeout=_ALARM_SECONDS if link is not None else None)
         deadline = time.monotonic() + _GRACE_SECONDS
-        while len(ended) < len(processes) and time.monotonic() < deadline:
-            _collect(processes, ended, timeout=deadline - time.monotonic())
-        for process in processes:
-            process.kill()
-            process.join()
-        cause = _cause(processes, ended, plan, reports, request, at_once)
+        while any(rank.exit_code is None for rank in ranks) and time.monotonic() < deadline:
+            _wait(ranks, timeout=deadline - time.monotonic())
+        for rank in ranks:
+            rank.process.kill()
+            rank.process.join()
+        cause = _find_cause(ranks, plan, request, at_once)
         if link is not None:
             cause = link.report(cause)
     finally:
-        shutil.rmtree(reports, ignore_errors=True)
-        # A signal that is repeated must not end this process in the little time that is left.
-        handle(signal.SIG_IGN) if request.signal is not None else restore(before)
-    if cause is not None:
-        show(cause, plan.node_rank, plan.nodes)
-        sys.exit(cause.exit_status)
-    return max(ended.values())
+        # A repeated signal must not end this process in the little time that is left.
+        handle(signal.SIG_IGN) if request.signal is not None else restore(handlers)
+    return cause or max(rank.exit_code or 0 for rank in ranks)
 
 
-def _is_failure(exit_code: int) -> bool:
-    return exit_code not in (0, EXIT_SAVED, *(128 + number for number in STOP_SIGNALS))
-
-
-def _collect(processes: list, ended: dict[int, int], timeout: float | None) -> None:
-    """Wait until processes end, and note the exit codes of those that have ended by themselves."""
-    running = {process.sentinel: local_rank for local_rank, process in enumerate(processes) if local_rank not in ended}
-    for sentinel in connection.wait(list(running), timeout=timeout):
-        process = processes[running[sentinel]]
-        process.join()
-        ended[running[sentinel]] = process.exitcode
-
-
-def _start(work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple, reports: str) -> list:
-    """The processes of this node's ranks. Python would answer a Ctrl-C during their imports by a traceback: it waits (_child)."""
+def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> list[_Rank]:
+    """Start the processes of this node's ranks."""
     spawning = mp.get_context("spawn")
-    processes = []
+    ranks = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # multiprocessing's helper, which is not to be ended by SIGUSR1 either
+        resource_tracker.ensure_running()  # multiprocessing's helper inherits the mask: no stop signal may end it
+        # A rank that is interrupted during its imports would print a traceback. It unblocks SIGINT in run_child.
         signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGINT})
         for local_rank in range(plan.processes_per_node):
-            process = spawning.Process(target=_child, args=(local_rank, os.getpid(), work, plan, store_port, args, reports))
+            reader, writer = spawning.Pipe(duplex=False)
+            process = spawning.Process(target=run_child, args=(local_rank, work, plan, args, os.getpid(), writer))
             process.start()
-            processes.append(process)
+            writer.close()
+            ranks.append(_Rank(process, reader))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return processes
+    return ranks
 
 
-def _child(
-    local_rank: int, parent: int, work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple, reports: str
-) -> None:
-    end_with_parent(parent)
-    handle(signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        status = _run(local_rank, work, plan, store_port, args)
-    except BaseException as error:
-        report = {
-            "kind": "user" if isinstance(error, UserError) else "lost" if _lost_connection(error) else "error",
-            # The moment of failure tells the cause from the failures that follow from it: peers that lose their connection.
-            "time": time.time(),
-            "message": str(error) if isinstance(error, UserError) else traceback.format_exception_only(error)[-1].splitlines()[0],
-            "traceback": traceback.format_exc(),
-        }
-        path = os.path.join(reports, str(local_rank))
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(report, file)
-        os.replace(path + ".part", path)
-        _end_loaders()
-        # Not sys.exit: an orderly exit may wait for ever for a collective that the others never join.
-        os._exit(1)
-    _end_loaders()
-    sys.exit(status)
+def _wait(ranks: list[_Rank], timeout: float | None) -> None:
+    """Wait until a rank exits, and note its exit code."""
+    running = [rank for rank in ranks if rank.exit_code is None]
+    ready = connection.wait([rank.process.sentinel for rank in running], timeout=timeout)
+    for rank in running:
+        if rank.process.sentinel in ready:
+            rank.process.join()
+            rank.exit_code = rank.process.exitcode
 
 
-def _end_loaders() -> None:
-    loaders = multiprocessing.active_children()
-    if loaders:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's own answer is an error, which would hide the one there is
-    for loader in loaders:
-        loader.kill()  # they ignore SIGTERM
-
-
-def _lost_connection(error: BaseException) -> bool:
-    """Whether a rank failed because it misses another one: of NCCL, of a store, or (a plain RuntimeError) of gloo."""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and (
-        "gloo" in str(error) or "Connection closed by peer" in str(error))
-
-
-def _cause(
-    processes: list, ended: dict[int, int], plan: ProcessPlan, reports: str, request: StopRequest, at_once: bool
-) -> Cause | None:
-    """Why ranks of this node, all of which have ended, did so by themselves (`ended`: their exit codes); None: well, or not."""
+def _find_cause(ranks: list[_Rank], plan: ProcessPlan, request: StopRequest, at_once: bool) -> Cause | None:
+    """Why a rank of this node failed, after all have ended. None if none failed before this parent killed it."""
+    node = plan.node_rank
     if at_once:
-        return Cause("stopped", "stopped at once by a second Ctrl-C; the last checkpoint is as it was", plan.node_rank,
-                     signal=request.signal)
-    several = plan.nodes > 1
+        return Cause("stopped", "stopped at once by a second Ctrl-C; the last checkpoint is unchanged", node,
+                     signal=signal.SIGINT)
     causes = []
-    for local_rank, code in ended.items():
-        rank, process = plan.node_rank * plan.processes_per_node + local_rank, processes[local_rank].pid
-        where = f"rank {rank} on node {plan.node_rank} ({socket.gethostname()}, process {process})" if several \
-            else f"rank {rank} (process {process})"
-        path = os.path.join(reports, str(local_rank))
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                report = json.load(file)
+    for local_rank, rank in enumerate(ranks):
+        if not rank.failed or rank.exit_code is None:
+            continue
+        place = f"on node {node} ({socket.gethostname()}, process {rank.process.pid})" if plan.nodes > 1 \
+            else f"(process {rank.process.pid})"
+        name = f"rank {node * plan.processes_per_node + local_rank} {place}"
+        report = _read_report(rank)
+        if report is not None:
             if report["kind"] != "user":
-                report["message"] = f"{where} failed: {report['message']}"
-            causes.append(Cause(node=plan.node_rank, **report))
-        elif request.signal is not None and code == -request.signal:
-            causes.append(Cause("stopped", f"stopped by {request.signal.name}" + (f" on node {plan.node_rank}" if several else "")
-                                + " before training began", plan.node_rank, signal=request.signal))
-        elif _is_failure(code):
-            # It was killed or crashed without a word. SIGABRT is how NCCL answers another rank's failure.
-            name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            hint = " (out of memory? see dmesg)" if name == "SIGKILL" else ""
-            causes.append(Cause("lost" if name == "SIGABRT" else "crash", f"{where} was ended by {name}{hint}", plan.node_rank))
+                report["message"] = f"{name} failed: {report['message']}"
+            causes.append(Cause(node=node, **report))
+        elif request.signal is not None and rank.exit_code == -request.signal:
+            where = f" on node {node}" if plan.nodes > 1 else ""
+            causes.append(Cause("stopped", f"stopped by {request.signal.name}{where} before training began", node,
+                                signal=request.signal))
+        else:
+            how = signal.Signals(-rank.exit_code).name if rank.exit_code < 0 else f"exit status {rank.exit_code}"
+            hint = " (out of memory? see dmesg)" if how == "SIGKILL" else ""
+            # NCCL answers the failure of another rank with SIGABRT.
+            causes.append(Cause("lost" if how == "SIGABRT" else "crash", f"{name} was ended by {how}{hint}", node))
     return first_cause(causes)
 
 
-def _run(local_rank: int, work: Callable[..., int | None], plan: ProcessPlan, store_port: int, args: tuple) -> int:
-    context = _join_group(local_rank, plan, store_port)
-    status = work(context, *args)
-    handle(signal.SIG_IGN)  # what is left is the orderly end
-    # Only after success: after a failure the others may never come, and tearing down would wait for them.
-    dist.barrier()
-    dist.destroy_process_group()
-    return status or 0
-
-
-def _join_group(local_rank: int, plan: ProcessPlan, store_port: int) -> DistContext:
-    """Collective. Set up this process (device, threads) and make the process group."""
-    rank = plan.node_rank * plan.processes_per_node + local_rank
-    if plan.device_type == "cuda":
-        device = torch.device("cuda", plan.gpu if plan.gpu is not None else local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))
-    timeout = timedelta(seconds=plan.timeout)
-    common = dict(backend=plan.backend, world_size=plan.world_size, rank=rank, timeout=timeout,
-                  device_id=device if plan.backend == "nccl" else None)
-    if "GLOO_SOCKET_IFNAME" not in os.environ and plan.world_size > 1:
-        interface = _interface_towards(plan.host)
-        if interface:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+def _read_report(rank: _Rank) -> dict[str, Any] | None:
+    """What a rank said of its failure. None if it could not."""
     try:
-        if plan.launcher == "torchrun":
-            store, _, _ = next(dist.rendezvous("env://", rank, plan.world_size, timeout=timeout))
-            # torchrun's store may outlive the ranks, and then holds the addresses of those before a restart.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            dist.init_process_group(store=dist.PrefixStore(f"attempt-{attempt}", store), **common)
-        elif plan.world_size == 1:
-            dist.init_process_group(store=dist.HashStore(), **common)  # a group of one needs no port
-        else:
-            # With one node the store is on this machine, whatever else may answer at the address.
-            host = "127.0.0.1" if plan.nodes == 1 else plan.host
-            store = dist.TCPStore(host, store_port, is_master=False, timeout=timeout)
-            dist.init_process_group(store=dist.PrefixStore("ranks", store), **common)
-    except RuntimeError as error:  # DistError of stores and NCCL, and a plain one of gloo
-        raise UserError(f"--dist-url {plan.url}: rank {rank} cannot connect to the others ({str(error).splitlines()[0]}); do the "
-                        "nodes reach each other at any port? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network "
-                        "interface to use") from error
-    return DistContext(rank=rank, world_size=plan.world_size, processes_per_node=plan.processes_per_node, device=device)
-
-
-def _interface_towards(host: str) -> str | None:
-    """The network interface by which this machine reaches `host` over IPv4, or has its address; None: cannot be told.
-
-    gloo by itself takes the interface of the machine's own name, which often is that of 127.0.0.1: no other node reaches it.
-    """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing
-            mine = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                try:
-                    request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                except OSError:  # has no address
-                    continue
-                if socket.inet_ntoa(request[20:24]) == mine:
-                    return name
-    except OSError:
-        pass
-    return None
+        return json.loads(rank.report.recv_bytes()) if rank.report.poll() else None
+    except (EOFError, OSError):
+        return None

@@ -1,4 +1,4 @@
-"""One run at a time in --output: also while the ranks of a run whose parent is gone are still ending."""
+"""The lock of --output: one run at a time, also while the ranks of a killed parent are still ending."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from utils.errors import UserError
 from utils.files import lock_output
 
 
-def hold_until_told(lock, pipe) -> None:
+def hold_the_lock(lock, pipe) -> None:
     pipe.send("started")
     pipe.recv()
 
 
-def test_a_second_run_is_told_who_writes(tmp_path):
+def test_a_second_run_is_refused(tmp_path):
     first = lock_output(str(tmp_path))
     with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()} is writing there"):
         lock_output(str(tmp_path), patience=0.3)
@@ -29,10 +29,10 @@ def test_a_second_run_is_told_who_writes(tmp_path):
 
 
 def test_a_started_process_has_the_lock_too(tmp_path):
-    """Of a killed parent the lock is gone, of its ranks, which may be saving, not before they have ended."""
+    """After the parent was killed its ranks, which may be saving, hold the lock until they end."""
     lock = lock_output(str(tmp_path))
-    pipe, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=hold_until_told, args=(lock, theirs))
+    pipe, far_end = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=hold_the_lock, args=(lock, far_end))
     process.start()
     assert pipe.recv() == "started"
     lock.release()
@@ -40,7 +40,7 @@ def test_a_started_process_has_the_lock_too(tmp_path):
         lock_output(str(tmp_path), patience=0)
     pipe.send("end")
     started = time.monotonic()
-    lock_output(str(tmp_path), patience=30).release()  # waits for it
+    lock_output(str(tmp_path), patience=30).release()  # waits for the process
     assert time.monotonic() - started < 25
     process.join()
 

@@ -1,4 +1,4 @@
-"""Signals: agreed on by all ranks, counted once, harmless to what must still be saved."""
+"""Stop signals: all ranks stop after the same step, and signals close to each other count once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from utils.signals import StopRequest
 
 
 def poll_until_stopped(rank: int, world_size: int, signalled: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """`signalled`: rank -> (step, signal that it gets in that step). The step that `poll` stops after, and the signal."""
+    """Poll until a signal comes. `signalled`: rank -> (step, signal that the rank receives then).
+
+    Returns the step after which `poll` stops, and the signal.
+    """
     stop = StopSignal(world_size, timeout=60)
     for step in range(1, 100):
         if rank in signalled and signalled[rank][0] == step:
             os.kill(os.getpid(), signalled[rank][1])
         if rank == 0:
-            time.sleep(0.01)  # the others wait for its answer of the step before only
+            time.sleep(0.01)  # the other ranks wait only for its answer of the step before
         stopped_by = stop.poll()
         if stopped_by:
             break
@@ -33,7 +36,7 @@ def test_all_ranks_stop_after_the_same_step(pools, world_size):
     last = world_size - 1
     for number in (signal.SIGTERM, signal.SIGUSR1):
         results = pools(world_size).run(poll_until_stopped, {last: (5, number)})
-        assert results == [(5 if world_size == 1 else 6, number)] * world_size  # known a step later
+        assert results == [(5 if world_size == 1 else 6, number)] * world_size  # other ranks know it a step later
 
 
 def test_two_signals_on_two_ranks_give_one_answer(pools):
@@ -44,7 +47,7 @@ def test_two_signals_on_two_ranks_give_one_answer(pools):
 
 
 def without_waiting(rank: int, world_size: int) -> float:
-    """The seconds that rank 1 spends in its first poll, for which rank 0 is late."""
+    """The seconds that rank 1 spends in its first poll, while rank 0 is late."""
     stop = StopSignal(world_size, timeout=60)
     dist.barrier()
     if rank == 0:
@@ -66,9 +69,9 @@ def test_the_second_ctrl_c_is_the_one_that_comes_later(monkeypatch):
     request = StopRequest()
     assert request.signal is None
     assert not request.note(signal.SIGINT) and request.signal == signal.SIGINT
-    now[0] += 0.1  # the same, forwarded, or sent to the whole group
+    now[0] += 0.1  # forwarded, or sent to the whole process group
     assert not request.note(signal.SIGINT)
     now[0] += 1
-    assert not request.note(signal.SIGTERM)  # of a batch system, in whose last seconds the save may come to its end
+    assert not request.note(signal.SIGTERM)  # a batch system repeats it, and the save may still succeed
     assert request.note(signal.SIGINT)
     assert request.signal == signal.SIGINT

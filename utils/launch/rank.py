@@ -1,0 +1,155 @@
+"""What runs in the process of a rank: join the process group, work, and tell the parent why it failed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from utils.dist.context import DistContext
+from utils.errors import UserError
+from utils.launch.plan import ProcessPlan
+from utils.signals import end_with_parent, handle
+
+Work = Callable[..., "int | None"]  # what a rank does: `work(context, *args)` returns its exit status, or None for 0
+
+_SIOCGIFADDR = 0x8915  # netdevice(7): an interface's IPv4 address
+_TRACEBACK_CHARACTERS = 8000  # a pipe takes 64 KiB at once, and the parent reads it after the end
+
+
+def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
+    """Run the one rank of this process: a run of one process, or one that torchrun started."""
+    local_rank = 0
+    if plan.launcher == "torchrun":
+        end_with_parent(os.getppid())
+        local_rank = int(os.environ["LOCAL_RANK"])
+    try:
+        return _run(local_rank, work, plan, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # see run_child
+    finally:
+        _kill_loaders()
+
+
+def run_child(
+    local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...], parent: int, report: Connection
+) -> NoReturn:
+    """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause."""
+    end_with_parent(parent)
+    handle(signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        status = _run(local_rank, work, plan, args)
+    except BaseException as error:
+        mistake = isinstance(error, UserError)
+        failure = {
+            "kind": "user" if mistake else "lost" if _lost_connection(error) else "error",
+            "message": str(error) if mistake else traceback.format_exception_only(error)[-1].splitlines()[0],
+            "time": time.time(),
+            "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:],
+        }
+        report.send_bytes(json.dumps(failure).encode())
+        _kill_loaders()
+        # Not sys.exit: an orderly exit may wait for ever in a collective that the other ranks never join.
+        os._exit(1)
+    _kill_loaders()
+    sys.exit(status)
+
+
+def _kill_loaders() -> None:
+    """Kill the data loading processes, which ignore SIGTERM: Python's exit would wait for them."""
+    loaders = multiprocessing.active_children()
+    if loaders:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises an error that would hide the first
+    for loader in loaders:
+        loader.kill()
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether the connection to another rank or to the store broke. gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and (
+        "gloo" in str(error) or "Connection closed by peer" in str(error))
+
+
+def _run(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
+    context = _join_group(local_rank, plan)
+    status = work(context, *args)
+    handle(signal.SIG_IGN)  # only the orderly end is left
+    # Only after success: after a failure the other ranks may never come, and this would wait for them.
+    dist.barrier()
+    dist.destroy_process_group()
+    return status or 0
+
+
+def _join_group(local_rank: int, plan: ProcessPlan) -> DistContext:
+    """Collective. Set up this process (device, threads) and make the process group. Raises UserError."""
+    rank = plan.node_rank * plan.processes_per_node + local_rank
+    if plan.device_type == "cuda":
+        device = torch.device("cuda", plan.gpu if plan.gpu is not None else local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))
+    if "GLOO_SOCKET_IFNAME" not in os.environ and plan.world_size > 1:
+        interface = _interface_towards(plan.host)
+        if interface:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        dist.init_process_group(
+            backend=plan.backend, store=_connect(rank, plan), world_size=plan.world_size, rank=rank,
+            timeout=timedelta(seconds=plan.timeout), device_id=device if plan.backend == "nccl" else None)
+    except RuntimeError as error:  # DistError from stores and NCCL, a plain one from gloo
+        raise UserError(
+            f"--dist-url {plan.url}: rank {rank} cannot connect to the others ({str(error).splitlines()[0]}); do the "
+            "nodes reach each other at any port? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network interface"
+        ) from error
+    return DistContext(rank=rank, world_size=plan.world_size, processes_per_node=plan.processes_per_node, device=device)
+
+
+def _connect(rank: int, plan: ProcessPlan) -> dist.Store:
+    """The store in which the ranks form their group."""
+    timeout = timedelta(seconds=plan.timeout)
+    if plan.launcher == "torchrun":
+        store, _, _ = next(dist.rendezvous("env://", rank, plan.world_size, timeout=timeout))
+        # torchrun's store may outlive the ranks: after a restart it still holds the addresses of the first attempt.
+        return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if plan.world_size == 1:
+        return dist.HashStore()
+    return dist.PrefixStore("ranks", dist.TCPStore(plan.host, plan.port, is_master=False, timeout=timeout))
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface by which this machine reaches `host` over IPv4. None if unknown.
+
+    gloo's default is the interface of the machine's own name, which is often the loopback: other nodes cannot reach it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            address = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                try:
+                    request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                except OSError:  # without an address
+                    continue
+                if socket.inet_ntoa(request[20:24]) == address:
+                    return name
+    except OSError:
+        pass
+    return None
