@@ -54,13 +54,17 @@ from scripts.measure import (
     release_memory,
     timed,
 )  # noqa: E402
+from utils.build import build_training  # noqa: E402
 from utils.dist.context import DistContext  # noqa: E402
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.flags import flags_of  # noqa: E402
-from utils.options import EMBEDDING_SIZE  # noqa: E402
+from utils.options import (
+    EMBEDDING_SIZE,  # noqa: E402
+    check_options,  # noqa: E402
+)
 from utils.options import Options as TrainingOptions  # noqa: E402
-from utils.options import check_options  # noqa: E402
+from utils.training.guard import StepGuard, StepLoss  # noqa: E402
 
 IMPLEMENTATIONS = ("ours", "published")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -163,18 +167,17 @@ class OurTraining:
     """Collective. The model, optimizers and loop of main.py, on one batch again and again."""
 
     def __init__(self, context: DistContext, options: TrainingOptions, images: Tensor, labels: Tensor) -> None:
-        self._context, self._options = context, options
-        self._state, self._model = training.build_training(
+        state, model = build_training(
             context, options, SEED, num_images=options.batch_size, global_batch=options.batch_size
         )
         indices = torch.arange(len(images)) + context.rank * len(images)
         self._batch = (images, labels, indices, 0)
         self._log = _FirstLoss()
+        guard = StepGuard(state.backbone, skip=False)
+        self._run = training.Run(context, options, state, model, ENDLESS_EPOCH, self._log, guard)
 
     def run(self, steps: int) -> None:
-        training.train_one_epoch(
-            self._context, self._options, self._state, self._model, [self._batch] * steps, steps, ENDLESS_EPOCH, self._log
-        )
+        training.train_one_epoch(self._run, [self._batch] * steps, steps)
 
     def first_loss(self) -> float:
         return self._log.loss.item()
@@ -185,10 +188,11 @@ class _FirstLoss:
 
     loss: Tensor | None = None
 
-    def add(self, *, loss: Tensor, **others: object) -> None:
+    def add(self, *, loss: Tensor, **others: object) -> list[StepLoss]:
         self.loss = loss if self.loss is None else self.loss
+        return []
 
-    def count_skipped(self, images: int) -> None:
+    def count_replaced(self, images: int) -> None:
         pass
 
 

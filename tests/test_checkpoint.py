@@ -24,6 +24,7 @@ from helpers.tiny import TinyBackbone
 from helpers.training import MODES, train
 
 import main
+from utils import build
 from utils.checkpoint import layout, shards, writer
 from utils.checkpoint.layout import DamagedCheckpoint, check_files, checksum, newest_first, read_manifest
 from utils.checkpoint.reader import Resume, find_checkpoint, load_checkpoint, read_resumable
@@ -157,8 +158,8 @@ def save_and_load(rank: int, world_size: int, output: str, resume: str, loss: st
     """Save a run with --loss adaface, or resume one. The value of the margin's statistic afterwards."""
     options = parse_options(["unused", "--num-classes", "11", *SHARDED, "--output", output, "-a", "mobilefacenet"])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        state, _ = main.build_training(context, options, 1, 48, 12)
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        state, _ = build.build_training(context, options, 1, 48, 12)
     state = dataclasses.replace(state, loss=loss, loss_settings={"scale": 64.0, "h": 0.333}, margin=Statistics())
     asked = Resume(resume, output, arch="mobilefacenet", num_classes=11, loss=loss)
     if resume:
@@ -354,8 +355,8 @@ def save_while_training(rank: int, world_size: int, output: str, free_bytes: int
     """Save, with a disk that does not answer before the weights have changed. Whether that was waited for, and a thread."""
     options = parse_options(["unused", "--num-classes", "11", *SHARDED, "--output", output, "-a", "mobilefacenet"])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        state, model = main.build_training(context, options, 1, 48, 12)
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        state, model = build.build_training(context, options, 1, 48, 12)
     state.optimizers.load_state(
         {name: {"momentum_buffer": torch.ones_like(value)} for name, value in model.module.named_parameters()})
     for parameter in model.parameters():
@@ -511,14 +512,14 @@ def test_a_whole_checkpoint_of_another_run(faces, sound, flags, words, how):
     resume = how if how == "auto" else str(sound / how)
     given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", *flags, "--output", str(sound), "--resume", resume])
     with pytest.raises(UserError, match=words):
-        read_resumable(main.what_to_resume(given))
+        read_resumable(main.resume_request(given))
 
 
 def test_a_copy_elsewhere_cannot_be_resumed(faces, sound, tmp_path):
     copy = shutil.copy(sound / "checkpoint.pth.tar", tmp_path / "copy.pth.tar")
     given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", "--resume", str(copy)])
     with pytest.raises(UserError, match="copy of a state file without its class centers"):
-        read_resumable(main.what_to_resume(given))
+        read_resumable(main.resume_request(given))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

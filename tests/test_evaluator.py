@@ -18,8 +18,8 @@ from helpers.tiny import TinyBackbone
 from helpers.training import MODES, RESUME, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main
 from data.pairs import PairImages, PairList
+from utils import preflight
 from utils.errors import UserError
 from utils.evaluation.embed import embed_images
 from utils.evaluation.pairs import PairEvalSet
@@ -158,9 +158,9 @@ def test_sets_are_checked_before_training(faces, tmp_path):
     images[5] = images[5][:700]
     (tmp_path / "bad.bin").write_bytes(pickle.dumps((images, [True, False] * 2)))
     with pytest.raises(UserError, match="bad.bin, image 5"):
-        main.open_validation_sets(parse_options([str(faces), "--val-bin", str(tmp_path / "bad.bin")]))
+        preflight.open_validation_sets(parse_options([str(faces), "--val-bin", str(tmp_path / "bad.bin")]))
     with pytest.raises(UserError, match="--val-pairs .*none.list: "):
-        main.open_validation_sets(parse_options([str(faces), "--val-pairs", "none.list", "--imgs-root", str(faces)]))
+        preflight.open_validation_sets(parse_options([str(faces), "--val-pairs", "none.list", "--imgs-root", str(faces)]))
 
 
 def test_when_an_evaluation_is_due() -> None:

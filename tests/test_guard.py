@@ -11,10 +11,11 @@ import pytest
 import torch
 from helpers.commands import read_metrics
 from helpers.tiny import TinyBackbone
-from helpers.training import RESUME, RandomFaces, RecordingLog, train
+from helpers.training import RESUME, RandomFaces, RecordingLog, make_run, train
 
 import main
 from scripts import plot
+from utils import build
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
@@ -60,10 +61,10 @@ def steps_on_batches(
         loader += [(dataset.images[indices], torch.from_numpy(dataset.labels[indices.numpy()]), indices, 0)
                    for indices in micro_batches[rank::world_size]]
     calls = {batches.index(batch) * options.accumulation_steps for batch in spoiled if rank == world_size - 1}
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        state, model = main.build_training(context, options, 5, len(dataset), BATCH)
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        state, model = build.build_training(context, options, 5, len(dataset), BATCH)
     with mock.patch.object(main, "prepare_batch", NotFiniteImages(calls)):
-        main.train_one_epoch(context, options, state, model, loader, len(batches), 1000, RecordingLog())
+        main.train_one_epoch(make_run(context, options, state, model, 1000, RecordingLog()), loader, len(batches))
     momentum = {f"{key} of {name}": tensor for name, values in state.optimizers.state().items() for key, tensor in values.items()}
     scaler = {"scale": torch.tensor(state.scaler.get_scale())}
     tensors = {**model.module.state_dict(), **momentum, **scaler}
@@ -105,8 +106,8 @@ def scaler_decisions(rank: int, world_size: int) -> list[tuple[float, bool]]:
     options = parse_options(["unused", "--num-classes", "5", "--batch-size", "8", "--enable-model-parallel",
                              "--enable-amp-mode", "--amp-dtype", "fp16", "--on-nonfinite", "skip"])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = main.build_training(context, options, 5, 80, 8)
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
+        state, model = build.build_training(context, options, 5, 80, 8)
     state.scaler.scale(torch.ones(()))  # makes the scale tensor
     outcome = []
     for overflow, loss in ((True, 1.0), (False, float("nan")), (False, 1.0)):
@@ -132,8 +133,8 @@ def first_step_after_an_overflow(rank: int, world_size: int) -> float:
     options = parse_options(["unused", "--num-classes", "40", "--batch-size", "8", "--enable-model-parallel",
                              "--enable-amp-mode", "--amp-dtype", "fp16", "--wd", "0"])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = main.build_training(context, options, 5, 80, 8)
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
+        state, model = build.build_training(context, options, 5, 80, 8)
     state.scaler.scale(torch.ones(()))
     weight = model.module.classifier.weight
     for gradient in (float("inf"), 32768.0):

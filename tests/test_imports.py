@@ -19,7 +19,7 @@ FLOORS = [
     ["utils/training"],
     ["utils/checkpoint"],
     ["utils/options"],
-    ["utils/preflight", "utils/planner"],
+    ["utils/build", "utils/planner", "utils/preflight"],
     ["main", "valid"],
     ["scripts"],
 ]

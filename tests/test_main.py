@@ -116,7 +116,7 @@ def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
         (["--seed", str(contents["seed"] + 1)], "drop --seed"),
     ):
         with pytest.raises(UserError, match=words):
-            read_resumable(main.what_to_resume(parse_options([str(faces), *SHORT, *flags, "--resume", str(path)])))
+            read_resumable(main.resume_request(parse_options([str(faces), *SHORT, *flags, "--resume", str(path)])))
 
 
 def truncate_one_image(source: Path, target: Path) -> Path:

@@ -19,7 +19,7 @@ from losses.fused import margin_softmax
 from losses.margins import MARGINS
 from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
 from utils.dist.sharding import ClassShard, init_model_parallel
-from utils.flags import check_ranges, flags_of
+from utils.flags import check_values, flags_of
 
 # name -> (phi(cosine, norm, **settings) by its definition, differentiable by autograd; settings to try)
 TRUTH = {
@@ -37,7 +37,7 @@ def test_every_margin_has_its_truth():
 @pytest.mark.parametrize("name", TRUTH)
 def test_flags_and_description(name):
     margin = MARGINS[name]()
-    check_ranges(margin)
+    check_values(margin)
     flags = flags_of(MARGINS[name])
     assert all(definition.help and definition.section == "loss" for definition, _ in flags.values())
     parameters = inspect.signature(TRUTH[name][0]).parameters

@@ -23,6 +23,7 @@ from data.decode import decode_image
 from data.folder import FaceFolder
 from data.record_format import read_idx
 from data.recordio import RecordIODataset
+from utils import build, preflight
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
@@ -438,10 +439,10 @@ def test_wrong_command_lines(tmp_path, monkeypatch, argv, expected):
 
 def train(rank: int, world_size: int, argv: list[str], packed: bool) -> None:
     options = parse_options(argv)
-    main.make_output(options)
+    preflight.make_output(options)
     dataset = RecordIODataset(options.data) if packed else FaceFolder(options.data)
     dataset.check_headers(skip_bad=False, progress=False)
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         main.train(DistContext(rank, world_size, world_size, torch.device("cpu")), options, dataset)
 
 

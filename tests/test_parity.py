@@ -17,7 +17,7 @@ from helpers.parity import BATCH, SEED, Outcome, assert_equal, run_training, tru
 from helpers.tiny import TinyBackbone
 from helpers.training import IMAGES
 
-import main
+from utils import build
 from utils.dist.context import DistContext
 from utils.options import parse_options
 
@@ -102,8 +102,8 @@ def scaler_steps(rank: int, world_size: int, flags: list[str]) -> tuple[list[np.
     options = parse_options(["unused", "--num-classes", "5", "--batch-size", str(BATCH), "--enable-model-parallel",
                              "--enable-amp-mode", "--amp-dtype", "fp16", *flags])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = main.build_training(context, options, SEED, IMAGES, BATCH)
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
+        state, model = build.build_training(context, options, SEED, IMAGES, BATCH)
     assert state.scaler.is_enabled()
     state.scaler.scale(torch.ones(()))  # makes the scale tensor
     weights, scales = [], []

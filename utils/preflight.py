@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from data.folder import FaceFolder
-from data.pairs import PairSet, check_images, open_pair_sets
-from data.recordio import RecordIODataset, is_recordio, require_no_package
+from data.formats import open_training_set
+from data.training_set import TrainingSet
 from losses.margins import MARGINS
 from models import build_backbone
 from utils.checkpoint.layout import BEST, LATEST
 from utils.dist.sharding import ClassShard
 from utils.errors import UserError
+from utils.evaluation.protocol import EvalSet
+from utils.evaluation.sets import Source, check_images, open_sets
 from utils.files import require_directory
 from utils.flags import describe_section, flags_of
 from utils.launch.fingerprint import program_fingerprint
 from utils.launch.plan import ProcessPlan, is_first_process
 from utils.options import EMBEDDING_SIZE, Options, loss_flags
 from utils.training.scaler import amp_dtype
-
-TrainingImages = FaceFolder | RecordIODataset
 
 
 def check_batch(options: Options, plan: ProcessPlan) -> None:
@@ -57,30 +57,22 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "whole backward pass; use --amp-dtype bf16 if the GPU supports it, or drop one of them")
 
 
-def open_validation_sets(options: Options) -> dict[str, PairSet]:
-    """The sets of --val-pairs and --val-bin by name. Decodes every image once. Raises UserError."""
-    lists = [(options.imgs_root, path) for path in options.val_pairs]
-    sets = open_pair_sets(lists, list(options.val_bin), list_flag="--val-pairs", bin_flag="--val-bin")
-    for pairs in sets.values():
-        check_images(pairs, progress=is_first_process())
+def open_validation_sets(options: Options) -> list[EvalSet]:
+    """The sets of --val-pairs and --val-bin, every image decoded once. Raises UserError."""
+    sets = open_sets([Source("pairs", path, "--val-pairs", options.imgs_root) for path in options.val_pairs]
+                     + [Source("bin", path, "--val-bin") for path in options.val_bin])
+    check_images(sets, progress=is_first_process())
     return sets
 
 
-def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
+def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
     """Open the training images and check them against --num-classes and --batch-size. Raises UserError.
 
-    One process per node does the work. The others start later, or wait for the first one and read its index.
+    One process per node does this work. Its other processes start later, or read the index that it wrote.
     """
     assert options.data is not None
-    dataset: TrainingImages
-    if is_recordio(options.data):
-        if options.index != "auto":
-            raise UserError(f"--index {options.index}: the package {options.data} has its own index; drop the flag")
-        dataset = RecordIODataset(options.data, progress=is_first_process())
-    else:
-        require_no_package(options.data)
-        dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
-    dataset.check_headers(options.skip_bad_images, progress=is_first_process())
+    dataset = open_training_set(options.data, index=options.index, skip_bad=options.skip_bad_images,
+                                progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
     if identities > options.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "
@@ -98,7 +90,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: {LATEST} is a directory there; give another directory")
 
 
-def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
+def shared_facts(options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]) -> dict[str, object]:
     """What must be the same on all nodes: program, training data, and every flag that is not `per_node`."""
     # Labels in order and names: together they decide which class an image is trained as.
     training_data = hashlib.blake2b(np.ascontiguousarray(dataset.labels).data, digest_size=8)
@@ -113,12 +105,11 @@ def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, Pair
         "number of images": len(dataset),
         "number of identities": len(dataset.identities),
         "training data (hash of identity names and labels)": training_data.hexdigest(),
-        "evaluation sets (pairs, images)":
-            {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()},
+        "evaluation sets": {eval_set.name: (eval_set.size, len(eval_set.images)) for eval_set in sets},
     }
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: dict[str, PairSet]) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: Sequence[EvalSet]) -> str:
     """A description of the run, one line per topic."""
     backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
@@ -156,7 +147,7 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
     }
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
-        rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
+        rows["evaluation"] = (", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}"
                               + ("" if options.no_save else f"; {BEST} is the best checkpoint"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

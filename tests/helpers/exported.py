@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import main
 from helpers.commands import load_script
 from models.classifier import initial_centers
+from utils.build import build_training
 from utils.checkpoint.weights import open_weights
 from utils.checkpoint.writer import CheckpointWriter
 from utils.dist.context import DistContext
@@ -27,7 +27,7 @@ def build(rank: int, world_size: int, num_classes: int, seed: int, identities: l
     """The state of a mobilefacenet run that has not begun."""
     options = parse_options(["unused", "-a", "mobilefacenet", "--num-classes", str(num_classes), "--batch-size", "12", *flags])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    state, _ = main.build_training(context, options, seed, 48, 12, identities)
+    state, _ = build_training(context, options, seed, 48, 12, identities)
     return state, options, context
 
 

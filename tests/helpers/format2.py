@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import main
+from utils import build
 from utils.dist.context import DistContext
 from utils.options import parse_options
 
@@ -60,6 +61,6 @@ class Drawn(Dataset):
 def train(rank: int, world_size: int, argv: list[str]) -> int:
     options = parse_options(["drawn", *FLAGS, *argv])
     os.makedirs(options.output, exist_ok=True)
-    with (mock.patch.object(main, "build_backbone", lambda arch, embedding_size: Mean()),
-          mock.patch.object(main, "EMBEDDING_SIZE", EMBEDDING_SIZE)):
+    with (mock.patch.object(build, "build_backbone", lambda arch, embedding_size: Mean()),
+          mock.patch.object(build, "EMBEDDING_SIZE", EMBEDDING_SIZE)):
         return main.train(DistContext(rank, world_size, world_size, torch.device("cpu")), options, Drawn())

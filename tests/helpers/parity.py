@@ -18,9 +18,9 @@ from data.augment import prepare_batch
 from data.loader import GlobalBatchSampler, build_train_loader
 from helpers.margins import true_softmax
 from helpers.tiny import TinyBackbone
-from helpers.training import RandomFaces, RecordingLog
-from losses.margins import MARGINS
+from helpers.training import RandomFaces, RecordingLog, make_run
 from models.classifier import initial_centers
+from utils import build
 from utils.dist.context import DistContext
 from utils.dist.sharding import ClassShard
 from utils.options import parse_options
@@ -44,14 +44,12 @@ def run_training(
     options = parse_options(
         ["unused", "--num-classes", str(num_classes), "--batch-size", str(BATCH), "--augment", "none",
          "--lr", str(SETTINGS["lr"]), "--momentum", str(SETTINGS["momentum"]), "--wd", str(SETTINGS["weight_decay"]),
-         "--scale", str(SETTINGS["scale"]), *flags]
+         "--scale", str(SETTINGS["scale"]), *flags, *([] if loss is None else ["--loss", loss])]
     )
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     dataset = RandomFaces(num_classes)
-    build_margin = main.build_margin if loss is None else lambda options: MARGINS[loss]()
-    with mock.patch.multiple(main, build_backbone=lambda arch, embedding_size: TinyBackbone(batch_norm),
-                             build_margin=build_margin):
-        state, model = main.build_training(context, options, SEED, len(dataset), BATCH)
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm)):
+        state, model = build.build_training(context, options, SEED, len(dataset), BATCH)
     sampler = GlobalBatchSampler(len(dataset), BATCH, options.accumulation_steps, rank, world_size, SEED)
     sampler.set_position(0, 0)
     loader = build_train_loader(dataset, sampler, workers=0, pin_memory=False)
@@ -68,7 +66,7 @@ def run_training(
 
     state.optimizers.zero_grad = keep_then_zero
     log = RecordingLog()
-    main.train_one_epoch(context, options, state, model, loader, STEPS, sampler.steps_per_epoch, log)
+    main.train_one_epoch(make_run(context, options, state, model, sampler.steps_per_epoch, log), loader, STEPS)
     return Outcome(
         losses=[mean_over_ranks(step["loss"]) for step in log.steps],
         gradients=gradients,

@@ -13,9 +13,11 @@ import main
 from data.folder import FaceFolder
 from helpers.commands import read_metrics
 from helpers.tiny import TinyBackbone
+from utils import build, preflight
 from utils.checkpoint.reader import read_resumable
 from utils.dist.context import DistContext
 from utils.options import parse_options
+from utils.training.guard import StepGuard
 
 MODES = {
     "base": [],
@@ -29,12 +31,18 @@ MODES = {
 def train(rank: int, world_size: int, argv: list[str]) -> int:
     """What `main.py <argv>` does in each of its processes."""
     options = parse_options(argv)
-    main.make_output(options)
+    preflight.make_output(options)
     if options.resume:
-        read_resumable(main.what_to_resume(options))
-    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        read_resumable(main.resume_request(options))
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-        return main.train(context, options, FaceFolder(options.data), main.open_validation_sets(options))
+        return main.train(context, options, FaceFolder(options.data), preflight.open_validation_sets(options))
+
+
+def make_run(context, options, state, model, steps_per_epoch: int, log) -> main.Run:
+    """What `main.train_one_epoch` needs to train, without saving, evaluating or signals."""
+    guard = StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
+    return main.Run(context, options, state, model, steps_per_epoch, log, guard)
 
 
 def losses(output) -> list[float]:
@@ -74,5 +82,5 @@ class RecordingLog:
         self.steps.append(values)
         return []
 
-    def count_skipped(self, images: int) -> None:
+    def count_replaced(self, images: int) -> None:
         assert images == 0

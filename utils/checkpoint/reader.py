@@ -15,8 +15,8 @@ from torch import Tensor
 from utils.checkpoint import layout
 from utils.checkpoint.agreement import run_together
 from utils.checkpoint.layout import LATEST, STATE_FILE, DamagedCheckpoint
-from utils.checkpoint.shards import open_shards
 from utils.checkpoint.safe_load import read_torch_file
+from utils.checkpoint.shards import open_shards
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.training.state import TrainState

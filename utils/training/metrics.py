@@ -165,7 +165,7 @@ class TrainingLog:
         if self._context.is_main:
             tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
-    def count_skipped(self, images: int) -> None:
+    def count_replaced(self, images: int) -> None:
         """Collective. Report how many bad images all ranks have replaced since the last call, if any."""
         total = torch.tensor(images, device=self._context.device)
         dist.all_reduce(total)

@@ -95,7 +95,9 @@ class Optimizers:
         self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
         self._zero: Any = None
         if zero:
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # Importing it takes seconds, and few runs use it.
+            from torch.distributed.optim import (
+                ZeroRedundancyOptimizer,  # Importing it takes seconds, and few runs use it.
+            )
 
             self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=make, **replicated_settings)
             self._named.append((self._zero, replicated))

@@ -1,0 +1,109 @@
+"""Build what a run trains: backbone, classifier, optimizers, and the model that DistributedDataParallel wraps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from losses.fused import margin_softmax
+from losses.margins import MARGINS
+from losses.softmax import margin_softmax_torchshard
+from models import build_backbone
+from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
+from models.sync_batchnorm import convert_sync_batchnorm
+from utils.dist.context import DistContext
+from utils.dist.ddp import fix_gradient_buckets
+from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
+from utils.options import EMBEDDING_SIZE, Options
+from utils.training.optim import Optimizers, RowSGD
+from utils.training.scaler import SharedGradScaler, amp_dtype
+from utils.training.state import Position, TrainState
+
+
+class TrainingModel(nn.Module):
+    """Images and labels -> loss: the module that DistributedDataParallel wraps. Autocast covers the backbone only."""
+
+    def __init__(
+        self, backbone: nn.Module, classifier: MarginClassifier, autocast_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (n, 3, 112, 112), labels (n,) -> (loss, num_closer, finite): see MarginClassifier.
+
+        finite: bool scalar, whether all embeddings of this rank are finite.
+        """
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            embedding = self.backbone(images)
+        return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
+
+
+def build_training(
+    context: DistContext, options: Options, seed: int, num_images: int, global_batch: int,
+    identities: Sequence[str] = (),
+) -> tuple[TrainState, DistributedDataParallel]:
+    """Collective. Backbone, this rank's classes and optimizers, with the same initial weights at every world size."""
+    torch.backends.cudnn.benchmark = True
+    # The fused update takes the classifier out of DistributedDataParallel: one process becomes a group of one.
+    sharded = options.enable_model_parallel or options.fuse_classifier_update
+    group = init_model_parallel(context.world_size) if sharded else None
+    rank, world_size = (context.rank, context.world_size) if sharded else (0, 1)
+    shard = ClassShard(options.num_classes, rank, world_size)
+    dtype = getattr(torch, options.precision)
+    autocast_dtype = amp_dtype(options.amp_dtype, context.device.type) if options.enable_amp_mode else None
+
+    torch.manual_seed(seed)
+    backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    if options.channels_last:
+        backbone = backbone.to(memory_format=torch.channels_last)
+    if options.compile:
+        backbone.compile()
+    if options.sync_bn:
+        backbone = convert_sync_batchnorm(backbone, context.device.type)
+
+    weight = class_centers(shard, EMBEDDING_SIZE, seed, context.device, dtype,
+                           parallel_dim=(options.model_parallel_dim or 1) if sharded else None)
+    sgd = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    skip_nonfinite = options.on_nonfinite == "skip"
+    row_sgd = RowSGD(weight, skip_nonfinite=skip_nonfinite, **sgd) if options.fuse_classifier_update else None
+    margin = MARGINS[options.loss](**options.loss_settings)
+    loss = classifier_loss(options, context, weight, autocast_dtype, row_sgd)
+    classifier = MarginClassifier(weight, shard, margin, scale=options.scale, group=group, loss=loss)
+
+    model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, dtype)
+    let_ddp_ignore_shards(model)
+    optimizers = Optimizers(model, options.optimizer, sgd, zero=options.enable_zero_optim, skippable=skip_nonfinite,
+                            row_sgd=row_sgd)
+    scaler = SharedGradScaler(context.device.type, enabled=autocast_dtype == torch.float16)
+    wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
+    fix_gradient_buckets(wrapped)
+    state = TrainState(
+        backbone=backbone, classifier=classifier, optimizers=optimizers, scaler=scaler, position=Position(),
+        arch=options.training_arch, seed=seed, num_images=num_images, global_batch=global_batch,
+        identities=list(identities), loss=options.loss, loss_settings={"scale": options.scale, **options.loss_settings},
+        margin=margin,
+    )
+    return state, wrapped
+
+
+def classifier_loss(
+    options: Options, context: DistContext, weight: nn.Parameter, autocast_dtype: torch.dtype | None,
+    row_sgd: RowSGD | None,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The margin softmax for --classifier, --classifier-memory-mib and --fuse-classifier-update."""
+    if options.classifier == "torchshard":
+        return margin_softmax_torchshard
+    saved_probs_mib: float | None = options.classifier_memory_mib
+    if saved_probs_mib is None:
+        saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update)
+    return functools.partial(
+        margin_softmax,
+        saved_probs_mib=saved_probs_mib,
+        matmul_dtype=autocast_dtype if context.device.type == "cuda" else None,  # slower on a CPU
+        update=None if row_sgd is None else row_sgd.update_rows,
+    )
