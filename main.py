@@ -147,7 +147,7 @@ def train(
         writer.wait()
         raise
     stop.close()
-    guard.check(log.close())
+    log.close()
     saved = writer.close()
     if stopped_by and position.step < last_step:
         log.say(f"stopped by {stopped_by.name} after step {position.step}; {saved}"
