@@ -75,7 +75,7 @@ def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
     dataset: TrainingImages
     if is_recordio(options.data):
         if options.index != "auto":
-            raise UserError(f"--index {options.index}: the package {options.data} has its own index; drop the flag")
+            raise UserError(f"--index {options.index}: {options.data} is a package with its own index; drop it")
         dataset = RecordIODataset(options.data, progress=is_first_process())
     else:
         require_no_package(options.data)
