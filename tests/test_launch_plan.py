@@ -9,14 +9,7 @@ import torch
 from helpers.commands import free_port
 
 from utils.errors import UserError
-from utils.launch.plan import (
-    NodeFlags,
-    ProcessFlags,
-    choose_device_type,
-    is_first_process,
-    plan_node,
-    plan_processes,
-)
+from utils.launch.plan import NodeFlags, ProcessFlags, choose_device_type, is_first_process, plan_node, plan_processes
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1",
             "MASTER_PORT": "29500"}
