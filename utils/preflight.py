@@ -157,6 +157,6 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
         rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
-                              + ("" if options.no_save else f"; {BEST} is the best checkpoint"))
+                              + ("" if options.no_save else f"; the best: {BEST}"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
