@@ -28,7 +28,7 @@ from data.training_set import TrainingSet
 from utils import preflight
 from utils.build import build_training
 from utils.checkpoint.init_from import check_init_from, init_from
-from utils.checkpoint.reader import Checkpoint, Resume, find_checkpoint, load_checkpoint, read_resumable
+from utils.checkpoint.reader import AUTO, Checkpoint, Resume, find_checkpoint, load_checkpoint, read_resumable
 from utils.checkpoint.weights import open_weights
 from utils.checkpoint.writer import KEEP, CheckpointWriter
 from utils.dist.collectives import broadcast_integer, require_same_on_all_ranks
@@ -40,7 +40,7 @@ from utils.evaluation.sets import Source, evaluate_set, open_sets
 from utils.files import OutputLock, lock_output
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
 from utils.launch.spawn import launch
-from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
+from utils.options import EMBEDDING_SIZE, Options, parse_options
 from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights

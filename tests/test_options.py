@@ -1,17 +1,14 @@
-"""The command line of main.py: what it accepts, and the one line it answers a mistake with."""
+"""The command line of main.py: its published flags, the settings of losses, and errors that name the flag."""
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-import main
 from losses.margins import MARGINS
-from utils.errors import UserError, exit_on_user_error
+from utils.errors import UserError
 from utils.flags import flag, flags_of
 from utils.options import SECTIONS, Options, complete_loss_settings, loss_flags, main_flags, parse_options
 
@@ -114,7 +111,6 @@ def test_settings_of_the_default_loss():
 
 
 def test_a_loss_brings_its_settings_and_defaults(toy):
-    # The choices of --loss are those of the import; a registered loss is in them.
     assert loss_flags()["momentum_of_norm"].default is None
     assert complete_loss_settings("toy", {}) == {"margin": 0.35, "momentum_of_norm": 0.01}
     assert complete_loss_settings("toy", {"margin": 0.9}) == {"margin": 0.9, "momentum_of_norm": 0.01}
@@ -127,7 +123,7 @@ def test_a_loss_brings_its_settings_and_defaults(toy):
     ("toy", {"margin": 1.2}, ["--margin 1.2", "up to 1"]),
     ("arcface", {"margin": 1.6}, ["--margin 1.6", "up to 1.5708"]),
 ])
-def test_a_setting_that_the_loss_lacks(toy, loss, given, words):
+def test_a_setting_that_the_loss_lacks_or_that_is_out_of_its_range(toy, loss, given, words):
     with pytest.raises(UserError) as raised:
         complete_loss_settings(loss, given)
     for word in words:
@@ -139,7 +135,7 @@ def test_a_setting_that_the_loss_lacks(toy, loss, given, words):
     ["--lr-milestones", "1,2", "DATA", "-b", "8"],
     ["--multiprocessing-distributed", "--no-easy-margin", "--learning-rate", "0.2", "--weight-decay", "0", "DATA"],
 ])
-def test_directory_before_or_after_the_flags(argv):
+def test_the_directory_may_come_before_or_after_the_flags(argv):
     assert parse_options(argv).data == "DATA"
 
 
@@ -209,73 +205,3 @@ def test_a_wrong_flag_is_named(flags, words):
 def test_the_directory_is_required():
     with pytest.raises(UserError, match="DIR is missing"):
         parse_options([])
-
-
-@pytest.fixture
-def answer(monkeypatch, capsys):
-    """`answer(*flags)`: main.py's one line of error for them; it must come before any process is started."""
-    monkeypatch.setattr(main, "launch", lambda *args: pytest.fail("training was started"))
-
-    def call(*flags: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, flags)])
-        with pytest.raises(SystemExit) as ended:
-            exit_on_user_error(main.main)
-        assert ended.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1, error
-        return error
-
-    return call
-
-
-def test_bad_data_is_answered_before_training(answer, faces, tmp_path):
-    assert "no such file or directory" in answer(tmp_path / "missing")
-    (tmp_path / "empty").mkdir()
-    assert "has no sub-directories" in answer(tmp_path / "empty")
-    (tmp_path / "empty" / "someone").mkdir()
-    assert "no images" in answer(tmp_path / "empty")
-    error = answer(faces, "--num-classes", 5, "-b", 4)
-    assert "--num-classes 5" in error and "at least 8" in error
-    error = answer(faces, "-b", 64)
-    assert "--batch-size 64" in error and "has 48" in error
-
-
-@pytest.mark.parametrize(("contents", "word"), [(b"", "is empty"), (b"hello, world", "not a JPEG")])
-def test_a_bad_image_is_named(answer, faces, tmp_path, contents, word):
-    shutil.copytree(faces, tmp_path / "faces")
-    bad = sorted((tmp_path / "faces" / "train").glob("*/*.jpg"))[7]
-    bad.write_bytes(contents)
-    error = answer(tmp_path / "faces", "-b", 4)
-    assert str(bad) in error and word in error and "--skip-bad-images" in error
-
-
-def test_bad_batches_are_answered(answer, faces):
-    processes = ["--multiprocessing-distributed", "--nproc-per-node", 3, "--dist-url", "tcp://127.0.0.1:29431"]
-    assert "multiple of 3" in answer(faces, "-b", 8, *processes)
-    assert "multiple of 6" in answer(faces, "-b", 9, "--accumulation-steps", 2, *processes)
-    assert "multiple of 3" in answer(faces, "-b", 2, *processes)
-    assert "--sync-bn" in answer(faces, "-b", 3, *processes)
-    assert "one image per process" in answer(faces, "-b", 1)
-
-
-def test_an_output_that_cannot_be_written_is_answered(answer, faces, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "--output" in answer(faces, "-b", 8, "--output", tmp_path / "file")
-    assert "--output" in answer(faces, "-b", 8, "--output", tmp_path / "file" / "below")
-
-
-def test_bad_resume_files_are_answered(answer, faces, tmp_path):
-    assert "no such file" in answer(faces, "--resume", tmp_path / "missing.pth.tar")
-    (tmp_path / "text").write_text("hello")
-    assert "not a checkpoint" in answer(faces, "--resume", tmp_path / "text")
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")
-    assert "no training state" in answer(faces, "-b", 8, "--resume", tmp_path / "weights")
-
-
-@pytest.mark.parametrize("num_classes", [85744, 4000000])
-def test_the_published_class_counts_print_their_plan(monkeypatch, capsys, faces, num_classes):
-    monkeypatch.setattr(main, "launch", lambda *args: pytest.fail("training was started"))
-    monkeypatch.setattr(sys, "argv", ["main.py", str(faces), "--enable-model-parallel", "--model-parallel-dim", "1",
-                                      "-b", "8", "--num-classes", str(num_classes), "--plan"])
-    main.main()
-    assert f"{num_classes:,} classes" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import Any
 
 from losses.margins import MARGINS
 from models import BACKBONES
+from utils.checkpoint.reader import AUTO
 from utils.errors import Parser, UserError
 from utils.flags import Flag, add_flags, check_values, flag, flags_of
 from utils.launch.plan import ProcessFlags
@@ -16,7 +17,6 @@ from utils.training.optim import OPTIMIZERS
 from utils.training.schedules import ScheduleFlags
 
 EMBEDDING_SIZE = 512
-AUTO = "auto"  # --resume: the newest intact checkpoint in --output
 
 SECTIONS = ("data", "model", "loss", "training", "schedule", "optimizer", "output", "evaluation",
             "processes and devices", "parallelism and precision", "speed and memory")

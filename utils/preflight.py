@@ -148,6 +148,6 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: S
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
         rows["evaluation"] = (", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}"
-                              + ("" if options.no_save else f"; {BEST} is the best checkpoint"))
+                              + ("" if options.no_save else f"; the best: {BEST}"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,112 @@
+"""What main.py checks and prints before it starts processes: each mistake gets one line, and nothing is started."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+import main
+from data.folder import FaceFolder
+from utils.errors import exit_on_user_error
+from utils.launch.plan import plan_processes
+from utils.options import parse_options
+from utils.preflight import run_table, shared_facts
+
+
+@pytest.fixture
+def answer(monkeypatch, capsys):
+    """`answer(*flags)`: main.py's one line of error for them; it must come before any process is started."""
+    monkeypatch.setattr(main, "launch", lambda *args: pytest.fail("training was started"))
+
+    def call(*flags: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as ended:
+            exit_on_user_error(main.main)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return call
+
+
+def test_bad_data_is_answered_before_training(answer, faces, tmp_path):
+    assert "no such file or directory" in answer(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    assert "has no sub-directories" in answer(tmp_path / "empty")
+    (tmp_path / "empty" / "someone").mkdir()
+    assert "no images" in answer(tmp_path / "empty")
+    error = answer(faces, "--num-classes", 5, "-b", 4)
+    assert "--num-classes 5" in error and "at least 8" in error
+    error = answer(faces, "-b", 64)
+    assert "--batch-size 64" in error and "has 48" in error
+
+
+@pytest.mark.parametrize(("contents", "word"), [(b"", "is empty"), (b"hello, world", "not a JPEG")])
+def test_a_bad_image_is_named(answer, faces, tmp_path, contents, word):
+    shutil.copytree(faces, tmp_path / "faces")
+    bad = sorted((tmp_path / "faces" / "train").glob("*/*.jpg"))[7]
+    bad.write_bytes(contents)
+    error = answer(tmp_path / "faces", "-b", 4)
+    assert str(bad) in error and word in error and "--skip-bad-images" in error
+
+
+def test_bad_batches_are_answered(answer, faces):
+    processes = ["--multiprocessing-distributed", "--nproc-per-node", 3, "--dist-url", "tcp://127.0.0.1:29431"]
+    assert "multiple of 3" in answer(faces, "-b", 8, *processes)
+    assert "multiple of 6" in answer(faces, "-b", 9, "--accumulation-steps", 2, *processes)
+    assert "multiple of 3" in answer(faces, "-b", 2, *processes)
+    assert "--sync-bn" in answer(faces, "-b", 3, *processes)
+    assert "one image per process" in answer(faces, "-b", 1)
+
+
+def test_an_output_that_cannot_be_written_is_answered(answer, faces, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--output" in answer(faces, "-b", 8, "--output", tmp_path / "file")
+    assert "--output" in answer(faces, "-b", 8, "--output", tmp_path / "file" / "below")
+
+
+def test_bad_resume_files_are_answered(answer, faces, tmp_path):
+    assert "no such file" in answer(faces, "--resume", tmp_path / "missing.pth.tar")
+    (tmp_path / "text").write_text("hello")
+    assert "not a checkpoint" in answer(faces, "--resume", tmp_path / "text")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")
+    assert "no training state" in answer(faces, "-b", 8, "--resume", tmp_path / "weights")
+
+
+@pytest.mark.parametrize("num_classes", [85744, 4000000])
+def test_the_published_class_counts_print_their_plan(monkeypatch, capsys, faces, num_classes):
+    monkeypatch.setattr(main, "launch", lambda *args: pytest.fail("training was started"))
+    monkeypatch.setattr(sys, "argv", ["main.py", str(faces), "--enable-model-parallel", "--model-parallel-dim", "1",
+                                      "-b", "8", "--num-classes", str(num_classes), "--plan"])
+    main.main()
+    assert f"{num_classes:,} classes" in capsys.readouterr().out
+
+
+def test_the_table_of_the_run(faces):
+    def table(*flags: str) -> dict[str, str]:
+        options = parse_options([str(faces), "-b", "8", "-a", "mobilefacenet", "--device", "cpu", *flags])
+        text = run_table(options, plan_processes(options), FaceFolder(str(faces)), {})
+        return dict(line.split("  ", 1) for line in text.splitlines())
+
+    rows = {name: value.strip() for name, value in table().items()}
+    assert rows["loss"] == "ArcFace, margin 0.5 (easy), scale 64"
+    assert rows["schedule"] == "lr 0.1, schedule step, lr-milestones 10,16,21, warmup-epochs 0"
+    assert rows["optimizer"] == "optimizer sgd, momentum 0.9, wd 0.0001"
+    assert rows["images"].startswith("48 of 8 identities in ")
+    assert rows["training"] == "35 epochs x 6 steps"
+    changed = table("--margin", "0.3", "--no-easy-margin", "--scale", "32", "--max-steps", "4", "--enable-amp-mode")
+    assert "margin 0.3 (hard), scale 32" in changed["loss"]
+    assert "stops at step 4" in changed["training"]
+    assert "backbone bfloat16, classifier float32" in changed["precision"]
+
+
+def test_nodes_compare_the_flags_that_must_agree(faces):
+    facts = [shared_facts(parse_options([str(faces), *flags]), FaceFolder(str(faces)), {}) for flags in (
+        [], ["--rank", "0", "--workers", "9", "--output", "elsewhere"], ["--wd", "0.1", "--margin", "0.2"])]
+    assert facts[0] == facts[1]
+    assert {name for name in facts[0] if facts[0][name] != facts[2][name]} == {"--wd", "--margin"}
+    assert {"--loss", "--lr", "--resume given", "number of images"} <= set(facts[0])
