@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from losses.fused import _chunk_size, automatic_memory_bytes, chunk_classes, margin_softmax
+from losses.margins import ArcFace
 from models import build_backbone
 from models.classifier import automatic_memory_mib
 from scripts import bench_step, plan
 from utils.dist.context import DistContext
-from utils.dist.sharding import ClassShard
 from utils.errors import UserError, exit_on_user_error
 from utils.planner import BackboneMemory, RunSettings, largest, measure_backbone, predict_memory
 
@@ -111,8 +111,8 @@ def test_kept_probabilities_are_those_of_the_classifier(operands, value_bytes, m
     embedding = F.normalize(torch.randn(rows, 512)).requires_grad_()
     centers, label = torch.randn(classes, 512, requires_grad=True), torch.arange(rows)
     tensors = kept_for_backward(
-        lambda: margin_softmax(embedding, label, centers, shard=ClassShard(classes, 0, 1), scale=64.0, margin=0.5,
-                               easy_margin=True, group=None, memory_mib=memory_mib, operands=operands),
+        lambda: margin_softmax(embedding, label, centers, ArcFace(), scale=64.0, group=None, saved_probs_mib=memory_mib,
+                               matmul_dtype=operands),
         [embedding, centers],
     )
     kept = sum(tensor.nbytes for tensor in tensors if tensor.ndim == 3)  # (chunks, N, K)
