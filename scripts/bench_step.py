@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Images per second and memory of a whole training step: main.py's beside that of torchshard's published ArcFace script.
+"""Images per second and memory of a training step: main.py compared with torchshard's published ArcFace script.
 
     python3 scripts/bench_step.py -a iresnet50 --classes 85744 --batch 128 --precision bf16 --channels-last
 
-ours: `main.build_training` and `main.train_one_epoch` as they are, always with --enable-model-parallel.
-published: that script's way of doing the same (projects/arcface of torchshard 0.1), in `PublishedTraining`: images in NCHW and
-float, fp16 autocast with a GradScaler or none, a margin on all logits and a one-hot matrix to choose the targets', the full
-softmax, top-5 over the full logits, and three values read from the device in every step. With several processes its full
-head would need all logits on every GPU: there it is given torchshard's parallel cross entropy instead.
+ours: `main.build_training` and `main.train_one_epoch`, always with --enable-model-parallel.
+published: the step of that script (projects/arcface of torchshard 0.1), in `PublishedTraining`: float images in NCHW,
+fp16 autocast with a GradScaler or none, the margin on all logits, a one-hot matrix that selects the targets, the full
+softmax, top-5 over the full logits, and three values read from the device in every step. With several processes its
+full head would need all logits on every GPU, so it gets torchshard's parallel cross entropy instead.
 
-The images are drawn once and lie on the device: reading them is not measured. Both start from the same weights and take turns,
-a block of steps each. Peak memory is that of a process, after the first steps.
+Random images are on the device from the start, so reading them is not measured. Both start from the same weights and
+take turns, a block of steps each. Peak memory is that of one process, after the first steps.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +73,12 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 OWN_FLAGS = ("channels_last", "compile", "fuse_classifier_update", "classifier")  # of main.py, for ours alone
 SEED = 0
 LEARNING_RATE = 0.01
-WARM_UP_STEPS = 2  # the first one makes momentum and chooses convolutions, after it DDP rebuilds its buckets
-ENDLESS_EPOCH = 10**9  # steps: no milestone is reached
+WARM_UP_STEPS = 2  # the first creates momentum and chooses convolutions; then DDP rebuilds its buckets
+ENDLESS_EPOCH = 10**9  # steps; no milestone is reached
 
 CSV_COLUMNS = (
-    "date", "device", "torch", "threads", "world_size", "arch", "classes", "batch", "precision", "flags", "steps", "impl",
-    "p20_images_s", "p50_images_s", "p80_images_s", "peak_mib", "first_loss", "speedup_to_published",
+    "date", "device", "torch", "threads", "world_size", "arch", "classes", "batch", "precision", "flags", "steps",
+    "impl", "p20_images_s", "p50_images_s", "p80_images_s", "peak_mib", "first_loss", "speedup_to_published",
 )
 
 
@@ -106,7 +108,7 @@ def main() -> None:
 
 
 def measure(context: DistContext, options: Options, training_options: TrainingOptions) -> None:
-    """Runs in every process, all of them together. Rank 0 reports."""
+    """Collective. Measure the implementations; rank 0 reports."""
     device = context.device
     warm_up_libraries(options.arch, device)
     images, labels = draw_batch(context, options)
@@ -121,15 +123,15 @@ def measure(context: DistContext, options: Options, training_options: TrainingOp
         ready[name] = builders[name]()
         ready[name].run(WARM_UP_STEPS)
 
-    # Alone at first: only so the peak of each is its own.
+    # Each runs alone first, so that the peak is its own.
     for name in options.impl:
         if name == "published" and published_will_not_fit(context, options):
             continue
         memory = PeakMemory(device)
-        fits = fits_in_memory(lambda: build(name), device)
+        fits = fits_in_memory(partial(build, name), device)
         if fits:
             memory.restart()
-            fits = fits_in_memory(lambda: ready[name].run(1), device)
+            fits = fits_in_memory(partial(ready[name].run, 1), device)
         if fits:
             peak = memory.bytes()
             figures[name] = {"peak_mib": None if peak is None else of_slowest_rank([peak], device)[0] / MIB,
@@ -143,13 +145,13 @@ def measure(context: DistContext, options: Options, training_options: TrainingOp
         for name in figures:
             if name not in ready:
                 build(name)
-            seconds = of_slowest_rank([timed(lambda: ready[name].run(options.block), device)], device)[0]
+            seconds = of_slowest_rank([timed(partial(ready[name].run, options.block), device)], device)[0]
             rates[name].append(options.batch * options.block / seconds)
             if not together:
                 del ready[name]
                 release_memory(device)
     if context.is_main:
-        impl = {}
+        impl: dict[str, dict[str, Any]] = {}
         for name in options.impl:
             keys = ("p20_images_s", "p50_images_s", "p80_images_s")
             if name in figures:
@@ -164,7 +166,7 @@ def measure(context: DistContext, options: Options, training_options: TrainingOp
 
 
 class OurTraining:
-    """Collective. The model, optimizers and loop of main.py, on one batch again and again."""
+    """Collective. The model, optimizers and loop of main.py, repeatedly on one batch."""
 
     def __init__(self, context: DistContext, options: TrainingOptions, images: Tensor, labels: Tensor) -> None:
         state, model = build_training(
@@ -172,19 +174,20 @@ class OurTraining:
         )
         indices = torch.arange(len(images)) + context.rank * len(images)
         self._batch = (images, labels, indices, 0)
-        self._log = _FirstLoss()
+        self._log: Any = _FirstLoss()
         guard = StepGuard(state.backbone, skip=False)
         self._run = training.Run(context, options, state, model, ENDLESS_EPOCH, self._log, guard)
 
     def run(self, steps: int) -> None:
-        training.train_one_epoch(self._run, [self._batch] * steps, steps)
+        batches: Any = [self._batch] * steps
+        training.train_one_epoch(self._run, batches, steps)
 
     def first_loss(self) -> float:
         return self._log.loss.item()
 
 
 class _FirstLoss:
-    """In the place of utils.meters.TrainingLog: writes nothing and reads nothing from the device."""
+    """Replaces TrainingLog. It writes nothing and reads nothing from the device."""
 
     loss: Tensor | None = None
 
@@ -197,9 +200,9 @@ class _FirstLoss:
 
 
 class FullHead(nn.Module):
-    """The classifier as published, of one process that has all classes: the margin on every logit, a one-hot choice.
+    """The published classifier of a single process: the margin on every logit, then a one-hot selection.
 
-    forward: embedding (n, d), label (n,) -> loss, and (n, 5) bool, whether the k-th best class is the target.
+    forward: embedding (n, d), label (n,) -> loss, and bool (n, 5), whether the k-th best class is the target.
     """
 
     scale, margin = 64.0, 0.5
@@ -220,7 +223,7 @@ class FullHead(nn.Module):
 
 
 class ParallelHead(MarginClassifier):
-    """Collective. The same from torchshard's parallel cross entropy, each process with its share of the classes."""
+    """Collective. The same with torchshard's parallel cross entropy and the classes sharded over the processes."""
 
     def __init__(self, context: DistContext, num_classes: int) -> None:
         shard = ClassShard(num_classes, context.rank, context.world_size)
@@ -243,7 +246,7 @@ class PublishedModel(nn.Module):
 
 
 class PublishedTraining:
-    """Collective. Model and step of the published script, on one batch again and again."""
+    """Collective. Model and step of the published script, repeatedly on one batch."""
 
     def __init__(self, context: DistContext, options: Options, images: Tensor, labels: Tensor) -> None:
         device = context.device
@@ -256,7 +259,7 @@ class PublishedTraining:
             let_ddp_ignore_shards(model)
             model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         self._model = model
-        # Its mixed precision is fp16 on GPUs; it has none on the CPU, and gets there what ours has.
+        # Its mixed precision is fp16 on GPUs. It has none on the CPU, so it gets ours there.
         dtype = PRECISIONS[options.precision]
         if dtype is not None and device.type == "cuda":
             dtype = torch.float16
@@ -265,7 +268,7 @@ class PublishedTraining:
         self._optimizer = SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._images, self._labels = images.float().div_(255), labels
-        self._first_loss: float | None = None
+        self._first_loss = float("nan")  # until the first step
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -274,7 +277,7 @@ class PublishedTraining:
                 loss, hits = self._model(images, self._labels)
             for metric in (loss, hits[:, 0].float().mean(), hits.any(dim=1).float().mean()):
                 value = metric.item()
-                self._first_loss = value if self._first_loss is None else self._first_loss
+                self._first_loss = value if math.isnan(self._first_loss) else self._first_loss
             self._scaler.scale(loss).backward()
             self._scaler.step(self._optimizer)
             self._scaler.update()
@@ -298,9 +301,9 @@ def draw_batch(context: DistContext, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def warm_up_libraries(arch: str, device: torch.device) -> None:
-    """What a process loads in its first step and keeps must not count as the memory of who comes first.
+    """Load what a process keeps after its first step, so that it does not count as memory of the first implementation.
 
-    The first optimizer alone imports modules of 150 MB.
+    The first optimizer alone imports 150 MB of modules.
     """
     backbone = build_backbone(arch, EMBEDDING_SIZE).to(device).train()
     backbone(torch.zeros(2, 3, 112, 112, device=device)).sum().backward()
@@ -308,7 +311,7 @@ def warm_up_libraries(arch: str, device: torch.device) -> None:
 
 
 def published_will_not_fit(context: DistContext, options: Options) -> bool:
-    """Collective. True on the CPU for a head that would not fit: there nothing is refused, but processes are killed."""
+    """Collective. Whether the published head exceeds the memory of a CPU, where the system would kill processes."""
     if context.device.type == "cuda":
         return False
     classes = ClassShard(options.classes, 0, context.world_size).size
@@ -318,16 +321,14 @@ def published_will_not_fit(context: DistContext, options: Options) -> bool:
 
 
 def fit_together(figures: dict[str, dict[str, float | None]], context: DistContext) -> bool:
-    """Collective. Whether all can stay in memory while they take turns; if not, each is built again for its turn."""
-    peaks = [figure["peak_mib"] for figure in figures.values()]
-    if None in peaks:
-        return True
+    """Collective. Whether all fit into memory while they take turns. If not, each is rebuilt for its turn."""
+    peaks = [peak for figure in figures.values() if (peak := figure["peak_mib"]) is not None]
     missing = sum(peaks) * MIB - 0.9 * available_bytes(context.device, context.world_size)
     return of_slowest_rank([missing], context.device)[0] <= 0
 
 
 def report(context: DistContext, options: Options, impl: dict[str, dict]) -> None:
-    """Rank 0: print the object or the table, and append to the file."""
+    """Print the JSON object or the table, and append to the CSV file. Call on rank 0."""
     result = {
         **describe_machine(context.device),
         "arch": options.arch, "classes": options.classes, "batch": options.batch, "world_size": options.world_size,
@@ -335,10 +336,10 @@ def report(context: DistContext, options: Options, impl: dict[str, dict]) -> Non
     }
     print(json.dumps(result) if options.json else as_text(result), flush=True)
     if options.csv is not None:
-        common = {name: result[name] for name in CSV_COLUMNS if name in result}
-        rows = [{**common, "impl": name, **{key: value for key, value in figures.items() if key in CSV_COLUMNS},
-                 "speedup_to_published": speedup(impl, name)} for name, figures in impl.items()]
-        append_csv(options.csv, CSV_COLUMNS, rows)
+        append_csv(options.csv, CSV_COLUMNS, [
+            {**result, "impl": name, **figures, "speedup_to_published": speedup(impl, name)}
+            for name, figures in impl.items()
+        ])
 
 
 def speedup(impl: dict[str, dict], name: str) -> float | None:
@@ -347,7 +348,7 @@ def speedup(impl: dict[str, dict], name: str) -> float | None:
 
 
 def as_text(result: dict) -> str:
-    """The table, and the ratio in words."""
+    """The table and a sentence with the ratio."""
     rows = [("images/s", "p20", "p50", "p80", "peak memory", "first loss")]
     for name, figures in result["impl"].items():
         if figures["p50_images_s"] is None:
@@ -357,8 +358,9 @@ def as_text(result: dict) -> str:
         rows.append((name, *(f"{figures[key]:,.1f}" for key in ("p20_images_s", "p50_images_s", "p80_images_s")),
                      "unknown" if peak is None else f"{peak:,.0f} MiB", f"{figures['first_loss']:.3f}"))
     lines = [
-        f"{result['arch']}, {result['classes']:,} classes, batch {result['batch']}, {result['world_size']} processes with "
-        f"{result['threads']} threads, {result['precision']}" + (f", ours with {result['flags']}" if result["flags"] else ""),
+        f"{result['arch']}, {result['classes']:,} classes, batch {result['batch']}, {result['world_size']} processes "
+        f"with {result['threads']} threads, {result['precision']}"
+        + (f", ours with {result['flags']}" if result["flags"] else ""),
         f"{result['device']}, torch {result['torch']}",
         "", aligned(rows),
     ]

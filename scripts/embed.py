@@ -22,11 +22,12 @@ from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS  # noqa: E402
 from models import check_arch  # noqa: E402
 from utils.checkpoint.weights import open_weights  # noqa: E402
-from utils.dist.context import DistContext  # noqa: E402
+from utils.dist.context import DistContext, choose_device  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.evaluation.embed import choose_device, embed_images  # noqa: E402
+from utils.evaluation.embed import embed_images  # noqa: E402
 from utils.files import atomic_write, require_writable  # noqa: E402
 from utils.flags import add_flags, check_values, flag, flags_of  # noqa: E402
+from utils.memory import keep_freed_memory  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class ImageFiles:
 def main() -> None:
     options = parse_options()
     context = DistContext(0, 1, 1, choose_device(options.device))
+    if context.device.type == "cpu":
+        keep_freed_memory()
     paths = find_images(options.images)
     if options.output is not None:
         check_output(options.output)

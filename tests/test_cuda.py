@@ -1,4 +1,4 @@
-"""What only a GPU can show. Run with ARCFACE_TEST_CUDA=1 (scripts/gpu_check.sh does); skipped where there is no GPU."""
+"""Tests that need a GPU. scripts/gpu_check.sh runs them with ARCFACE_TEST_CUDA=1; otherwise they are skipped."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_float64_equals_the_truth(seed):
     )
     got.backward()
     assert got.item() == pytest.approx(loss, rel=1e-10)
-    for mine, true in ((embedding.grad, embedding_grad), (centers.grad, centers_grad)):
-        assert (mine.cpu() - true).norm() <= 1e-10 * true.norm() + 1e-15 * case["scale"] * slope
+    for result, true in ((embedding.grad, embedding_grad), (centers.grad, centers_grad)):
+        assert (result.cpu() - true).norm() <= 1e-10 * true.norm() + 1e-15 * case["scale"] * slope
 
 
 def large_case(classes: int = 50_000, rows: int = 256) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,8 +57,8 @@ def test_low_precision_products_are_near_float64(matmul_dtype, tolerance, saved_
         loss, _ = margin_softmax(x, label, w, matmul_dtype=kind, saved_probs_mib=saved_probs_mib, **SETTINGS)
         loss.backward()
         results[dtype] = loss.detach(), x.grad, w.grad
-    for mine, true in zip(results[torch.float32], results[torch.float64]):
-        assert mine.dtype == torch.float32 and (mine - true).norm() <= tolerance * true.norm()
+    for result, true in zip(results[torch.float32], results[torch.float64]):
+        assert result.dtype == torch.float32 and (result - true).norm() <= tolerance * true.norm()
 
 
 @pytest.mark.parametrize("update", [False, True])
@@ -88,15 +88,18 @@ def test_initial_centers_do_not_depend_on_the_device():
 
 @pytest.mark.parametrize("flags", [
     [], ["--enable-model-parallel"], ["--enable-model-parallel", "--fuse-classifier-update", "--channels-last"],
-    ["--enable-model-parallel", "--enable-amp-mode"], ["--enable-model-parallel", "--enable-amp-mode", "--amp-dtype", "fp16"],
+    ["--enable-model-parallel", "--enable-amp-mode"],
+    ["--enable-model-parallel", "--enable-amp-mode", "--amp-dtype", "fp16"],
     ["--enable-model-parallel", "--enable-zero-optim"], ["--enable-model-parallel", "--sync-bn"],
     ["--enable-model-parallel", "--enable-amp-mode", "--compile", "--channels-last"],
 ], ids=lambda flags: " ".join(flags) or "base")
 def test_training_resuming_and_validating(faces, tmp_path, flags):
-    command = ["main.py", faces, *SHORT, *flags, "--multiprocessing-distributed", "--nproc-per-node", 1, "--output", tmp_path]
+    command = ["main.py", faces, *SHORT, *flags, "--output", tmp_path,
+               "--multiprocessing-distributed", "--nproc-per-node", 1]
     assert "nccl" in run(*command, "--seed", 3)
     resume = ["--resume", tmp_path / "checkpoint.pth.tar"]
     run(*command, *resume, "--max-steps", 5)
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5] and all(line["loss"] == line["loss"] for line in steps)
-    assert "Accuracy" in run("valid.py", "--imgs-root", faces / "lfw/imgs", "--pair-list", faces / "lfw/pair.list", *resume)
+    pairs = ["--imgs-root", faces / "lfw/imgs", "--pair-list", faces / "lfw/pair.list"]
+    assert "Accuracy" in run("valid.py", *pairs, *resume)
