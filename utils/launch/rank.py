@@ -23,6 +23,7 @@ import torch.distributed as dist
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.launch.plan import ProcessPlan
+from utils.memory import keep_freed_memory
 from utils.signals import end_with_parent, handle
 
 Work = Callable[..., "int | None"]  # what a rank does: `work(context, *args)` returns its exit status, or None for 0
@@ -103,6 +104,7 @@ def _join_group(local_rank: int, plan: ProcessPlan) -> DistContext:
         device = torch.device("cuda", plan.gpu if plan.gpu is not None else local_rank)
         torch.cuda.set_device(device)
     else:
+        keep_freed_memory()
         device = torch.device("cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))

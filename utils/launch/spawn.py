@@ -5,7 +5,6 @@ A process group is always made, also for a single process, so that the training 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -26,7 +25,7 @@ import torch.multiprocessing as mp
 from utils.errors import UserError
 from utils.launch.cause import Cause, first_cause, show
 from utils.launch.fingerprint import program_fingerprint
-from utils.launch.multinode import Coordinator, NodeLink
+from utils.launch.multinode import NodeLink
 from utils.launch.plan import ProcessPlan
 from utils.launch.rank import Work, run_child, run_here
 from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle, restore
@@ -67,15 +66,13 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
         "program (hash of its files)": program_fingerprint(), "torch": torch.__version__,
         "--dist-backend": plan.backend,
     }
-    with contextlib.ExitStack() as stack:
-        if store is not None:
-            coordinator = Coordinator(store, nodes=plan.nodes, facts=facts, timeout=plan.timeout)
-            stack.callback(coordinator.close)
-        link = NodeLink(host=plan.host, port=plan.port, node=plan.node_rank, nodes=plan.nodes, facts=facts,
-                        timeout=plan.timeout)
-        stack.callback(link.close)
+    link = NodeLink((plan.host, plan.port), node=plan.node_rank, nodes=plan.nodes, facts=facts, timeout=plan.timeout,
+                    store=store)
+    try:
         link.meet()
         outcome = _supervise(work, plan, args, link)
+    finally:
+        link.close()
     return _end(outcome, plan)
 
 
@@ -90,22 +87,22 @@ def _end(outcome: int | Cause, plan: ProcessPlan) -> int:
 
 def _host_store(plan: ProcessPlan) -> dist.TCPStore:
     """The store in which the nodes and the ranks meet, which listens at the address of --dist-url. Raises UserError."""
-    host = plan.host
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, plan.port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(plan.host, plan.port, type=socket.SOCK_STREAM)[0]
+        host, dual = str(address[0]), False
         # Many machines resolve their own name to the loopback, where other nodes cannot reach them.
-        if plan.nodes > 1 and address[0] != host and ipaddress.ip_address(address[0]).is_loopback:
-            host, address = "localhost", ("", plan.port)
-        else:
-            host = str(address[0])
-        listener = socket.create_server(address[:2], family=family, backlog=1024)
+        if plan.nodes > 1 and host != plan.host and ipaddress.ip_address(host).is_loopback:
+            host, dual = "", socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+        listener = socket.create_server((host, plan.port), family=family, backlog=1024, dualstack_ipv6=dual)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise UserError(
             f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({reason}); give "
             + ("an address of node 0 that the other nodes reach" if plan.nodes > 1 else "tcp://127.0.0.1")
             + " and a free port") from None
-    return dist.TCPStore(host, listener.getsockname()[1], is_master=True, wait_for_workers=False,
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host or "localhost", port, is_master=True, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
 
