@@ -35,9 +35,10 @@ from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
 from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
 from data.recordio import RecordIODataset, is_recordio, require_no_package
 from losses.fused import margin_softmax
+from losses.margins import MARGINS, Margin
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone, check_arch
-from models.classifier import ArcFaceClassifier, automatic_memory_mib
+from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint.initial import check_initial, start_from
 from utils.checkpoint.layout import BEST, LATEST
@@ -60,7 +61,7 @@ from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
 from utils.signals import EXIT_SAVED
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
-from utils.training.optim import Optimizers
+from utils.training.optim import Optimizers, RowSGD
 from utils.training.scaler import SharedGradScaler, amp_dtype
 from utils.training.schedules import learning_rate
 from utils.training.state import Position, TrainState
@@ -72,12 +73,12 @@ TrainingImages = FaceFolder | RecordIODataset
 class TrainingModel(nn.Module):
     """Images and labels -> loss: what DistributedDataParallel wraps. Mixed precision covers the backbone only."""
 
-    def __init__(self, backbone: nn.Module, classifier: ArcFaceClassifier, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(self, backbone: nn.Module, classifier: MarginClassifier, autocast_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (n, 3, 112, 112), labels (n,) -> (loss, num_closer, finite): see ArcFaceClassifier.
+        """images (n, 3, 112, 112), labels (n,) -> (loss, num_closer, finite): see MarginClassifier.
 
         finite: bool scalar, whether all of this rank's embeddings are: what tells the rank of a loss that is not.
         """
@@ -330,16 +331,19 @@ def build_training(
         backbone.compile()
     if options.sync_bn:
         backbone = convert_sync_batchnorm(backbone, context.device.type)
-    classifier = ArcFaceClassifier(
-        EMBEDDING_SIZE, shard, scale=options.scale, margin=options.margin, easy_margin=options.easy_margin, seed=seed,
-        device=context.device, dtype=getattr(torch, options.precision), group=group,
-        model_parallel_dim=options.model_parallel_dim or 1,
-    )
-    autocast_dtype = amp_dtype(options, context.device.type) if options.enable_amp_mode else None
-    model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, getattr(torch, options.precision))
+    dtype = getattr(torch, options.precision)
+    autocast_dtype = amp_dtype(options.amp_dtype, context.device.type) if options.enable_amp_mode else None
+    weight = class_centers(shard, EMBEDDING_SIZE, seed, context.device, dtype,
+                           parallel_dim=(options.model_parallel_dim or 1) if sharded else None)
+    row_sgd = None
+    if options.fuse_classifier_update:
+        row_sgd = RowSGD(weight, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay,
+                         skip_nonfinite=options.on_nonfinite == "skip")
+    loss = classifier_loss(options, context, weight, autocast_dtype, row_sgd)
+    classifier = MarginClassifier(weight, shard, build_margin(options), scale=options.scale, group=group, loss=loss)
+    model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, dtype)
     let_ddp_ignore_shards(model)
-    optimizers = Optimizers(model, options)
-    classifier.loss = classifier_loss(options, context, classifier, autocast_dtype, optimizers)
+    optimizers = Optimizers(model, options, row_sgd)
     scaler = SharedGradScaler(context.device.type, enabled=autocast_dtype == torch.float16)
     wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
     fix_gradient_buckets(wrapped)
@@ -349,21 +353,25 @@ def build_training(
     return state, wrapped
 
 
+def build_margin(options: Options) -> Margin:
+    """The margin of the loss, with the flags that it declares."""
+    return MARGINS["arcface"](margin=options.margin, easy_margin=options.easy_margin)
+
+
 def classifier_loss(
-    options: Options, context: DistContext, classifier: ArcFaceClassifier, autocast_dtype: torch.dtype | None, optimizers: Optimizers
+    options: Options, context: DistContext, weight: nn.Parameter, autocast_dtype: torch.dtype | None, row_sgd: RowSGD | None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The margin softmax that --classifier, --classifier-memory-mib and --fuse-classifier-update ask for."""
     if options.classifier == "torchshard":
         return margin_softmax_torchshard
-    memory_mib = options.classifier_memory_mib
-    if memory_mib is None:
-        memory_mib = automatic_memory_mib(classifier.weight, context.processes_per_node, options.fuse_classifier_update)
+    saved_probs_mib = options.classifier_memory_mib
+    if saved_probs_mib is None:
+        saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update)
     return functools.partial(
         margin_softmax,
-        memory_mib=memory_mib,
-        operands=autocast_dtype if context.device.type == "cuda" else None,  # a CPU only loses by it
-        update=optimizers.of_shard if options.fuse_classifier_update else None,
-        update_if_finite=options.on_nonfinite == "skip",
+        saved_probs_mib=saved_probs_mib,
+        matmul_dtype=autocast_dtype if context.device.type == "cuda" else None,  # slower on a CPU
+        update=None if row_sgd is None else row_sgd.update_rows,
     )
 
 
@@ -423,7 +431,7 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
     if not options.enable_model_parallel and plan.world_size > 1:
         raise UserError(f"--fuse-classifier-update: a classifier that {plan.world_size} processes have a copy of each needs the "
                         "mean of their gradients before a step; add --enable-model-parallel, or drop it")
-    if options.enable_amp_mode and amp_dtype(options, plan.device_type) == torch.float16:
+    if options.enable_amp_mode and amp_dtype(options.amp_dtype, plan.device_type) == torch.float16:
         raise UserError("--fuse-classifier-update with fp16: whether the loss scale overflowed is known only after all gradients "
                         "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
@@ -486,7 +494,7 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
     device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
     precision = options.precision
     if options.enable_amp_mode:
-        autocast = str(amp_dtype(options, plan.device_type)).removeprefix("torch.")
+        autocast = str(amp_dtype(options.amp_dtype, plan.device_type)).removeprefix("torch.")
         operands = f"{autocast} products summed in float32" if plan.device_type == "cuda" else "float32"
         precision = f"mixed: backbone {autocast}, classifier {operands}"
     rows = {
@@ -500,8 +508,7 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
         "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
                          + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update
                             else f"{3 * center_mib:,.0f} MiB with gradient and momentum"),
-        "loss": f"ArcFace, scale {options.scale:g}, margin {options.margin:g} "
-                f"({'easy' if options.easy_margin else 'hard'})",
+        "loss": f"{build_margin(options).describe()}, scale {options.scale:g}",
         "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",
         "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
                  f"{per_rank}",

@@ -1,54 +1,145 @@
-"""The additive angular margin of ArcFace on the target cosine: value and derivative.
+"""Margins on the target cosine: MARGINS, a class each, which `--loss` chooses from.
 
-Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, equation 3.
+A margin turns the cosine between an embedding and the center of its own class into phi; the loss's target logit is
+scale * phi. It gives phi's slopes itself, so that a loss needs no graph, and they can be bounded where phi's are not.
+
+Running statistics (of norms or cosines, in some losses) are buffers of the margin and follow one rule: they change once
+per optimizer step, after it, by the rows of the whole global batch over all ranks and micro-batches, and never in a step
+that is skipped. All micro-batches of a step therefore use the values that the step before has left. The losses show each
+batch to `observe`; `models.classifier.MarginClassifier.end_step` calls `update`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from utils.flags import flag
 
 
-def arcface_margin(cosine: Tensor, margin: float, easy: bool) -> tuple[Tensor, Tensor]:
-    """phi(cos) and d phi / d cos, where phi = cos(theta + m) and theta = arccos(cos).
+class Margin(nn.Module):
+    """Base of all margins. A subclass is a @dataclass(eq=False, repr=False) whose fields are its flags.
+
+    uses_norm: `target` needs the norms of the embeddings.
+    has_statistics: the margin defines `update`.
+    negatives: None, or a method that maps the other cosines; see `negatives` below.
+
+        def negatives(self, cosine: Tensor, target: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]
+
+    takes the cosines (N, K) of a chunk of classes, and of each row the target cosine and phi, (N, 1), as constants.
+    It returns the mapped cosines and the slopes of the map, (N, K). It works element by element: which classes form a
+    chunk must not matter. A class that takes no part gets a large negative finite value and slope 0. The column of the
+    target itself is ignored.
+    """
+
+    uses_norm: ClassVar[bool] = False
+    has_statistics: ClassVar[bool] = False
+    negatives: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._observed: list[tuple[Tensor, Tensor | None]] = []
+
+    def target(self, cosine: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """phi, d phi / d cosine and d phi / d norm (None: no gradient), each (N,) and of the cosines' dtype.
+
+        Args:
+            cosine: target cosines (N,), float32 or float64; rounding may put them slightly outside [-1, 1].
+            norm: norms of the embeddings (N,); None unless `uses_norm`.
+
+        All three must be finite for finite cosines, also at +-1; a NaN must stay a NaN.
+        """
+        raise NotImplementedError
+
+    def forward(self, cosine: Tensor, norm: Tensor | None = None) -> Tensor:
+        """phi of `target`, with its slopes as gradients."""
+        return WithSlopes.apply(*self.target(cosine.detach(), None if norm is None else norm.detach()), cosine, norm)
+
+    def update(self, cosine: Tensor, norm: Tensor | None) -> None:
+        """Update the statistics (buffers, in place) with the target cosines and norms of the global batch, (N,)."""
+        raise NotImplementedError
+
+    def observe(self, cosine: Tensor, norm: Tensor | None) -> None:
+        """Remember a micro-batch's target cosines and norms, (N,), until `observed` collects them."""
+        if self.has_statistics and self.training:
+            self._observed.append((cosine.detach(), None if norm is None else norm.detach()))
+
+    def observed(self) -> tuple[Tensor, Tensor | None] | None:
+        """Cosines and norms of all micro-batches since the last call, (N * micro-batches,); None if there are none."""
+        if not self._observed:
+            return None
+        cosines, norms = zip(*self._observed)
+        self._observed = []
+        return torch.cat(cosines), None if norms[0] is None else torch.cat(norms)
+
+    def describe(self) -> str:
+        """The loss in a few words, for the table of the run."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return self.describe()
+
+
+class WithSlopes(torch.autograd.Function):
+    """value, with given slopes (None: 0) as its derivatives by `first` and `second`; all of one shape."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, slope: Tensor, second_slope: Tensor | None, first: Tensor,
+                second: Tensor | None) -> Tensor:
+        ctx.save_for_backward(slope, second_slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor | None]:
+        slope, second_slope = ctx.saved_tensors
+        return None, None, None, grad * slope, None if second_slope is None else grad * second_slope
+
+
+def sine_of(cosine: Tensor) -> Tensor:
+    """sin(arccos(cosine)), at least sqrt(eps): slopes divide by it.
+
+    sqrt(eps) is also the accuracy that 1 - cosine^2 leaves near cosine = 1; below it the sine is rounding noise.
+    """
+    return (1.0 - cosine * cosine).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
+
+
+@dataclass(eq=False, repr=False)
+class ArcFace(Margin):
+    """phi = cos(theta + m), theta = arccos(cosine).
 
         inside the margin's range:  phi = cos * cos(m) - sin * sin(m),  phi' = cos(m) + sin(m) * cos / sin
         outside of it:              easy: phi = cos,               phi' = 1
                                     hard: phi = cos - m * sin(m),  phi' = 1
 
-    The range is theta < pi/2 (cos > 0) for the easy margin and theta < pi - m (cos > cos(pi - m)) for the hard one:
-    beyond pi - m, cos(theta + m) would rise again.
+    The range is theta < pi/2 (cos > 0) for the easy margin and theta < pi - m for the hard one: beyond pi - m,
+    cos(theta + m) would rise again.
 
-    Args:
-        cosine: target cosines, any shape, float32 or float64; rounding may put them slightly outside [-1, 1].
-        margin: m in radians.
-        easy: which of the two ranges.
-
-    Returns:
-        (phi, slope), both of cosine's shape and dtype. The slope has 1/sin(theta) in it; sin is bounded away from 0 by
-        sqrt(eps), so both are finite at cos = +-1. A NaN stays a NaN.
+    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, equation 3.
     """
-    # sqrt(eps) is also the accuracy that 1 - cos^2 leaves to sin near cos = 1: below it sin is rounding noise.
-    sine = (1.0 - cosine * cosine).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
-    cos_m, sin_m = math.cos(margin), math.sin(margin)
-    inside = cosine > (0.0 if easy else math.cos(math.pi - margin))
-    phi = torch.where(inside, cosine * cos_m - sine * sin_m, cosine if easy else cosine - margin * sin_m)
-    slope = torch.where(inside, cos_m + sin_m * cosine / sine, torch.ones_like(cosine))
-    return phi, slope
+
+    margin: float = flag("--margin", default=0.5, at_least=0, at_most=math.pi / 2, metavar="M", section="loss",
+                         help="margin, in radians")
+    easy_margin: bool = flag("--easy-margin", default=True, section="loss",
+                             help="apply the margin only where the target cosine is positive")
+
+    def target(self, cosine: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+        sine = sine_of(cosine)
+        cos_m, sin_m = math.cos(self.margin), math.sin(self.margin)
+        inside = cosine > (0.0 if self.easy_margin else -cos_m)
+        outside = cosine if self.easy_margin else cosine - self.margin * sin_m
+        phi = torch.where(inside, cosine * cos_m - sine * sin_m, outside)
+        slope = torch.where(inside, cos_m + sin_m * cosine / sine, torch.ones_like(cosine))
+        return phi, slope, None
+
+    def describe(self) -> str:
+        return f"ArcFace, margin {self.margin:g} ({'easy' if self.easy_margin else 'hard'})"
 
 
-class ArcFaceMargin(torch.autograd.Function):
-    """Autograd form of `arcface_margin`: `ArcFaceMargin.apply(cosine, margin, easy) -> phi`."""
-
-    @staticmethod
-    def forward(ctx, cosine: Tensor, margin: float, easy: bool) -> Tensor:
-        phi, slope = arcface_margin(cosine, margin, easy)
-        ctx.save_for_backward(slope)
-        return phi
-
-    @staticmethod
-    def backward(ctx, grad_phi: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return grad_phi * slope, None, None
+MARGINS: dict[str, type[Margin]] = {
+    "arcface": ArcFace,
+}

@@ -1,4 +1,8 @@
-"""The margin softmax composed from torchshard's parts: the reference that `losses.fused` is compared with."""
+"""The margin softmax written for reading: plain PyTorch, and a composition of torchshard's parts.
+
+`losses.fused.margin_softmax` computes the same and is compared with both; the equation stands there. Arguments and
+results are the same too. Both hold about ten tensors of the logits' size (N, R).
+"""
 
 from __future__ import annotations
 
@@ -7,64 +11,80 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.margins import ArcFaceMargin
+from losses.margins import Margin, WithSlopes
 from utils.dist.collectives import all_reduce_sum
-from utils.dist.sharding import ClassShard, parallel_cross_entropy
+from utils.dist.sharding import parallel_cross_entropy
+
+
+def margin_softmax_plain(
+    embedding: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    margin: Margin,
+    *,
+    scale: float,
+    group: dist.ProcessGroup | None = None,
+    norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`margin_softmax` by its equation, in one process that has all classes (`group` None)."""
+    if group is not None:
+        raise ValueError("margin_softmax_plain needs all classes in one process; give group=None")
+    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, None, norm)
+    return F.cross_entropy(logits, target), num_closer
 
 
 def margin_softmax_torchshard(
     embedding: Tensor,
-    label: Tensor,
+    target: Tensor,
     centers: Tensor,
+    margin: Margin,
     *,
-    shard: ClassShard,
     scale: float,
-    margin: float,
-    easy_margin: bool,
     group: dist.ProcessGroup | None,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Collective over `group`. The same as `margin_softmax`, put together from torchshard's parallel_cross_entropy.
+    """Collective over `group`. `margin_softmax` through torchshard's parallel_cross_entropy.
 
-    torchshard takes it that all shards have the same width, and gives a wrong loss without a word where they do not:
-    narrow ones are padded here, with a logit whose exp is 0 but which, being finite, leaves no NaN behind.
+    torchshard assumes shards of one width and returns a wrong loss without an error where they differ. Narrow shards
+    are padded here, with a logit whose exp is 0 but which is finite, so that it leaves no NaN.
     """
-    logits, target_cosine, cosine = _shard_logits(embedding, label, centers, shard, scale, margin, easy_margin)
     if group is None:
-        loss = F.cross_entropy(logits, label)
-    else:
-        # Our shards start at multiples of the full shard's width: padded labels and global labels are the same.
-        loss = parallel_cross_entropy(F.pad(logits, (0, shard.chunk - shard.size), value=-1e4 * scale), label)
-    return loss, num_closer(cosine, target_cosine, group)
+        return margin_softmax_plain(embedding, target, centers, margin, scale=scale, norm=norm)
+    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm)
+    width = torch.tensor(len(centers), device=target.device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX, group=group)
+    column = torch.where(target >= 0, target + dist.get_rank(group) * width, 0)
+    padded = F.pad(logits, (0, int(width) - len(centers)), value=-1e4 * scale)
+    return parallel_cross_entropy(padded, all_reduce_sum(column, group)), num_closer
 
 
 def _shard_logits(
     embedding: Tensor,
-    label: Tensor,
+    target: Tensor,
     centers: Tensor,
-    shard: ClassShard,
+    margin: Margin,
     scale: float,
-    margin: float,
-    easy_margin: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's logits (N, C_r), its share of cos_iy (N,) (0 where another rank owns the target), and the cosines (N, C_r),
-    these two without a graph. No host synchronisation: ownership is a mask, never a list of rows.
+    group: dist.ProcessGroup | None,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Collective over `group`. This rank's logits (N, R), and num_closer (N,). Ownership of a target is a mask: no host
+    synchronisation.
     """
     cosine = embedding @ F.normalize(centers).t()
-    if shard.size == 0:
-        return cosine, embedding.new_zeros(embedding.shape[0]), cosine.detach()
-    owned = (label >= shard.start) & (label < shard.stop)
-    column = (label - shard.start).clamp(0, shard.size - 1).unsqueeze(1)
-    target_cosine = cosine.gather(1, column).squeeze(1)
-    target_logit = scale * ArcFaceMargin.apply(target_cosine, margin, easy_margin)
-    logits = scale * cosine
-    # Rows owned elsewhere write back the logit that is there already.
-    patch = torch.where(owned, target_logit, logits.gather(1, column).squeeze(1))
-    logits = logits.scatter(1, column, patch.unsqueeze(1))
-    return logits, torch.where(owned, target_cosine.detach(), cosine.new_zeros(())), cosine.detach()
-
-
-def num_closer(cosine: Tensor, target_cosine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Collective over the group. (N,) int64: the number of classes whose cosine is above the target's."""
-    target = all_reduce_sum(target_cosine, group)
+    owned, column = target >= 0, target.clamp(min=0).unsqueeze(1)
+    zeros = embedding.new_zeros(len(target))
+    target_cosine = cosine.gather(1, column).squeeze(1) if len(centers) else zeros
+    bar = all_reduce_sum(torch.where(owned, target_cosine.detach(), zeros), group)
+    margin.observe(bar, norm)
     # "not <=" rather than ">": a NaN on either side must count against the hit. The target equals itself: no count.
-    return all_reduce_sum((~(cosine <= target.unsqueeze(1))).sum(dim=1), group)
+    closer = all_reduce_sum((~(cosine.detach() <= bar.unsqueeze(1))).sum(dim=1), group)
+    if not len(centers):
+        return scale * cosine, closer
+    phi, others = margin(target_cosine, norm), cosine
+    if margin.negatives is not None:
+        constants = bar.unsqueeze(1), margin.target(bar, None if norm is None else norm.detach())[0].unsqueeze(1)
+        mapped, slope = margin.negatives(cosine.detach(), *constants)
+        others = WithSlopes.apply(mapped, slope, None, cosine, None)
+    # Rows whose target is elsewhere write back the value that is there already.
+    patch = torch.where(owned, phi, others.gather(1, column).squeeze(1))
+    return scale * others.scatter(1, column, patch.unsqueeze(1)), closer

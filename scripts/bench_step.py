@@ -33,12 +33,10 @@ from torch.optim import SGD
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import main as training  # noqa: E402
+from losses.margins import ArcFace  # noqa: E402
 from losses.softmax import margin_softmax_torchshard  # noqa: E402
 from models import build_backbone, check_arch  # noqa: E402
-from models.classifier import (
-    ArcFaceClassifier,  # noqa: E402
-    initial_centers,  # noqa: E402
-)
+from models.classifier import MarginClassifier, class_centers, initial_centers  # noqa: E402
 from scripts.measure import (
     MIB,
     PeakMemory,
@@ -216,15 +214,14 @@ class FullHead(nn.Module):
         return F.cross_entropy(logits, label), best == label.unsqueeze(1)
 
 
-class ParallelHead(ArcFaceClassifier):
+class ParallelHead(MarginClassifier):
     """Collective. The same from torchshard's parallel cross entropy, each process with its share of the classes."""
 
     def __init__(self, context: DistContext, num_classes: int) -> None:
-        super().__init__(
-            EMBEDDING_SIZE, ClassShard(num_classes, context.rank, context.world_size), scale=FullHead.scale,
-            margin=FullHead.margin, easy_margin=True, seed=SEED, group=init_model_parallel(context.world_size),
-            loss=margin_softmax_torchshard,
-        )
+        shard = ClassShard(num_classes, context.rank, context.world_size)
+        group = init_model_parallel(context.world_size)
+        super().__init__(class_centers(shard, EMBEDDING_SIZE, SEED, parallel_dim=1), shard, ArcFace(),
+                         scale=FullHead.scale, group=group, loss=margin_softmax_torchshard)
 
     def forward(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         loss, num_closer = super().forward(embedding, label)

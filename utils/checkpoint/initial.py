@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.classifier import ArcFaceClassifier
+from models.classifier import MarginClassifier
 from utils.checkpoint.layout import SHARDS_DIRECTORY, read_manifest, step_directory
 from utils.checkpoint.weights import backbone_of, read_weights_file
 from utils.errors import UserError
@@ -202,7 +202,7 @@ def _open_initial(path: str, arch: str, embedding_size: int) -> StoredWeights:
     return weights
 
 
-def start_from(path: str, arch: str, backbone: nn.Module, classifier: ArcFaceClassifier, identities: Sequence[str]) -> str:
+def start_from(path: str, arch: str, backbone: nn.Module, classifier: MarginClassifier, identities: Sequence[str]) -> str:
     """Collective. Put the weights of --init-from's file into a run that has not begun; returns a line on what was taken.
 
     The class centers: by identity name where file and training set know names; else all of them, if there are as many

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.classifier import ArcFaceClassifier
+from models.classifier import MarginClassifier
 from utils.checkpoint import layout
 from utils.checkpoint.layout import BEST, LATEST, SHARDS_DIRECTORY, STATE_FILE
 from utils.checkpoint.reader import BACKBONE_PREFIX, CENTERS_NAME, FORMAT_VERSION, _first, _in_words
@@ -257,7 +257,7 @@ class _SaveFailed(Exception):
     """Raised on every rank; the message is the first failing rank's."""
 
 
-def _rows_to_write(classifier: ArcFaceClassifier, momentum: dict[str, Tensor], is_main: bool) -> tuple[dict[str, Tensor], int]:
+def _rows_to_write(classifier: MarginClassifier, momentum: dict[str, Tensor], is_main: bool) -> tuple[dict[str, Tensor], int]:
     """This rank's part of class centers and momentum, and its first class; rank 0 writes a classifier that all have."""
     tensors = {"centers": classifier.weight.detach()}
     if CENTERS_NAME in momentum:

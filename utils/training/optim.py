@@ -6,16 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.sgd import sgd
 
 from utils.dist.sharding import is_sharded
 from utils.options import Options
 
 
 def make_momentum(optimizer: SGD) -> None:
-    """Zeros where SGD has no momentum yet, from which its first step goes as it would without.
+    """Give the optimizer the zeros from which momentum starts, where it has none yet.
 
-    torch makes it within the first step: too late for a step that is made, or left out, by a mask; and a shard without classes
-    must have it as well, because what saves the shards counts on it.
+    torch makes momentum in the first step. That is too late for a step that a mask on the device may skip, and a shard
+    without classes, which never steps, needs it because the checkpoint expects it.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -23,28 +24,38 @@ def make_momentum(optimizer: SGD) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor, finite: Tensor | None = None) -> None:
-    """torch.optim.SGD's step (momentum, weight decay) for some rows of its one parameter; `grad` is overwritten.
+class RowSGD(SGD):
+    """SGD of one parameter that can step some rows at a time, within the backward pass (`update_rows`).
 
-    finite: bool scalar on the device; where it is False, parameter and momentum keep their values. None: they change.
+    Args:
+        weight: the parameter, (rows, d).
+        skip_nonfinite: leave out the steps of a loss that is inf or NaN.
+        settings: of torch.optim.SGD.
     """
-    (settings,) = optimizer.param_groups
-    (parameter,) = settings["params"]
-    if finite is not None:
-        # The step as it is, then back: a gradient of zeros would not do, momentum and weight decay go on without one.
-        changed = [parameter.detach()[rows]]
+
+    def __init__(self, weight: nn.Parameter, *, skip_nonfinite: bool, **settings: float) -> None:
+        super().__init__([weight], fused=True, **settings)
+        self._skip_nonfinite = skip_nonfinite
+
+    @torch.no_grad()
+    def update_rows(self, rows: slice, grad: Tensor, finite: Tensor) -> None:
+        """The optimizer's step for some rows.
+
+        Args:
+            rows: of the parameter.
+            grad: their gradient, which may be overwritten.
+            finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and momentum unchanged.
+        """
+        make_momentum(self)
+        (settings,) = self.param_groups
+        (weight,) = settings["params"]
         if settings["momentum"]:
-            changed.append(optimizer.state[parameter]["momentum_buffer"][rows])
-        before = [tensor.clone() for tensor in changed]
-        _sgd_step(optimizer, rows, grad)
-        for tensor, old in zip(changed, before):
-            tensor.copy_(torch.where(finite, tensor, old))
-        return
-    weight = parameter.detach()[rows]
-    grad.add_(weight, alpha=settings["weight_decay"])
-    if settings["momentum"]:
-        grad = optimizer.state[parameter]["momentum_buffer"][rows].mul_(settings["momentum"]).add_(grad)
-    weight.add_(grad, alpha=-settings["lr"])
+            momentum = [self.state[weight]["momentum_buffer"][rows]]
+        else:
+            momentum = [None]
+        sgd([weight.detach()[rows]], [grad], momentum, fused=True,
+            found_inf=finite.logical_not().float() if self._skip_nonfinite else None, lr=settings["lr"],
+            **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
 
 
 class Optimizers:
@@ -56,9 +67,10 @@ class Optimizers:
     Args:
         model: with the sharded parameters registered (`utils.sharding.register_parallel_dim`).
         options: lr, momentum, weight_decay, enable_zero_optim, on_nonfinite.
+        row_sgd: the optimizer of the shard, if it steps in the backward pass.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Options, row_sgd: RowSGD | None = None) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
         sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]
@@ -78,7 +90,7 @@ class Optimizers:
             self._named.append((SGD(parameters, **settings, **maskable), replicated))
         if sharded:
             # torch's other two implementations add the weight decay to a copy of the gradient: as much memory as the shard.
-            self._named.append((SGD([parameter for _, parameter in sharded], **settings, fused=True), sharded))
+            self._named.append((row_sgd or SGD([parameter for _, parameter in sharded], **settings, fused=True), sharded))
         self.of_shard: SGD | None = self._named[-1][0] if sharded else None
 
     @property

@@ -1,4 +1,4 @@
-"""Mixed precision: the autocast type, and a gradient scaler whose decision to skip a step all ranks share."""
+"""Mixed precision: the autocast dtype, and a gradient scaler whose decision to skip a step all ranks share."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from utils.options import Options
 from utils.training.optim import make_momentum
 
 
 class SharedGradScaler(torch.amp.GradScaler):
     """fp16 loss scaling in which all ranks, and all optimizers, skip a step together.
 
-    torch's scaler looks at the gradients of its own process: an overflow in one shard would make one rank skip and the
-    others step, and the replicas would differ from then on without a word.
+    torch's scaler looks at the gradients of its own process. An overflow in one shard would make one rank skip while the
+    others step, and the replicas would silently diverge.
     """
 
-    def step_all(self, optimizers: Sequence[Optimizer], nonfinite: Tensor | None = None) -> None:
+    def step_all(self, optimizers: Sequence[Optimizer], nonfinite: Tensor | None = None) -> Tensor | None:
         """Collective when enabled. Unscale, agree on whether any gradient anywhere is inf or NaN, step or skip, update.
 
-        nonfinite: float32 scalar on the device, the same on all ranks: where it is 1, weights and momentum stay as they are,
-            and so does the scale, because that cannot be the cause of a loss that is inf or NaN. The optimizers must be
-            torch's fused ones then (or ZeRO of them). None: every step counts, as far as the scale is concerned.
+        Args:
+            optimizers: all of this rank's. With `nonfinite` they must be torch's fused ones, or ZeRO of them.
+            nonfinite: float32 scalar on the device, the same on all ranks. Where it is 1, weights and momentum stay, and
+                so does the scale, which cannot be the cause of a loss that is inf or NaN. None: no step is masked.
+
+        Returns float32 scalar on the device: 1 if the step was skipped. None if it cannot have been.
         """
+        skipped = nonfinite
         if nonfinite is not None:
             for optimizer in map(_local_optimizer, optimizers):
                 optimizer.found_inf = nonfinite
         if self.is_enabled() or nonfinite is not None:
-            # The fused SGD makes its momentum as memory that is not written, for the first step to fill: if that step is left
-            # out, what happened to be there would be the momentum of the second.
+            # The fused SGD allocates momentum without writing it and fills it in the first step. If that step is skipped,
+            # the second one would take what the memory holds for momentum.
             for optimizer in map(_local_optimizer, optimizers):
                 make_momentum(optimizer)
         if self.is_enabled():
@@ -43,30 +46,31 @@ class SharedGradScaler(torch.amp.GradScaler):
                 for optimizer in optimizers
                 for flag in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
             ]
-            anywhere = torch.stack(found if nonfinite is None else [*found, nonfinite]).max()
-            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+            skipped = torch.stack(found if nonfinite is None else [*found, nonfinite]).max()
+            dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
             for flag in found:
-                flag.fill_(anywhere)
+                flag.fill_(skipped)
         for optimizer in optimizers:
             self.step(optimizer)
         if not self.is_enabled() or nonfinite is None:
             self.update()
-            return
+            return skipped
         before = self._scale.clone(), self._growth_tracker.clone()
         self.update()
         for state, old in zip((self._scale, self._growth_tracker), before):
             state.copy_(torch.where(nonfinite > 0, old, state))
+        return skipped
 
 
 def _local_optimizer(optimizer: Optimizer) -> Optimizer:
-    """ZeRO's optimizer of the parameters that this rank steps; any other optimizer itself."""
+    """The optimizer that steps this rank's parameters: ZeRO's inner one, or any other optimizer itself."""
     return getattr(optimizer, "optim", optimizer)
 
 
-def amp_dtype(options: Options, device_type: str) -> torch.dtype:
-    """The autocast type of --enable-amp-mode: bf16 where the device has it, else fp16, unless the user chose."""
-    if options.amp_dtype == "fp16":
+def amp_dtype(choice: str, device_type: str) -> torch.dtype:
+    """The autocast dtype for --amp-dtype auto|bf16|fp16. auto: bf16 where the device has it, else fp16."""
+    if choice == "fp16":
         return torch.float16
-    if options.amp_dtype == "bf16" or device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
+    if choice == "bf16" or device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from models.classifier import ArcFaceClassifier
+from models.classifier import MarginClassifier
 from utils.training.optim import Optimizers
 from utils.training.scaler import SharedGradScaler
 
@@ -29,7 +29,7 @@ class TrainState:
     """All that a run changes while it trains, and what it is trained on."""
 
     backbone: nn.Module
-    classifier: ArcFaceClassifier
+    classifier: MarginClassifier
     optimizers: Optimizers
     scaler: SharedGradScaler
     position: Position
