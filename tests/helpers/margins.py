@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from losses.margins import arcface_margin
+from losses.margins import ArcFace
+
+
+def true_arcface(cosine: Tensor, norm: Tensor | None = None, margin: float = 0.5, easy_margin: bool = True) -> Tensor:
+    """phi by its definition, through the angle."""
+    theta = cosine.acos()
+    inside = cosine > 0 if easy_margin else theta < math.pi - margin
+    return torch.where(inside, (theta + margin).cos(), cosine if easy_margin else cosine - margin * math.sin(margin))
+
+
+def true_softmax(
+    embedding: Tensor, label: Tensor, centers: Tensor, scale: float, phi: Callable[..., Tensor],
+    negatives: Callable[..., Tensor] | None = None, norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and num_closer by the equation. phi(cosine, norm) and negatives(cosine, target, phi) are differentiable."""
+    cosine = embedding @ F.normalize(centers).t()
+    rows = torch.arange(len(label))
+    target = cosine[rows, label]
+    value = phi(target, norm)
+    others = cosine if negatives is None else negatives(cosine, target.detach()[:, None], value.detach()[:, None])
+    # Written as cross_entropy would be, but with the target left out of the sum, which float64 needs near p = 1.
+    others = (scale * others).masked_fill(F.one_hot(label, len(centers)).bool(), -torch.inf).logsumexp(1)
+    loss = torch.logaddexp(others - scale * value, torch.zeros((), dtype=value.dtype)).mean()
+    return loss, (cosine > target[:, None]).sum(1)
+
+
+def true_gradients(inputs: list[Tensor | None], label: Tensor, scale: float, phi: Callable[..., Tensor],
+                   negatives: Callable[..., Tensor] | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Loss, gradients of embeddings, centers (and norms), and num_closer."""
+    embedding, centers, norm = (None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs)
+    loss, closer = true_softmax(embedding, label, centers, scale, phi, negatives, norm)
+    leaves = [embedding, centers] if norm is None else [embedding, centers, norm]
+    return loss.detach(), list(torch.autograd.grad(loss, leaves)), closer
 
 
 def random_case(generator: np.random.Generator) -> dict:
@@ -25,24 +61,21 @@ def random_case(generator: np.random.Generator) -> dict:
         other = embedding[row] - (embedding[row] @ direction) * direction
         embedding[row] = cosine * direction + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+    scale, margin = float(generator.choice([1.0, 16.0, 64.0, 300.0])), float(generator.choice([0.0, 0.3, 0.5, 1.5]))
     return dict(
         embedding=torch.from_numpy(embedding), centers=torch.from_numpy(centers), label=torch.from_numpy(label),
-        scale=float(generator.choice([1.0, 16.0, 64.0, 300.0])), margin=float(generator.choice([0.0, 0.3, 0.5, 1.5])),
-        easy=bool(generator.integers(0, 2)), chunk=int(generator.integers(1, classes + 1)),
-        memory_mib=float(generator.choice([0, 1e9, rows * classes * 4 / 2**20])),  # none, all, some
+        scale=scale, margin=ArcFace(margin, bool(generator.integers(0, 2))),
+        chunk=int(generator.integers(1, classes + 1)),
+        saved_probs_mib=float(generator.choice([0, 1e9, rows * classes * 4 / 2**20])),  # none, all, some
     )
 
 
-def true_gradients(case: dict) -> tuple[float, torch.Tensor, torch.Tensor, float]:
-    """Loss, gradients of embeddings and centers, and the largest slope of the margin."""
-    embedding, centers = case["embedding"].clone().requires_grad_(), case["centers"].clone().requires_grad_()
-    cosine = embedding @ F.normalize(centers).t()
-    rows = torch.arange(len(embedding))
-    target = cosine[rows, case["label"]]
-    phi, slope = (value.detach() for value in arcface_margin(target, case["margin"], case["easy"]))
-    logits = case["scale"] * cosine.index_put((rows, case["label"]), phi + slope * (target - target.detach()))
-    # Written as cross_entropy would be, but with the target left out of the sum, which float64 needs near p = 1.
-    others = logits.masked_fill(F.one_hot(case["label"], cosine.shape[1]).bool(), -torch.inf).logsumexp(1)
-    loss = torch.logaddexp(others - logits[rows, case["label"]], torch.zeros(())).mean()
-    loss.backward()
-    return loss.item(), embedding.grad, centers.grad, slope.max().item()
+def truth_of(case: dict) -> tuple[float, Tensor, Tensor, float]:
+    """Of a random case: loss, gradients of embeddings and centers, and the largest slope of the margin.
+
+    The margin's own slope: at cos = +-1 the true one is infinite.
+    """
+    inputs = [case["embedding"], case["centers"], None]
+    loss, (embedding_grad, centers_grad), _ = true_gradients(inputs, case["label"], case["scale"], case["margin"])
+    cosine = (case["embedding"] * F.normalize(case["centers"][case["label"]])).sum(1)
+    return loss.item(), embedding_grad, centers_grad, case["margin"].target(cosine)[1].max().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import SGD, Optimizer
 from torch.optim.sgd import sgd
 
@@ -56,6 +57,8 @@ class RowSGD(SGD):
         sgd([weight.detach()[rows]], [grad], momentum, fused=True,
             found_inf=finite.logical_not().float() if self._skip_nonfinite else None, lr=settings["lr"],
             **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
+        # The fused kernel does not say that it writes; with this, a second backward through the old weights is an error.
+        increment_version(weight)
 
 
 class Optimizers:
