@@ -183,7 +183,8 @@ def fused_updates(rank: int, world_size: int, num_classes: int, fused: bool, mom
         optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
         x = embedding.roll(step, 0).requires_grad_()
         loss, _ = margin_softmax(x, local_rows(label, shard), weight, ArcFace(), scale=SCALE, group=group, chunk=2,
-                                 saved_probs_mib=0 if step % 2 else 1e9, update=optimizer.update_rows if fused else None)
+                                 saved_probs_mib=0 if step % 2 else 1e9,
+                                 update=optimizer.update_rows if fused else None)
         loss.backward()
         assert (weight.grad is None) == fused
         optimizer.step()
@@ -279,7 +280,7 @@ def test_gradient_is_finite_in_float32_at_cosine_one():
 
 @dataclass(eq=False, repr=False)
 class MappedNegatives(Margin):
-    """CosFace whose negatives above phi become v * c + v - 1 (Wang et al. 2020, MV-Softmax), below -0.3 take no part."""
+    """CosFace; negatives above phi become v * c + v - 1 (Wang et al. 2020, MV-Softmax), below -0.3 take no part."""
 
     v: float = 1.12
 
@@ -290,7 +291,7 @@ class MappedNegatives(Margin):
         assert cosine.shape[0] == target.shape[0] == phi.shape[0] and target.shape[1] == phi.shape[1] == 1
         hard, out = cosine > phi, cosine < -0.3
         mapped = torch.where(hard, self.v * cosine + self.v - 1, cosine).masked_fill(out, -1e9)
-        return mapped, (1 + (self.v - 1) * hard).to(cosine.dtype).masked_fill(out, 0)
+        return mapped, (1 + (self.v - 1) * hard.to(cosine.dtype)).masked_fill(out, 0)
 
 
 @dataclass(eq=False, repr=False)

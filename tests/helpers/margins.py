@@ -47,7 +47,7 @@ def true_gradients(inputs: list[Tensor | None], label: Tensor, scale: float, phi
 
 def random_case(generator: np.random.Generator) -> dict:
     """Shapes, settings and inputs in float64; targets at all angles, also at cos = +-1 exactly."""
-    rows, classes, size = int(generator.integers(1, 65)), int(generator.integers(2, 501)), int(generator.integers(2, 33))
+    rows, classes, size = (int(generator.integers(*limits)) for limits in ((1, 65), (2, 501), (2, 33)))
     embedding, centers = generator.standard_normal((rows, size)), generator.standard_normal((classes, size))
     centers *= np.exp(generator.normal(size=(classes, 1)))
     label = generator.integers(0, classes, rows)
