@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Step time and memory of the sharded classifier, in all its implementations, beside the machine's own GEMM floor.
+"""Step time and memory of the sharded classifier's implementations, beside the machine's GEMM floor.
 
     python3 scripts/bench_classifier.py --classes 85744 --batch 128 --world-size 2
 
-A step is what the classifier does in a training step, on random embeddings: gather the rows of all ranks, forward, backward,
-reduce-scatter of the rows' gradient and, with --update, the optimizer step of the class centers. All implementations take
-turns on the same inputs, each turn started by all processes together; a turn's time is that of the slowest of them.
+A step is the classifier's part of a training step, on random embeddings: gather the rows of all ranks, forward,
+backward, reduce-scatter the rows' gradient and, with --update, step the class centers. The implementations take turns on
+the same inputs in the same processes. All ranks start a turn together, and its time is that of the slowest. On the CPU
+all of them run with `utils.memory.keep_freed_memory`, as training does.
 
-GEMM floor: the 6 * N * C_r * d floating-point operations of the three matrix products, at the rate at which this machine does
-them in the shapes of a walk over chunks of K classes, (K, d)(d, N), (N, K)(K, d) and (K, N)(N, d), measured in turns with the
-implementations. Extra memory: the peak of a step above all that a process holds between steps (centers, momentum), less the
-gradient of the centers where there is one.
+GEMM floor: the 6 * N * C_r * d floating-point operations of the three matrix products, at this machine's rate for the
+shapes of a walk in chunks, (K, d)(d, N), (N, K)(K, d) and (K, N)(N, d), measured in turns with the implementations.
+Extra memory: the peak of a step beyond what a process holds between steps (centers, momentum), without the gradient of
+the centers.
 
 Shapes: N rows (the global batch), n = N / W of each rank, C classes, C_r on this rank, d the embedding size.
 """
@@ -21,23 +22,22 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from losses.fused import margin_softmax  # noqa: E402
+from losses.margins import ArcFace  # noqa: E402
 from losses.softmax import margin_softmax_torchshard  # noqa: E402
-from models.classifier import automatic_memory_mib  # noqa: E402
-from scripts.measure import (
+from models.classifier import MarginClassifier, automatic_memory_mib  # noqa: E402
+from scripts.measure import (  # noqa: E402
     MIB,
     PeakMemory,
     aligned,
@@ -53,28 +53,31 @@ from scripts.measure import (
     percentiles,
     release_memory,
     timed,
-)  # noqa: E402
-from utils.dist.collectives import GatherRows, all_gather_rows, all_reduce_sum  # noqa: E402
+)
+from utils.dist.collectives import all_gather_rows, all_reduce_sum  # noqa: E402
 from utils.dist.context import DistContext  # noqa: E402
 from utils.dist.sharding import ClassShard, init_model_parallel  # noqa: E402
-from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.errors import UserError, exit_on_user_error  # noqa: E402
+from utils.flags import flag, parse_flags  # noqa: E402
+from utils.memory import keep_freed_memory  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
+from utils.training.optim import RowSGD  # noqa: E402
 
 IMPLEMENTATIONS = ("fused", "torchshard")
 OPERANDS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-ARCFACE = dict(scale=64.0, margin=0.5, easy_margin=True)
+SCALE = 64.0
 SGD_SETTINGS = dict(momentum=0.9, weight_decay=5e-4)
 
-# Agreement is checked with at most this many classes: twice the gradients of millions would not fit beside each other.
+# Agreement is checked with at most this many classes: the gradients of millions would not fit in memory twice.
 CHECKED_CLASSES = 100_000
-# Relative differences, by norm, that are allowed in the loss, in the embeddings' gradient and in the centers'.
+# Allowed relative differences, by norm: loss, gradient of the embeddings, gradient of the centers.
 TOLERANCES = {"float32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 2e-2, 2e-2), "fp16": (1e-3, 2e-2, 2e-2)}
 
-PLAIN_TENSORS = 10  # float32 tensors (N, C_r) that the plain form holds at its peak, about
+PLAIN_TENSORS = 10  # float32 tensors (N, C_r) at torchshard's peak, about
 
-# Classes that the GEMM measurement walks over: 256 MiB of centers and as much of their gradient are read and written before
-# any of it is used again, which leaves the caches as cold as the walk over a large shard does.
+# The GEMM measurement walks over this many classes: 256 MiB of centers, and as much of their gradient, leave the caches
+# as cold as the walk over a large shard does.
 GEMM_CLASSES = 131_072
 GEMM_CHUNKS = {"cpu": (1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768)}
 
@@ -87,19 +90,24 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for, one field per flag (see `parse_options` for their meaning)."""
+    """The command line."""
 
-    classes: int
-    batch: int
-    world_size: int
-    impl: tuple[str, ...]
-    steps: int
-    update: bool
-    classifier_memory_mib: float | None
-    device: str
-    operands: str
-    json: bool
-    csv: str | None
+    classes: int = flag("--classes", metavar="C", at_least=2, help="classes of all processes; required")
+    batch: int = flag("--batch", metavar="N", at_least=1, help="rows of all processes; required")
+    world_size: int = flag("--world-size", default=1, metavar="W", at_least=1, help="processes")
+    impl: tuple[str, ...] = flag("--impl", default=IMPLEMENTATIONS, default_text=",".join(IMPLEMENTATIONS),
+                                 metavar="A,B", help="implementations that take turns")
+    steps: int = flag("--steps", default=20, metavar="K", at_least=1, help="timed steps of each")
+    update: bool = flag("--update", default=False, help="with the optimizer step of the centers: SGD with momentum")
+    classifier_memory_mib: float | None = flag(
+        "--classifier-memory-mib", metavar="M", at_least=0, default_text="automatic",
+        help="fused: memory of a process for probabilities that are saved for the backward pass; 0: recompute them")
+    device: str = flag("--device", choices=("auto", "cuda", "cpu"), default="auto", default_text="GPUs if there are any",
+                       help="where to compute")
+    operands: str = flag("--operands", choices=OPERANDS, default="float32",
+                         help="fused, on GPUs: dtype of the matrix products' operands")
+    json: bool = flag("--json", default=False, help="print one JSON object and nothing else")
+    csv: str | None = flag("--csv", metavar="FILE", help="append a row per implementation to this file")
 
 
 def main() -> None:
@@ -110,7 +118,9 @@ def main() -> None:
 
 
 def measure(context: DistContext, options: Options) -> None:
-    """Runs in every process, all of them together. Rank 0 reports."""
+    """Collective: runs in every process. Rank 0 reports."""
+    if context.device.type == "cpu":
+        keep_freed_memory()
     group = init_model_parallel(context.world_size)
     checked = check_agreement(context, options, group)
     inputs = draw_inputs(context, options.classes, options.batch)
@@ -133,20 +143,19 @@ def measure(context: DistContext, options: Options) -> None:
     gemm_seconds: list[float] = []
     for _ in range(options.steps):
         for name in list(steps):
-            if not fits_in_memory(lambda: seconds[name].append(timed(steps[name].run, context.device)), context.device):
-                del steps[name]  # it no longer fits beside the momentum of those that came after it
+            step, times = steps[name], seconds[name]
+            if not fits_in_memory(lambda: times.append(timed(step.run, context.device)), context.device):  # noqa: B023
+                del steps[name]  # the others' momentum left it too little
         gemm_seconds.append(timed(gemm.run, context.device))
     gemm_floor = percentiles(of_slowest_rank(gemm_seconds, context.device))[1] * gemm.share_of_floor
     figures = {name: dict(zip(("p20_s", "p50_s", "p80_s"), percentiles(of_slowest_rank(seconds[name], context.device))))
                for name in steps}
     if context.is_main:
-        impl = {}
-        for name in options.impl:
-            if name in figures:
-                extra = extra_bytes[name]
-                impl[name] = {**figures[name], "extra_mib": None if extra is None else extra / MIB}
-            else:
-                impl[name] = {**dict.fromkeys(("p20_s", "p50_s", "p80_s", "extra_mib")), "error": "out of memory"}
+        missing = {**dict.fromkeys(("p20_s", "p50_s", "p80_s", "extra_mib")), "error": "out of memory"}
+        impl = {name: missing for name in options.impl}
+        for name, times in figures.items():
+            extra = extra_bytes[name]
+            impl[name] = {**times, "extra_mib": None if extra is None else extra / MIB}
         report(context, options, checked, gemm, gemm_floor, impl)
 
 
@@ -165,57 +174,48 @@ class Inputs:
 
 
 def draw_inputs(context: DistContext, num_classes: int, batch: int) -> Inputs:
-    """The same at every call."""
+    """Every call draws the same."""
     shard = ClassShard(num_classes, context.rank, context.world_size)
     generator = torch.Generator(context.device).manual_seed(context.rank)
     rows, random = batch // context.world_size, dict(device=context.device, generator=generator)
     embedding = F.normalize(torch.randn(rows, EMBEDDING_SIZE, **random)).requires_grad_()
     label = torch.randint(num_classes, (rows,), **random)
-    # In place: a shard of millions must not be there twice. The rows have a norm of about 1.
+    # In place, since twice a shard of millions may not fit. The rows have a norm of about 1.
     centers = torch.randn(shard.size, EMBEDDING_SIZE, **random).mul_(EMBEDDING_SIZE**-0.5)
     return Inputs(shard, embedding, label, nn.Parameter(centers))
-
-
-def build_implementation(
-    name: str, centers: nn.Parameter, options: Options, lr: float
-) -> tuple[Callable[..., tuple[Tensor, Tensor]], SGD | None]:
-    """The loss, and with --update the optimizer whose step follows its backward, unless that makes the step itself."""
-    optimizer = SGD([centers], lr=lr, **SGD_SETTINGS) if options.update else None
-    if name == "torchshard":
-        return margin_softmax_torchshard, optimizer
-    memory_mib = options.classifier_memory_mib
-    if memory_mib is None:
-        memory_mib = automatic_memory_mib(centers, options.world_size, options.update)
-    loss = partial(margin_softmax, memory_mib=memory_mib, operands=OPERANDS[options.operands], update=optimizer)
-    return loss, None
 
 
 class ClassifierStep:
     """Collective. A training step of the sharded classifier by one of the implementations.
 
-    lr is 0 by default, so that every step of every implementation computes with the same centers; the arithmetic is the same.
+    lr is 0 by default, so that all steps compute with the same centers; the arithmetic is that of any rate.
     """
 
-    def __init__(
-        self, name: str, inputs: Inputs, options: Options, group: dist.ProcessGroup, lr: float = 0.0
-    ) -> None:
-        self._inputs, self._group = inputs, group
-        self._loss, self._optimizer = build_implementation(name, inputs.centers, options, lr)
-        self.gradient_bytes = 0  # of the centers, as the last `run` left it
+    def __init__(self, name: str, inputs: Inputs, options: Options, group: dist.ProcessGroup, lr: float = 0.0) -> None:
+        centers = inputs.centers
+        optimizer = RowSGD(centers, lr=lr, skip_nonfinite=False, **SGD_SETTINGS) if options.update else None
+        loss, self._step = margin_softmax_torchshard, None if optimizer is None else optimizer.step
+        if name == "fused":
+            saved_probs_mib = options.classifier_memory_mib
+            if saved_probs_mib is None:
+                saved_probs_mib = automatic_memory_mib(centers, options.world_size, options.update)
+            update = None if optimizer is None else optimizer.update_rows
+            loss, self._step = partial(margin_softmax, saved_probs_mib=saved_probs_mib, update=update,
+                                       matmul_dtype=OPERANDS[options.operands]), None
+        self._inputs = inputs
+        self._classifier = MarginClassifier(centers, inputs.shard, ArcFace(), scale=SCALE, group=group, loss=loss)
+        self.gradient_bytes = 0  # of the centers, after the last `run`
 
     def compute(self) -> Tensor:
-        """Gather, forward, backward, update; returns the loss, and leaves the gradients where they are."""
-        inputs = self._inputs
-        rows = GatherRows.apply(inputs.embedding, self._group)
-        label = all_gather_rows(inputs.label, self._group)
-        loss, _ = self._loss(rows, label, inputs.centers, shard=inputs.shard, group=self._group, **ARCFACE)
+        """Gather, forward, backward, update. Returns the loss and leaves the gradients in place."""
+        loss, _ = self._classifier(self._inputs.embedding, self._inputs.label)
         loss.backward()
-        if self._optimizer is not None:
-            self._optimizer.step()
+        if self._step is not None:
+            self._step()
         return loss.detach()
 
     def run(self) -> None:
-        """`compute`, and let go of the gradients."""
+        """`compute`, then free the gradients."""
         try:
             self.compute()
             gradient = self._inputs.centers.grad
@@ -225,19 +225,19 @@ class ClassifierStep:
 
 
 class GemmWalk:
-    """The matrix products of a walk over the shard's classes, forward and backward, and nothing else.
+    """Only the matrix products of a walk over the shard's classes, forward and backward.
 
-    Operands as the fused implementation has them, results in float32; logits (N, K) or (K, N), whichever is faster.
+    The operands have the fused implementation's dtype, the results float32; logits (N, K) or (K, N), as is faster.
     """
 
     def __init__(self, context: DistContext, inputs: Inputs, options: Options, group: dist.ProcessGroup) -> None:
-        """Collective. Choose the chunk and the layout with which all ranks are fastest."""
+        """Collective. Choose the chunk and the layout that are fastest on the slowest rank."""
         dtype, device = OPERANDS[options.operands], context.device
         self._centers = inputs.centers.detach()[:GEMM_CLASSES].to(dtype)  # a view, in float32
         self._center_gradient = torch.empty(self._centers.shape, device=device)
         self._rows = all_gather_rows(inputs.embedding, group).to(dtype)
         self._row_gradient = torch.zeros(self._rows.shape, device=device)
-        # Only CUDA knows products of half-precision operands with float32 results.
+        # Only CUDA has products of half-precision operands with float32 results.
         self._result = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
         full = min(inputs.shard.chunk, GEMM_CLASSES)  # the same on all ranks
         chunks = [chunk for chunk in GEMM_CHUNKS[device.type] if chunk < full] or [full]
@@ -271,16 +271,16 @@ class GemmWalk:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Before the clock runs
+# Checks before the measurement
 
 
 def check_agreement(context: DistContext, options: Options, group: dist.ProcessGroup) -> int:
     """Collective. Compare loss and gradients (with --update: the step of the centers) with torchshard's.
 
-    Returns how many classes that was done with. Raises UserError where they differ.
+    Returns the number of classes compared; 0 if there is nothing to compare. Raises UserError if they differ.
     """
     room = available_bytes(context.device, context.world_size) // (2 * PLAIN_TENSORS * 4 * options.batch)
-    room = -int(of_slowest_rank([-room * context.world_size], context.device)[0])  # of the rank that has least
+    room = -int(of_slowest_rank([-room * context.world_size], context.device)[0])  # the rank that has the least
     classes = max(min(options.classes, CHECKED_CLASSES, room), 2)
     names = [name for name in options.impl if name != "torchshard"]
     if not names:
@@ -305,7 +305,7 @@ def relative_difference(got: Tensor, wanted: Tensor, group: dist.ProcessGroup) -
 
 
 def outcome(name: str, context: DistContext, classes: int, options: Options, group: dist.ProcessGroup) -> list[Tensor]:
-    """Collective. [loss, gradient of the embeddings, gradient or (with --update) step of the centers] of a first step."""
+    """Collective. Of a first step: loss, gradient of the embeddings, gradient (with --update: step) of the centers."""
     inputs = draw_inputs(context, classes, options.batch)
     before = inputs.centers.detach().clone()
     loss = ClassifierStep(name, inputs, options, group, lr=1.0).compute()
@@ -314,7 +314,7 @@ def outcome(name: str, context: DistContext, classes: int, options: Options, gro
 
 
 def will_not_fit(name: str, context: DistContext, inputs: Inputs, options: Options) -> bool:
-    """Collective. True on the CPU for a plain form that would not fit: there nothing is refused, but processes are killed."""
+    """Collective. Whether torchshard's form would not fit on the CPU, where the system kills without an error."""
     if context.device.type == "cuda" or name != "torchshard":
         return False
     needed = PLAIN_TENSORS * 4 * options.batch * inputs.shard.size + inputs.centers.nbytes * (1 + options.update)
@@ -323,11 +323,11 @@ def will_not_fit(name: str, context: DistContext, inputs: Inputs, options: Optio
 
 
 def most_of_all_ranks(peak: int | None, gradient_bytes: int, context: DistContext) -> int | None:
-    """Collective. The largest peak beyond the gradient, or None where no rank knows."""
+    """Collective. The largest peak beyond the gradient; None if no rank can measure it."""
     most = of_slowest_rank([-1 if peak is None else max(peak - gradient_bytes, 0)], context.device)[0]
     if most < 0:
         if context.is_main:
-            print("warning: /proc/self/clear_refs cannot be written here, so the peak of a step is not known",
+            print("warning: /proc/self/clear_refs cannot be written, so the peak of a step is unknown",
                   file=sys.stderr)
         return None
     return int(most)
@@ -340,7 +340,7 @@ def most_of_all_ranks(peak: int | None, gradient_bytes: int, context: DistContex
 def report(
     context: DistContext, options: Options, checked: int, gemm: GemmWalk, gemm_floor: float, impl: dict[str, dict]
 ) -> None:
-    """Rank 0: print the object or the table, and append to the file."""
+    """Print the object or the table, and append to the file. Only rank 0 calls it."""
     shard = ClassShard(options.classes, 0, options.world_size)
     result = {
         **describe_machine(context.device),
@@ -373,7 +373,7 @@ def csv_rows(result: dict) -> list[dict[str, object]]:
 
 
 def as_text(result: dict) -> str:
-    """The table, and the ratios in words."""
+    """The table, and the ratios in a sentence."""
     rows = [("", "p20", "p50", "p80", "extra memory", "of the floor")]
     for name, figures in result["impl"].items():
         if figures["p50_s"] is None:
@@ -392,48 +392,33 @@ def as_text(result: dict) -> str:
         f"{result['gemm_chunk']} classes; centers {result['weight_mib']:,.1f} MiB a process",
     ]
     if 0 < result["checked_classes"] < result["classes"]:
-        lines.append(f"that the results agree was checked with {result['checked_classes']:,} classes: more would not fit twice")
+        lines.append(f"the results agree for {result['checked_classes']:,} classes; more would not fit in memory twice")
     lines += ["", aligned(rows)]
     fused, plain = (result["impl"].get(name, {}) for name in IMPLEMENTATIONS)
     if fused.get("p50_s") and plain.get("p50_s"):
         words = f"fused is {plain['p50_s'] / fused['p50_s']:.2f} times as fast as torchshard"
         if fused["extra_mib"] and plain["extra_mib"]:
-            words += f", and takes {fused['extra_mib'] / plain['extra_mib']:.1%} of its extra memory"
+            words += f", and uses {fused['extra_mib'] / plain['extra_mib']:.1%} of its extra memory"
         lines += ["", words]
     return "\n".join(lines)
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
-    """Parse, check, and look which devices there are. Raises UserError."""
-    parser = Parser("bench_classifier.py", "Step time and memory of the sharded classifier's implementations.")
-    parser.add_argument("--classes", type=int, required=True, metavar="C", help="classes of all processes")
-    parser.add_argument("--batch", type=int, required=True, metavar="N", help="rows of all processes")
-    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="processes (default: %(default)s)")
-    parser.add_argument("--impl", default=",".join(IMPLEMENTATIONS), metavar="A,B",
-                        help="what takes turns (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, metavar="K", help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--update", action="store_true", help="with the optimizer step of the centers: SGD with momentum")
-    parser.add_argument("--classifier-memory-mib", type=float, metavar="M",
-                        help="for fused: memory of a process for probabilities that are kept until the backward pass; "
-                             "0: they are computed again (default: automatic)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: GPUs if there are any")
-    parser.add_argument("--operands", choices=tuple(OPERANDS), default="float32",
-                        help="for fused, on GPUs: type of the GEMM operands (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--csv", metavar="FILE", help="append a row per implementation")
-    values = vars(parser.parse_args(argv))
-    for flag, minimum in (("classes", 2), ("batch", 1), ("world_size", 1), ("steps", 1), ("classifier_memory_mib", 0)):
-        if values[flag] is not None and not values[flag] >= minimum:
-            raise UserError(f"--{flag.replace('_', '-')} {values[flag]}: give a number of at least {minimum}")
-    world_size = values["world_size"]
-    if values["batch"] % world_size:
-        raise UserError(f"--batch {values['batch']}: must divide by --world-size {world_size}")
-    if not ClassShard(values["classes"], world_size - 1, world_size).size:
-        raise UserError(f"--classes {values['classes']}: leaves some of the --world-size {world_size} processes without any")
-    device = choose_device_type(values["device"], world_size)
-    if device == "cpu" and values["operands"] != "float32":
-        raise UserError(f"--operands {values['operands']}: is for GPUs, and this run is on the CPU; drop it")
-    return Options(**{**values, "impl": choose_implementations(values["impl"], IMPLEMENTATIONS), "device": device})
+    """Parse and check the command line and look for devices. Raises UserError."""
+    options = parse_flags(Options, "bench_classifier.py", "Step time and memory of the sharded classifier.", argv)
+    world_size = options.world_size
+    for name, value in (("--classes", options.classes), ("--batch", options.batch)):
+        if value is None:
+            raise UserError(f"{name} is missing; give a number")
+    if options.batch % world_size:
+        raise UserError(f"--batch {options.batch}: must divide by --world-size {world_size}")
+    if not ClassShard(options.classes, world_size - 1, world_size).size:
+        raise UserError(f"--classes {options.classes}: leaves some of --world-size {world_size} processes without any")
+    device = choose_device_type(options.device, world_size)
+    if device == "cpu" and options.operands != "float32":
+        raise UserError(f"--operands {options.operands}: is for GPUs, and this run is on the CPU; drop it")
+    choose_implementations(",".join(options.impl), IMPLEMENTATIONS)
+    return replace(options, device=device)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def classifier_in_this_process(rank: int, world_size: int, flags: str, attribute
     return printed.getvalue()
 
 
-def slightly_wrong(embedding, label, centers, **settings):
-    settings = {name: value for name, value in settings.items() if name not in ("memory_mib", "operands", "update")}
-    loss, num_closer = bench_classifier.margin_softmax_torchshard(embedding, label, centers, **settings)
+def slightly_wrong(embedding, target, centers, margin, **settings):
+    settings = {name: settings[name] for name in ("scale", "group", "norm")}
+    loss, num_closer = bench_classifier.margin_softmax_torchshard(embedding, target, centers, margin, **settings)
     return loss + 1e-3 * (embedding - embedding.detach()).sum(), num_closer
 
 

@@ -9,27 +9,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.commands import run
-from helpers.margins import random_case, true_gradients
+from helpers.margins import random_case, truth_of
 
 from losses.fused import margin_softmax
+from losses.margins import ArcFace
 from models.classifier import initial_centers
 from utils.dist.sharding import ClassShard
+from utils.training.optim import RowSGD
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and ARCFACE_TEST_CUDA=1")
 
 SHORT = ["-a", "mobilefacenet", "-b", 8, "--num-classes", 50, "--max-steps", 3, "-p", 1]
-SETTINGS = dict(group=None, scale=64.0, margin=0.5, easy_margin=True)
+SETTINGS = dict(margin=ArcFace(), group=None, scale=64.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_float64_equals_the_truth(seed):
     case = random_case(np.random.default_rng(seed))
-    loss, embedding_grad, centers_grad, slope = true_gradients(case)
+    loss, embedding_grad, centers_grad, slope = truth_of(case)
     embedding = case["embedding"].cuda().requires_grad_()
     centers = case["centers"].cuda().requires_grad_()
     got, _ = margin_softmax(
-        embedding, case["label"].cuda(), centers, shard=ClassShard(len(centers), 0, 1), group=None, scale=case["scale"],
-        margin=case["margin"], easy_margin=case["easy"], chunk=case["chunk"], memory_mib=case["memory_mib"],
+        embedding, case["label"].cuda(), centers, case["margin"], group=None, scale=case["scale"], chunk=case["chunk"],
+        saved_probs_mib=case["saved_probs_mib"],
     )
     got.backward()
     assert got.item() == pytest.approx(loss, rel=1e-10)
@@ -45,14 +47,14 @@ def large_case(classes: int = 50_000, rows: int = 256) -> tuple[torch.Tensor, to
     return F.normalize(F.normalize(centers[label]) + 0.06 * noise), label, centers
 
 
-@pytest.mark.parametrize("memory_mib", [0, 20, 1e6])
-@pytest.mark.parametrize(("operands", "tolerance"), [(None, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_operand_types_are_near_float64(operands, tolerance, memory_mib):
+@pytest.mark.parametrize("saved_probs_mib", [0, 20, 1e6])
+@pytest.mark.parametrize(("matmul_dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_low_precision_products_are_near_float64(matmul_dtype, tolerance, saved_probs_mib):
     embedding, label, centers = large_case()
     results = {}
-    for dtype, kind in ((torch.float64, None), (torch.float32, operands)):
+    for dtype, kind in ((torch.float64, None), (torch.float32, matmul_dtype)):
         x, w = embedding.to(dtype, copy=True).requires_grad_(), centers.to(dtype, copy=True).requires_grad_()
-        loss, _ = margin_softmax(x, label, w, shard=ClassShard(len(w), 0, 1), operands=kind, memory_mib=memory_mib, **SETTINGS)
+        loss, _ = margin_softmax(x, label, w, matmul_dtype=kind, saved_probs_mib=saved_probs_mib, **SETTINGS)
         loss.backward()
         results[dtype] = loss.detach(), x.grad, w.grad
     for mine, true in zip(results[torch.float32], results[torch.float64]):
@@ -60,15 +62,15 @@ def test_operand_types_are_near_float64(operands, tolerance, memory_mib):
 
 
 @pytest.mark.parametrize("update", [False, True])
-@pytest.mark.parametrize("operands", [None, torch.bfloat16])
-def test_a_step_does_not_wait_for_the_gpu(operands, update):
+@pytest.mark.parametrize("matmul_dtype", [None, torch.bfloat16])
+def test_a_step_does_not_wait_for_the_gpu(matmul_dtype, update):
     embedding, label, centers = large_case()
     weight = torch.nn.Parameter(centers)
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9) if update else None
+    row_update = RowSGD(weight, skip_nonfinite=True, lr=0.1, momentum=0.9).update_rows if update else None
 
     def step() -> None:
-        loss, _ = margin_softmax(embedding.clone().requires_grad_(), label, weight, shard=ClassShard(len(weight), 0, 1),
-                                 operands=operands, memory_mib=20, update=optimizer, **SETTINGS)
+        loss, _ = margin_softmax(embedding.clone().requires_grad_(), label, weight, matmul_dtype=matmul_dtype,
+                                 saved_probs_mib=20, update=row_update, **SETTINGS)
         loss.backward()
 
     step()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from losses.fused import _chunk_size, automatic_memory_bytes, chunk_classes, margin_softmax
+from losses.margins import ArcFace
 from models import build_backbone
 from models.classifier import automatic_memory_mib
 from scripts import bench_step, plan
@@ -112,8 +113,8 @@ def test_kept_probabilities_are_those_of_the_classifier(operands, value_bytes, m
     embedding = F.normalize(torch.randn(rows, 512)).requires_grad_()
     centers, label = torch.randn(classes, 512, requires_grad=True), torch.arange(rows)
     tensors = kept_for_backward(
-        lambda: margin_softmax(embedding, label, centers, shard=ClassShard(classes, 0, 1), scale=64.0, margin=0.5,
-                               easy_margin=True, group=None, memory_mib=memory_mib, operands=operands),
+        lambda: margin_softmax(embedding, label, centers, ArcFace(), scale=64.0, group=None, saved_probs_mib=memory_mib,
+                               matmul_dtype=operands),
         [embedding, centers],
     )
     kept = sum(tensor.nbytes for tensor in tensors if tensor.ndim == 3)  # (chunks, N, K)
