@@ -73,14 +73,14 @@ def margin_softmax(
         matmul_dtype: torch.bfloat16 or torch.float16, to which the matrix products round their operands; they sum and
             return the dtype of `centers`. None: no rounding.
         update: called in the backward pass with each chunk's gradient, which it may overwrite: an optimizer step that
-            needs no (R, d) gradient. `centers.grad` stays None. It is called at least once, with no rows if R is 0.
+            needs no (R, d) gradient. `centers.grad` stays None. It is called at least once, without rows if R is 0.
         chunk: K; None: as many classes as stay in the cache.
 
     Returns:
         loss: scalar, the mean over all N rows, the same on every rank. Its gradient with respect to `centers` is
-            complete; those of `embedding` and `norm` are this rank's part, and their sum over the group is the gradient.
-        num_closer: (N,) int64, how many classes have a larger cosine (without margin) than the target: row i is a top-k
-            hit where it is < k. A NaN counts as larger.
+            complete. Those of `embedding` and `norm` are this rank's part; the sum over the group is the gradient.
+        num_closer: (N,) int64, how many classes have a larger cosine (without margin) than the target: row i is a
+            top-k hit where it is < k. A NaN counts as larger.
     """
     backward_follows = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (embedding, centers, norm))
@@ -94,8 +94,9 @@ def margin_softmax(
 
 
 def _chunk_size(embedding: Tensor) -> int:
+    rows, size = embedding.shape
     cache = torch.cuda.get_device_properties(embedding.device).L2_cache_size if embedding.is_cuda else _CPU_CACHE
-    return chunk_classes(*embedding.shape, cache, embedding.element_size())
+    return chunk_classes(rows, size, cache, embedding.element_size())
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ class _Walk:
         return out if self.matmul_dtype is not None else out.mul_(factor)
 
     def map_negatives(self, logits: Tensor, cosine: Tensor, phi: Tensor) -> Tensor:
-        """Apply the margin's g to s * cosine (N, K), in place; cosine, phi (N,) of the targets. Returns g's slope (N, K)."""
+        """Apply the margin's g to `logits`, s * cosine (N, K), in place. Returns the slope of g, (N, K).
+
+        cosine, phi: (N,), of the targets.
+        """
         assert self.margin.negatives is not None
         mapped, slope = self.margin.negatives(logits / self.scale, cosine.unsqueeze(1), phi.unsqueeze(1))
         torch.mul(mapped, self.scale, out=logits)
@@ -247,7 +251,7 @@ class _MarginSoftmax(torch.autograd.Function):
         embedding_grad, part = torch.zeros_like(embedding), torch.empty_like(embedding)
         needs_centers = ctx.needs_input_grad[1]
         centers_grad = torch.empty_like(centers) if needs_centers and walk.update is None else None
-        chunk_grad = None if walk.update is None else torch.empty_like(product)
+        chunk_grad = product if walk.update is None else torch.empty_like(product)
         operand = walk.rounded(embedding)
         for number, classes in enumerate(walk.chunks):
             here, width, chunk_factor = centers[classes], classes.stop - classes.start, factor[classes]
@@ -273,7 +277,7 @@ class _MarginSoftmax(torch.autograd.Function):
             if not needs_centers:
                 continue
 
-            grad = centers_grad[classes] if centers_grad is not None else chunk_grad[:width]
+            grad = chunk_grad[:width] if centers_grad is None else centers_grad[classes]
             _multiply(probability.t(), operand, grad)
             if walk.matmul_dtype is not None:
                 grad.mul_(weight.unsqueeze(1))

@@ -1,12 +1,13 @@
 """Margins on the target cosine: MARGINS, a class each, which `--loss` chooses from.
 
 A margin turns the cosine between an embedding and the center of its own class into phi; the loss's target logit is
-scale * phi. It gives phi's slopes itself, so that a loss needs no graph, and they can be bounded where phi's are not.
+scale * phi. It computes phi's slopes itself: the fused loss needs no graph, and they stay finite where phi's are not.
 
-Running statistics (of norms or cosines, in some losses) are buffers of the margin and follow one rule: they change once
-per optimizer step, after it, by the rows of the whole global batch over all ranks and micro-batches, and never in a step
-that is skipped. All micro-batches of a step therefore use the values that the step before has left. The losses show each
-batch to `observe`; `models.classifier.MarginClassifier.end_step` calls `update`.
+Some losses keep running statistics of norms or cosines, as buffers of the margin. They change once per optimizer step,
+after it, by the rows of the global batch over all ranks and micro-batches, and never in a step that is skipped. All
+micro-batches of a step therefore use the values of the step before, one step behind the papers. The losses pass each
+batch to `observe`; `models.classifier.MarginClassifier.end_step`, which the training loop calls after each optimizer
+step, passes what was observed to `update`.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from utils.dist.sharding import ClassShard, register_parallel_dim
 class MarginClassifier(nn.Module):
     """Class centers w (C_r, d), and the margin softmax of embeddings against all C of them.
 
-    Sharded (a `group` is given): each rank owns the rows `shard` of the centers, the rows of all ranks are gathered, and
-    the loss is the mean over the N = n * W rows of the global batch, the same number on every rank.
+    Sharded (a `group` is given): each rank owns the classes `shard`, the embeddings of all ranks are gathered, and the
+    loss is the mean over the N = n * W rows of the global batch, the same number on every rank.
     Replicated (`group` None): each rank has all classes, and the loss is the mean over its own n rows;
     DistributedDataParallel averages the gradients.
 
@@ -59,8 +59,8 @@ class MarginClassifier(nn.Module):
 
         Returns:
             loss: scalar in the centers' dtype.
-            num_closer: int64, (N,) sharded or (n,) replicated: how many classes are closer to the embedding than its own
-                (0: a top-1 hit).
+            num_closer: int64, (N,) sharded or (n,) replicated: how many classes are closer to the embedding than its
+                own (0: a top-1 hit).
         """
         # Out of autocast: a logit of 64 * cos in bf16 would be off by up to 0.12.
         with torch.autocast(embedding.device.type, enabled=False):
@@ -76,13 +76,14 @@ class MarginClassifier(nn.Module):
                     embedding, norm = both[:, :-1].contiguous(), both[:, -1]
             owned = (label >= self.shard.start) & (label < self.shard.stop)
             target = torch.where(owned, label - self.shard.start, -1)
-            return self._loss(embedding, target, self.weight, self.margin, scale=self.scale, group=self.group, norm=norm)
+            return self._loss(embedding, target, self.weight, self.margin, scale=self.scale, group=self.group,
+                              norm=norm)
 
     @torch.no_grad()
     def end_step(self, skipped: Tensor | None = None) -> None:
         """Collective. Update the margin's running statistics; the training loop calls this after each optimizer step.
 
-        The statistics see the rows of all ranks and all micro-batches of the step, and stay as they were if it is skipped.
+        The statistics see the rows of all ranks and micro-batches of the step. They do not change if it is skipped.
 
         Args:
             skipped: float32 scalar on the device, the same on all ranks: 1 if the step was skipped. None: it was not.
@@ -91,9 +92,11 @@ class MarginClassifier(nn.Module):
         if observed is None:
             return
         cosine, norm = observed
-        if self.group is None and dist.is_initialized():  # the sharded rows are the global batch already
-            cosine = all_gather_rows(cosine, dist.group.WORLD)
-            norm = None if norm is None else all_gather_rows(norm, dist.group.WORLD)
+        if self.group is None and dist.is_initialized():  # sharded rows are the global batch already
+            everyone = dist.group.WORLD
+            assert everyone is not None
+            cosine = all_gather_rows(cosine, everyone)
+            norm = None if norm is None else all_gather_rows(norm, everyone)
         before = [buffer.clone() for buffer in self.margin.buffers()]
         self.margin.update(cosine, norm)
         if skipped is not None:
@@ -165,7 +168,7 @@ def initial_centers(
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         centers[low - shard.start:high - shard.start] = torch.from_numpy(rows)
 
-    # NumPy releases the interpreter's lock while it draws. One thread would take minutes for tens of millions of classes.
+    # NumPy releases the interpreter's lock while it draws. One thread would take minutes for 10 million classes.
     blocks = range(shard.start // CENTER_BLOCK, -(-shard.stop // CENTER_BLOCK)) if shard.size else range(0)
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         for _ in pool.map(draw, blocks):

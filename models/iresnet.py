@@ -1,9 +1,9 @@
-"""IResNet: images -> embedding. It knows neither classes nor ranks.
+"""IResNet: images -> embedding.
 
 The residual network of the face recognition field: ArcFace (Deng et al. 2019, https://arxiv.org/abs/1801.07698,
 section 3.1), with the block of Han et al. 2017 (https://arxiv.org/abs/1610.02915: BN first, BN last, nothing after
-the addition), 3x3 convolutions in the stem and in the shortcut's place a 1x1 convolution with stride. Module names,
-shapes, initial values and eps are those of the published weights, so that their state dicts load unchanged.
+the addition), a 3x3 convolution as stem, and a strided 1x1 convolution as the shortcut of each stage's first block.
+Module names, shapes, initial values and eps are those of the published weights, so that their state dicts load unchanged.
 
 Shapes: n images, c channels, h x h pixels, d embedding size.
 """
@@ -65,7 +65,7 @@ class IResNet(nn.Module):
         block_counts: residual blocks of the four stages, one of BLOCK_COUNTS.
         embedding_size: d.
 
-    The published networks have a dropout before `fc`; its rate is 0, so it is left out.
+    The published networks have a dropout of rate 0 before `fc`, which is left out.
     """
 
     def __init__(self, block_counts: tuple[int, int, int, int], embedding_size: int = 512) -> None:
@@ -81,12 +81,12 @@ class IResNet(nn.Module):
         self.bn2 = nn.BatchNorm2d(STAGE_CHANNELS[3])
         self.fc = nn.Linear(STAGE_CHANNELS[3] * FINAL_MAP_SIZE**2, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size)
-        # The embedding is L2-normalised afterwards: a learned gain per coordinate would only fight with that.
+        # Fixed, because the embedding is L2-normalised afterwards.
         self.features.weight.requires_grad_(False)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Convolutions normal(0, 0.1); BatchNorm weight 1, bias 0, `fc` and PReLU as torch makes them."""
+        """Convolutions normal(0, 0.1); BatchNorm weight 1, bias 0, `fc` and PReLU torch's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, mean=0.0, std=0.1)

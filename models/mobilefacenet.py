@@ -1,8 +1,8 @@
-"""MobileFaceNet: images -> embedding in 1.2 million parameters, the default where there is only a CPU.
+"""MobileFaceNet: images -> embedding in 1.2 million parameters; the choice for CPUs.
 
 Chen, Liu, Gao, Han 2018, "MobileFaceNets: Efficient CNNs for Accurate Real-time Face Verification on Mobile Devices"
 (https://arxiv.org/abs/1804.07573), table 1: inverted bottlenecks with PReLU, and a global depthwise convolution, which
-weighs the places of the last map one by one where other networks average them.
+learns a weight for each position of the last map where other networks average.
 
 Shapes: n images, c channels, h x h pixels, d embedding size.
 """
@@ -51,7 +51,7 @@ class PReLU(nn.PReLU):
         super().__init__(channels, init=PRELU_SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Under autocast x and the slope may differ in dtype, which only torch's own operator sorts out.
+        # Under autocast x and the slope may differ in dtype, which only torch's own operator handles.
         if self.training and x.is_cpu and not torch.is_autocast_enabled("cpu"):
             return _CpuPReLU.apply(x, self.weight)
         return super().forward(x)
@@ -66,8 +66,8 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Seen as a matrix and back: two views that cost nothing, through which the gradient comes out with the
-        # weight's own strides. On a channels-last map it would have others, and DDP would warn about them.
+        # Two free views. Through them the gradient gets the weight's own strides; on a channels-last map it would have
+        # others, and DDP would warn about them.
         weight = self.weight.flatten(1).view_as(self.weight)
         return F.conv2d(x, weight, None, self.stride, self.padding, groups=self.groups)
 
@@ -78,7 +78,7 @@ def activated(conv: Conv2d) -> nn.Sequential:
 
 
 def linear(conv: Conv2d) -> nn.Sequential:
-    """Convolution and BatchNorm: no activation where the channels are few, it would lose information."""
+    """Convolution and BatchNorm. With few channels an activation would lose information."""
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
 
 
@@ -106,7 +106,7 @@ class MobileFaceNet(nn.Module):
     Args:
         embedding_size: d; 128 in the paper.
 
-    As in IResNet the last BatchNorm has a fixed gain of 1: the embedding is L2-normalised afterwards.
+    As in IResNet, the last BatchNorm has a fixed gain of 1, because the embedding is L2-normalised afterwards.
     """
 
     def __init__(self, embedding_size: int = 512) -> None:
@@ -131,12 +131,12 @@ class MobileFaceNet(nn.Module):
     def _initialise(self) -> None:
         """Weights normal(0, gain^2 / fan_in) (He et al. 2015, eq. 10 and 15), gain by the activation that follows.
 
-        fan_in, because torch's fan_out ignores groups and would make the depthwise weights 8 to 23 times too small;
-        with a BatchNorm behind, the smaller the weight the larger the effective learning rate.
+        fan_in, because torch's fan_out ignores groups and would make the depthwise weights 8 to 23 times too small.
+        Before a BatchNorm, a smaller weight means a larger effective learning rate.
 
         A block with a shortcut starts close to the identity: the last BatchNorm of its residual has weight 0.2. The
-        mean loss of steps 21 to 40 on 60 identities (SGD 0.1, batch 32, one seed) was 8.7; with weight 1 it was 9.3,
-        with 0 8.6, but 0 leaves every other weight of the block without a gradient in the first step.
+        mean loss of steps 21 to 40 on 60 identities (SGD 0.1, batch 32, one seed) was 8.7. Weight 1 gave 9.3; weight 0
+        gave 8.6, but leaves all other weights of the block without a gradient in the first step.
         """
         for module in self.modules():
             if isinstance(module, Conv2d):
@@ -144,7 +144,7 @@ class MobileFaceNet(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             elif isinstance(module, Bottleneck) and module.has_shortcut:
-                nn.init.constant_(module.project[1].weight, RESIDUAL_GAIN)
+                nn.init.constant_(module.project.get_submodule("1").get_parameter("weight"), RESIDUAL_GAIN)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (n, 3, 112, 112) float in [-1, 1] -> embedding (n, d), not L2-normalised."""

@@ -1,4 +1,4 @@
-"""BatchNorm over all ranks that also runs on the CPU, where torch.nn.SyncBatchNorm refuses to."""
+"""BatchNorm over all ranks, also on the CPU, where torch.nn.SyncBatchNorm raises an error."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from utils.dist.collectives import AllReduceSum
 class CpuSyncBatchNorm(_BatchNorm):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, mean and (biased) variance over the batch of *all* ranks.
 
-    Two differentiable all-reduces of (channels,) in training mode; plain batch norm in evaluation mode. Every rank must
-    have a batch of the same size. Takes (n, channels, ...) of any number of dimensions.
+    Input (n, channels, ...) with any number of dimensions. In training mode forward and backward are collective: two
+    all-reduces of (channels,), and every rank must have a batch of the same size. Evaluation is plain batch norm.
+    The module must have affine parameters and running statistics, with a fixed momentum.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -25,7 +26,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
-        # Out of autocast, in the parameters' precision: fp16 squares overflow above 256.
+        # Outside autocast, in the parameters' precision: fp16 squares overflow above 256.
         with torch.autocast("cpu", enabled=False):
             return self._normalise(input.to(self.weight.dtype)).to(input.dtype)
 
@@ -37,22 +38,27 @@ class CpuSyncBatchNorm(_BatchNorm):
         centered = input - mean.view(shape)
         # A second pass about the common mean: E[x^2] - mean^2 would cancel in float32.
         variance = AllReduceSum.apply(centered.square().mean(dims)) / world_size
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
         with torch.no_grad():
             count = input.numel() // input.shape[1] * world_size
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         return centered * ((variance + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
 
 
 def convert_sync_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
-    """Replace every BatchNorm in `module` by one with statistics over all ranks; names and values stay."""
+    """Replace every BatchNorm in `module`, in place, by one with statistics over all ranks. Returns the module.
+
+    Parameters and buffers keep their names, values and requires_grad.
+    """
     if device_type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            synced.weight, synced.bias = child.weight, child.bias  # the same objects: requires_grad stays as it is
+            synced.weight, synced.bias = child.weight, child.bias
             synced.running_mean, synced.running_var = child.running_mean, child.running_var
             synced.num_batches_tracked = child.num_batches_tracked
             setattr(module, name, synced)

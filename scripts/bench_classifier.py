@@ -4,9 +4,9 @@
     python3 scripts/bench_classifier.py --classes 85744 --batch 128 --world-size 2
 
 A step is the classifier's part of a training step, on random embeddings: gather the rows of all ranks, forward,
-backward, reduce-scatter the rows' gradient and, with --update, step the class centers. The implementations take turns on
-the same inputs in the same processes. All ranks start a turn together, and its time is that of the slowest. On the CPU
-all of them run with `utils.memory.keep_freed_memory`, as training does.
+backward, reduce-scatter the rows' gradient and, with --update, step the class centers. The implementations take turns
+on the same inputs in the same processes. All ranks start a turn together, and its time is that of the slowest. On the
+CPU all of them run with `utils.memory.keep_freed_memory`, as training does.
 
 GEMM floor: the 6 * N * C_r * d floating-point operations of the three matrix products, at this machine's rate for the
 shapes of a walk in chunks, (K, d)(d, N), (N, K)(K, d) and (K, N)(N, d), measured in turns with the implementations.
@@ -102,8 +102,7 @@ class Options:
     classifier_memory_mib: float | None = flag(
         "--classifier-memory-mib", metavar="M", at_least=0, default_text="automatic",
         help="fused: memory of a process for probabilities that are saved for the backward pass; 0: recompute them")
-    device: str = flag("--device", choices=("auto", "cuda", "cpu"), default="auto", default_text="GPUs if there are any",
-                       help="where to compute")
+    device: str = flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs if there are any")
     operands: str = flag("--operands", choices=OPERANDS, default="float32",
                          help="fused, on GPUs: dtype of the matrix products' operands")
     json: bool = flag("--json", default=False, help="print one JSON object and nothing else")
@@ -286,7 +285,7 @@ def check_agreement(context: DistContext, options: Options, group: dist.ProcessG
     if not names:
         return 0
     true = outcome("torchshard", context, classes, options, group)
-    what = ("loss", "gradient of the embeddings", "step of the centers" if options.update else "gradient of the centers")
+    what = ("loss", "gradient of the embeddings", f"{'step' if options.update else 'gradient'} of the centers")
     for name in names:
         mine = outcome(name, context, classes, options, group)
         for noun, tolerance, got, wanted in zip(what, TOLERANCES[options.operands], mine, true):

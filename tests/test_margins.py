@@ -23,7 +23,7 @@ from utils.flags import check_ranges, flags_of
 
 # name -> (phi(cosine, norm, **settings) by its definition, differentiable by autograd; settings to try)
 TRUTH = {
-    "arcface": (true_arcface, [dict(margin=m, easy_margin=easy) for m in (0.0, 0.1, 0.5, 1.2) for easy in (True, False)]),
+    "arcface": (true_arcface, [dict(margin=m, easy_margin=e) for m in (0.0, 0.1, 0.5, 1.2) for e in (True, False)]),
 }
 CASES = [(name, settings) for name, (_, tried) in TRUTH.items() for settings in tried]
 FORMS = {"fused": margin_softmax, "torchshard": margin_softmax_torchshard}

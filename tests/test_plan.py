@@ -20,7 +20,6 @@ from models import build_backbone
 from models.classifier import automatic_memory_mib
 from scripts import bench_step, plan
 from utils.dist.context import DistContext
-from utils.dist.sharding import ClassShard
 from utils.errors import UserError, exit_on_user_error
 from utils.planner import BackboneMemory, largest, measure_backbone, predict_memory
 

@@ -15,8 +15,8 @@ from utils.training.optim import make_momentum
 class SharedGradScaler(torch.amp.GradScaler):
     """fp16 loss scaling in which all ranks, and all optimizers, skip a step together.
 
-    torch's scaler looks at the gradients of its own process. An overflow in one shard would make one rank skip while the
-    others step, and the replicas would silently diverge.
+    torch's scaler looks at the gradients of its own process. An overflow in one shard would make one rank skip while
+    the others step, and the replicas would silently diverge.
     """
 
     def step_all(self, optimizers: Sequence[Optimizer], nonfinite: Tensor | None = None) -> Tensor | None:
@@ -24,18 +24,18 @@ class SharedGradScaler(torch.amp.GradScaler):
 
         Args:
             optimizers: all of this rank's. With `nonfinite` they must be torch's fused ones, or ZeRO of them.
-            nonfinite: float32 scalar on the device, the same on all ranks. Where it is 1, weights and momentum stay, and
-                so does the scale, which cannot be the cause of a loss that is inf or NaN. None: no step is masked.
+            nonfinite: float32 scalar on the device, the same on all ranks. Where it is 1, weights and momentum stay.
+                The scale stays too, since it cannot have caused a loss that is inf or NaN. None: no step is masked.
 
-        Returns float32 scalar on the device: 1 if the step was skipped. None if it cannot have been.
+        Returns a float32 scalar on the device: 1 if the step was skipped; None if it cannot have been.
         """
         skipped = nonfinite
         if nonfinite is not None:
             for optimizer in map(_local_optimizer, optimizers):
                 optimizer.found_inf = nonfinite
         if self.is_enabled() or nonfinite is not None:
-            # The fused SGD allocates momentum without writing it and fills it in the first step. If that step is skipped,
-            # the second one would take what the memory holds for momentum.
+            # torch's fused SGD allocates momentum without writing it, for the first step to fill. If that step is
+            # skipped, the second one would read whatever the memory holds.
             for optimizer in map(_local_optimizer, optimizers):
                 make_momentum(optimizer)
         if self.is_enabled():
