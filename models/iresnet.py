@@ -3,7 +3,7 @@
 The residual network of the face recognition field: ArcFace (Deng et al. 2019, https://arxiv.org/abs/1801.07698,
 section 3.1), with the block of Han et al. 2017 (https://arxiv.org/abs/1610.02915: BN first, BN last, nothing after
 the addition), a 3x3 convolution as stem, and a strided 1x1 convolution as the shortcut of each stage's first block.
-Module names, shapes, initial values and eps are those of the published weights, so that their state dicts load unchanged.
+Module names, shapes, initial values and eps are those of the published weights: their state dicts load unchanged.
 
 Shapes: n images, c channels, h x h pixels, d embedding size.
 """

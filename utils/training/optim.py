@@ -13,7 +13,7 @@ from utils.dist.sharding import is_sharded
 from utils.options import Options
 
 
-def make_momentum(optimizer: SGD) -> None:
+def make_momentum(optimizer: Optimizer) -> None:
     """Give the optimizer the zeros from which momentum starts, where it has none yet.
 
     torch makes momentum in the first step. That is too late for a step that a mask on the device may skip, and a shard
@@ -30,12 +30,14 @@ class RowSGD(SGD):
 
     Args:
         weight: the parameter, (rows, d).
-        skip_nonfinite: leave out the steps of a loss that is inf or NaN.
-        settings: of torch.optim.SGD.
+        skip_nonfinite: skip the steps of a loss that is inf or NaN.
+        lr, momentum, weight_decay: as in torch.optim.SGD.
     """
 
-    def __init__(self, weight: nn.Parameter, *, skip_nonfinite: bool, **settings: float) -> None:
-        super().__init__([weight], fused=True, **settings)
+    def __init__(
+        self, weight: nn.Parameter, *, skip_nonfinite: bool, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__([weight], lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
         self._skip_nonfinite = skip_nonfinite
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ class SharedGradScaler(torch.amp.GradScaler):
         skipped = nonfinite
         if nonfinite is not None:
             for optimizer in map(_local_optimizer, optimizers):
-                optimizer.found_inf = nonfinite
+                optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # read by torch's fused steps
         if self.is_enabled() or nonfinite is not None:
             # torch's fused SGD allocates momentum without writing it, for the first step to fill. If that step is
             # skipped, the second one would read whatever the memory holds.
@@ -55,9 +55,11 @@ class SharedGradScaler(torch.amp.GradScaler):
         if not self.is_enabled() or nonfinite is None:
             self.update()
             return skipped
-        before = self._scale.clone(), self._growth_tracker.clone()
-        self.update()
-        for state, old in zip((self._scale, self._growth_tracker), before):
+        assert self._scale is not None and self._growth_tracker is not None
+        states = self._scale, self._growth_tracker
+        before = [state.clone() for state in states]
+        self.update()  # in place
+        for state, old in zip(states, before):
             state.copy_(torch.where(nonfinite > 0, old, state))
         return skipped
 
