@@ -18,7 +18,6 @@ from tqdm import tqdm
 from data.decode import decode_image, read_bytes
 from data.insightface_bin import PairBin
 from utils.errors import UserError
-from utils.evaluation.lfw import usable_folds
 
 _DECODING_THREADS = 8  # Pillow decodes outside of the interpreter's lock
 
@@ -77,10 +76,6 @@ class PairList:
         self.index1 = np.array([position[path1] for _, path1, _, _ in pairs], dtype=np.int64)
         self.index2 = np.array([position[path2] for _, _, path2, _ in pairs], dtype=np.int64)
         self.is_same = np.array([is_same for _, _, _, is_same in pairs], dtype=bool)
-        try:
-            usable_folds(self.is_same)
-        except UserError as error:
-            raise UserError(f"{pair_list}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.is_same)

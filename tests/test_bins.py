@@ -154,12 +154,12 @@ def test_an_attack_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.Mo
     path = written(tmp_path, ATTACKS[attack])
     with pytest.raises(UserError) as caught:
         PairBin(path)
-    assert str(caught.value).startswith(f"{path}: ") and str(caught.value).isprintable()
+    assert str(caught.value).startswith(f"--bin {path}: ") and str(caught.value).isprintable()
     assert os.listdir(tmp_path) == ["lfw.bin"]
     if attack.startswith("os.system"):
-        assert "names 'posix.system'" in str(caught.value) and "was not loaded" in str(caught.value)
+        assert "'posix.system'" in str(caught.value) and "not loaded" in str(caught.value)
     if attack == "builtins.eval":
-        assert "names 'builtins.eval'" in str(caught.value)
+        assert "'builtins.eval'" in str(caught.value)
 
 
 def image_number(number: int, data: bytes) -> bytes:
@@ -168,8 +168,8 @@ def image_number(number: int, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("data, message", [
     (b"", "the file is empty"),
-    (b"PK\x03\x04 an archive", "it is no pickle"),
-    (b"\x80\x63.", "protocol 99"),
+    (b"PK\x03\x04 an archive", "not a pickle"),
+    (b"\x80\x63.", "protocol: 99"),
     (b"\x80\x02.", "damaged pickle"),
     (b"\x80\x02h\x00.", "damaged pickle"),
     (b"\x80\x02K\x01\x85\x86.", "damaged pickle"),
@@ -178,23 +178,21 @@ def image_number(number: int, data: bytes) -> bytes:
     (pickle.dumps((IMAGES, "yes")), "its labels are text, not a list"),
     (pickle.dumps((IMAGES[:7], LABELS)), "has 7 images and 4 labels; there must be two images for each label"),
     (pickle.dumps((IMAGES, LABELS[:3])), "has 8 images and 3 labels"),
-    (pickle.dumps(([], [])), "0 same .* 0 different"),
-    (pickle.dumps((IMAGES, [True] * 4)), "4 same .* 0 different .* at least 2 of each"),
     (pickle.dumps((IMAGES, [True, False, 2, True])), "label 2 is 2, not True, False, 1 or 0"),
     (pickle.dumps((IMAGES, [True, False, None, True])), "label 2 is None, not True"),
     (pickle.dumps((["a.jpg", *IMAGES[1:]], LABELS)), "image 0 is text, not bytes"),
     (pickle.dumps(([*IMAGES[:5], None, *IMAGES[6:]], LABELS)), "image 5 is None, not bytes"),
-    (pickle.dumps(([*ARRAYS[:7], ARRAYS[7].astype(np.int16)], LABELS)), "image 7 is an array of i2, not of bytes"),
+    (pickle.dumps(([*ARRAYS[:7], ARRAYS[7].astype(np.int16)], LABELS)), "image 7 is an array of numbers, not of bytes"),
     (pickle.dumps(([*ARRAYS[:7], ARRAYS[7].astype(np.float32)], LABELS)), "an array of 'f4', not of bytes"),
-    (pickle.dumps((IMAGES, [1.0, 0.0, 1.0, 0.0])), "the instruction b'G' at byte"),
-    (pickle.dumps({"images": IMAGES}), "the instruction"),
-    (FORMS["bytes, protocol 4"][:-300], "is cut off or damaged: .* bytes should follow byte"),
+    (pickle.dumps((IMAGES, [1.0, 0.0, 1.0, 0.0])), "pickle instruction b'G'"),
+    (pickle.dumps({"images": IMAGES}), "pickle instruction"),
+    (FORMS["bytes, protocol 4"][:-300], "truncated"),
     (python_2_arrays(IMAGES, LABELS).replace(b"K\x01M", b"K\x01K", 1), "damaged|has the shape"),
 ])
 def test_what_is_wrong_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         PairBin(written(tmp_path, data))
-    assert str(caught.value).startswith(f"{tmp_path}/lfw.bin: ") and "\n" not in str(caught.value)
+    assert f"{tmp_path}/lfw.bin: " in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("data, message", [
