@@ -30,10 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data.augment import prepare_batch
-from data.folder import FaceFolder
+from data.formats import open_training_set
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
 from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
-from data.recordio import RecordIODataset, is_recordio, require_no_package
+from data.training_set import TrainingSet
 from losses.fused import margin_softmax
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone, check_arch
@@ -66,7 +66,6 @@ from utils.training.schedules import learning_rate
 from utils.training.state import Position, TrainState
 from valid import evaluate_pairs, validate
 
-TrainingImages = FaceFolder | RecordIODataset
 
 
 class TrainingModel(nn.Module):
@@ -118,7 +117,7 @@ def main() -> None:
 def train(
     context: DistContext,
     options: Options,
-    dataset: TrainingImages,
+    dataset: TrainingSet,
     sets: dict[str, PairSet] | None = None,
     lock: OutputLock | None = None,
 ) -> int:
@@ -367,7 +366,7 @@ def classifier_loss(
     )
 
 
-def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
+def shared_facts(options: Options, dataset: TrainingSet, sets: dict[str, PairSet] | None) -> dict[str, object]:
     """What must be the same on all nodes: program, data, and every flag but those that are about one node alone."""
     own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root",
            "pair_list", "val_pairs", "val_bin"}
@@ -379,7 +378,7 @@ def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, Pair
             "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
 
 
-def data_fingerprint(dataset: TrainingImages) -> str:
+def data_fingerprint(dataset: TrainingSet) -> str:
     """Of the labels in order and the identities' names: what decides which class an image is trained as. Seconds for 10**8."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(np.ascontiguousarray(dataset.labels))
@@ -437,19 +436,13 @@ def open_validation_sets(options: Options) -> dict[str, PairSet]:
     return sets
 
 
-def open_dataset(options: Options, plan: ProcessPlan) -> TrainingImages:
+def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
     """Open and check the training images. Raises UserError.
 
     One process of a node does the work: the others are started later, or wait for the first one and take its index.
     """
-    if is_recordio(options.data):
-        if options.index != "auto":
-            raise UserError(f"--index {options.index}: {options.data} is a package, which keeps its list beside the .rec; drop the flag")
-        dataset = RecordIODataset(options.data, progress=is_first_process())
-    else:
-        require_no_package(options.data)
-        dataset = FaceFolder(options.data, index=options.index, progress=is_first_process())
-    dataset.check_headers(options.skip_bad_images, progress=is_first_process())
+    dataset = open_training_set(options.data, index=options.index, skip_bad=options.skip_bad_images,
+                                progress=is_first_process())
     identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
     if identities > options.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "
@@ -472,7 +465,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: dict[str, PairSet]) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: dict[str, PairSet]) -> str:
     """What is about to run, a line each."""
     backbone_parameters = sum(
         parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()

@@ -1,10 +1,10 @@
-"""Face images from disk to uint8 batches: folders, records, image pairs, drawn faces, the order of samples, augmentation."""
+"""Face images from disk to uint8 batches; see README.md."""
 
 from __future__ import annotations
 
 
 def __getattr__(name: str) -> type:
-    """`data.RecordIODataset`, imported when it is asked for: drawing faces (data.synthetic) needs no torch."""
+    """`data.RecordIODataset`, imported on first use, because importing it imports torch."""
     if name == "RecordIODataset":
         from data.recordio import RecordIODataset
 

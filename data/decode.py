@@ -1,17 +1,18 @@
-"""An encoded 112x112 face image -> uint8 pixels. `name` is what an error calls the image: a path, or a record of a file.
+"""An encoded 112x112 face image -> uint8 pixels. `name` is what errors call the image: a path, or a record of a file.
 
-Pillow decides what an image is: decode_image. For the training loader decode_into gets the pixels of most JPEGs from
-torchvision's operator, which are the same, at 1.8 times the speed (11,000 images/s on one core); whatever it refuses, and
-everything where there is no such operator, goes to Pillow. torchvision's Python functions for it are deprecated since 0.29.
+Pillow decides what an image is (decode_image). The loader uses decode_into, which decodes most JPEGs with torchvision's
+operator: the same pixels at 1.8 times the speed (11,000 images/s on one core). Pillow decodes whatever the operator
+refuses, and everything if there is no operator. torchvision's Python functions for it are deprecated since 0.29.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _READ_BYTES = 64 * 1024  # more than nearly every face crop has
-_READ_MORE_BYTES = 16 * 2**20  # at a time at most, of larger files
+_READ_MORE_BYTES = 16 * 2**20  # at most, per call, of larger files
 _HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
 
 # Start-of-frame markers of JPEG: 0xC0 to 0xCF without DHT (0xC4), JPG (0xC8) and DAC (0xCC).
@@ -34,7 +35,7 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
-    """`decode_image` of a file. Raises UserError where it cannot be read, too."""
+    """`decode_image` of a file. Also raises UserError if it cannot be read."""
     path = os.fspath(path)
     return decode_image(read_bytes(path), path)
 
@@ -42,8 +43,8 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
 def decode_image(data: bytes, name: str) -> torch.Tensor:
     """The image's RGB pixels: uint8 (3, 112, 112).
 
-    JPEG, PNG, BMP and WebP. Gray, palette and CMYK are converted, transparency is dropped, of 16 bits the high byte
-    is kept. Raises UserError, naming the image, where it is no image, is damaged or truncated, or is not 112x112.
+    JPEG, PNG, BMP and WebP. Gray, palette and CMYK images are converted, transparency is dropped, and 16-bit values
+    keep their high byte. Raises UserError, naming the image, if it is not an image, damaged, truncated, or not 112x112.
     """
     frame = _jpeg_frame(data)
     if frame is None:
@@ -52,7 +53,7 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
     _require_size(name, width, height)
     if components != 3:
         return _to_tensor(_decode_any(name, data))
-    # The codec that Image.open would choose, without its header parser in Python: 4,400 images/s instead of 3,200.
+    # The codec that Image.open would choose, without its Python header parser: 4,400 images/s instead of 3,200.
     try:
         return _to_tensor(Image.frombytes("RGB", (width, height), data, "jpeg", "RGB", ""))
     except ValueError as error:
@@ -60,15 +61,15 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
 
 
 def decode_into(data: bytes, name: str, pixels: torch.Tensor) -> None:
-    """Write decode_image's pixels to `pixels`: uint8 (3, 112, 112), fastest where the channels are next to each other.
+    """Write decode_image's pixels to `pixels`: uint8 (3, 112, 112), fastest if the channels are next to each other.
 
-    Where JPEG data is damaged but can be decoded to the end, libjpeg writes a line to file descriptor 2.
+    libjpeg writes a line to file descriptor 2 if JPEG data is damaged but can be decoded to the end.
     """
     decode = jpeg_operator()
     if decode is not None and _jpeg_frame(data) == (IMAGE_SIZE, IMAGE_SIZE, 3):
         try:
             image = decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False)
-        except RuntimeError:  # what is wrong is for decode_image to tell
+        except RuntimeError:  # decode_image reports what is wrong
             image = None
         if image is not None and image.shape == pixels.shape:
             pixels.copy_(image)
@@ -78,12 +79,12 @@ def decode_into(data: bytes, name: str, pixels: torch.Tensor) -> None:
 
 @functools.cache
 def jpeg_operator() -> Callable[[torch.Tensor, int, bool], torch.Tensor] | None:
-    """torchvision's operator for JPEG: (uint8 (bytes,), mode, by Exif orientation) -> uint8 (3, h, w). None: there is none.
+    """torchvision's JPEG operator: (uint8 (bytes,), mode, apply Exif orientation) -> uint8 (3, h, w). None without it.
 
-    Only its library is loaded. Importing the package takes as long as importing torch does.
+    Only its library is loaded. Importing the package takes as long as importing torch.
     """
     package = importlib.util.find_spec("torchvision")
-    for directory in package.submodule_search_locations if package else ():
+    for directory in (package.submodule_search_locations or ()) if package else ():
         for library in ("image_stable.so", "image.so"):  # since torchvision 0.29, and before
             try:
                 torch.ops.load_library(os.path.join(directory, library))
@@ -93,51 +94,39 @@ def jpeg_operator() -> Callable[[torch.Tensor, int, bool], torch.Tensor] | None:
     return None
 
 
-class CodecMessages:
-    """While entered, what libraries write to file descriptor 2 goes to a file without a name; take() gets it from there.
+@contextlib.contextmanager
+def codec_messages(messages: list[str]) -> Iterator[None]:
+    """Append what libraries write to file descriptor 2 in the block to `messages`, in one line, instead of showing it.
 
-    For processes of one thread: the descriptor is that of all threads.
+    For processes with one thread: the descriptor is that of all threads.
     """
-
-    def __init__(self) -> None:
-        self._file, self._stderr = os.memfd_create("codec-messages"), os.dup(2)
-
-    def __enter__(self) -> CodecMessages:
-        os.dup2(self._file, 2)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        os.dup2(self._stderr, 2)
-
-    def take(self) -> str:
-        """What was written since the last call, in one line."""
-        written = os.lseek(self._file, 0, os.SEEK_CUR)
-        if not written:
-            return ""
-        text = os.pread(self._file, written, 0).decode(errors="replace")
-        os.ftruncate(self._file, 0)
-        os.lseek(self._file, 0, os.SEEK_SET)
-        return " ".join(text.split())
-
-    def pass_on(self, line: str) -> None:
-        """Write to where the descriptor led before."""
-        os.write(self._stderr, os.fsencode(line))
+    with open(os.memfd_create("codec-messages"), "r+b") as file:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        if text := file.read():
+            messages.append(" ".join(text.decode(errors="replace").split()))
 
 
 def _decode_any(name: str, data: bytes) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except Exception as error:
         raise _not_an_image(name, error) from None
     _require_size(name, *image.size)
     try:
-        if image.format == "PNG":  # has checksums, which only verify looks at; an image cannot be used after verify
+        if image.format == "PNG":  # its checksums are checked by verify alone, after which an image cannot be used
             image.verify()
             image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
         image.load()
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode == "P":  # its transparency, if any, must go through RGBA: Pillow warns otherwise
+        elif image.mode == "P":  # through RGBA, because Pillow warns if there is transparency
             image = image.convert("RGBA")
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow raises many types for damaged data: OSError, SyntaxError, zlib.error, ...
@@ -150,13 +139,13 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def check_header(path: str) -> None:
-    """Raise read_image's UserError for what the file's first bytes tell: unreadable, empty, no image, wrong size."""
+    """Raise read_image's UserError if the file's first bytes show: unreadable, empty, not an image, wrong size."""
     data = read_bytes(path, _HEADER_BYTES)
     check_encoded(data if _jpeg_frame(data) else read_bytes(path), path)
 
 
 def check_encoded(data: bytes, name: str) -> None:
-    """Raise decode_image's UserError for what the image's header tells: no image, wrong size."""
+    """Raise decode_image's UserError if the image's header shows: not an image, wrong size."""
     frame = _jpeg_frame(data)
     if frame is not None:
         _require_size(name, frame[0], frame[1])
@@ -170,7 +159,7 @@ def check_encoded(data: bytes, name: str) -> None:
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
-    """(width, height, components) from a JPEG's frame header; None where `data` is no JPEG or ends before it."""
+    """(width, height, components) from a JPEG's frame header; None if `data` is not a JPEG or ends before it."""
     if not data.startswith(_JPEG_MAGIC):
         return None
     position = 2
@@ -190,8 +179,8 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
 
 
 def read_bytes(path: str, limit: int | None = None) -> bytes:
-    """The file's bytes, or at most its first `limit`. Raises UserError where it cannot be read, or is empty."""
-    # Not open(): half the time goes into its file object.
+    """The file's bytes, or at most its first `limit`. Raises UserError if it cannot be read, or is empty."""
+    # Not open(), whose file object takes half of the time.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -220,7 +209,7 @@ def _require_size(name: str, width: int, height: int) -> None:
 
 def _not_an_image(name: str, error: Exception) -> UserError:
     known = ", ".join(_PILLOW_FORMATS[:-1]) + " or " + _PILLOW_FORMATS[-1]
-    # Pillow's own words for an unknown format name a BytesIO object: no help to anybody.
+    # For an unknown format Pillow's message only names a BytesIO object.
     reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
     return UserError(f"{name}: not a {known} image, or its header is damaged{reason}")
 

@@ -1,7 +1,7 @@
-"""The order of training samples, and the loader that turns it into uint8 batches.
+"""The order of training samples, and the loader that reads batches of uint8 images in that order.
 
-N = global batch, K = micro-batches that make one global batch, W = world size, r = rank, n = N / (K·W): the images
-that a rank takes at a time.
+N = global batch, K = micro-batches per global batch, W = world size, r = rank, n = N / (K·W): images per rank and
+micro-batch.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import functools
 import mmap
 import os
 import signal
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from data.decode import IMAGE_SIZE, CodecMessages, decode_into, jpeg_operator
+from data.decode import IMAGE_SIZE, codec_messages, decode_into, jpeg_operator
 from utils.errors import UserError
 from utils.signals import STOP_SIGNALS
 
-# So many unreadable images in a row are not a few bad files but a disk that is gone.
+# This many unreadable images in a row are not a few bad files: the disk is gone.
 _MAX_BAD_IN_A_ROW = 100
-_PREFETCH = 2  # batches that each worker is asked for ahead of the loop
+_PREFETCH = 2  # batches that each worker reads ahead
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -32,13 +34,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     perm, a permutation of the num_samples indices, depends on (seed, epoch, num_samples) only. Micro-batch j of global
     batch k is its rows [j·N/K : (j+1)·N/K], and rank r takes the r-th n of these. An epoch has
-    steps_per_epoch = num_samples // N steps: its last incomplete global batch is dropped.
+    steps_per_epoch = num_samples // N steps: the last, incomplete global batch is dropped.
 
-    Iterating yields K lists of n sample indices for each step from the position to the epoch's end. It does not move
-    the position, because a loader reads ahead and only the training loop knows where it is: call set_position for
-    every epoch.
+    Iterating yields K lists of n sample indices per step, from the position to the epoch's end. It does not move the
+    position, because a loader reads ahead and only the training loop knows which step it has reached: call set_position
+    before every epoch.
 
-    Raises UserError where num_samples < N or where N does not divide by K·W.
+    Raises UserError if num_samples < N, or if N is not divisible by K·W.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     ) -> None:
         if global_batch % (micro_batches * world_size):
             raise UserError(
-                f"the global batch of {global_batch} does not divide by {world_size} processes x "
+                f"the global batch of {global_batch} is not divisible by {world_size} processes x "
                 f"{micro_batches} micro-batches; change --batch-size or --accumulation-steps"
             )
         if num_samples < global_batch:
@@ -76,7 +78,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         first_step = self._step_in_epoch
-        permutation = self._permutation(self._epoch)  # lives as long as this iteration: 4 bytes per sample
+        permutation = self._permutation(self._epoch)  # freed with this iteration: 4 bytes per sample
         rows, n = self.global_batch // self.micro_batches, self.images_per_batch
         for micro_batch in range(first_step * self.micro_batches, self.steps_per_epoch * self.micro_batches):
             start = micro_batch * rows + self.rank * n
@@ -93,31 +95,48 @@ class GlobalBatchSampler(Sampler[list[int]]):
 class TrainBatch(NamedTuple):
     """One rank's micro-batch."""
 
-    images: torch.Tensor  # uint8 (n, 3, 112, 112); in memory (n, 112, 112, 3), as decoders give it
+    images: torch.Tensor  # uint8 (n, 3, 112, 112); in memory (n, 112, 112, 3), as decoders write it
     labels: torch.Tensor  # int64 (n,)
-    indices: torch.Tensor  # int64 (n,): the samples really taken
+    indices: torch.Tensor  # int64 (n,): the samples actually read
     skipped: int  # how many bad images were replaced
 
 
 def build_train_loader(
-    dataset: Dataset, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool
+    dataset: Any, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool
 ) -> DataLoader[TrainBatch]:
-    """A loader of TrainBatch, one for each list of indices that `sampler` yields.
+    """A loader of one TrainBatch per list of indices that `sampler` yields. Its workers persist over epochs.
 
-    dataset.encoded(i) is (the undecoded image, its name) and dataset.labels[i] its label; of a dataset without these
-    dataset[i] is (uint8 (3, 112, 112), label). A bad image raises UserError there. It ends the iteration with that
-    UserError, in one line, whatever the number of workers; if the attribute dataset.skip_bad is true, the next
-    readable image in index order takes its place instead, and the batch counts it in `skipped`.
+    dataset: dataset.encoded(i) is (the encoded image, its name) and dataset.labels[i] its label; or, without these,
+    dataset[i] is (uint8 (3, 112, 112), label). Both raise UserError for a bad image. That error ends the iteration; but
+    if dataset.skip_bad is true, the next readable image in index order replaces the bad one.
     """
-    slots = _SharedSlots(_PREFETCH * workers + 1, sampler.images_per_batch) if workers > 0 else None
-    return _TrainLoader(_BatchReader(dataset, slots), sampler, slots, workers, pin_memory)
+    return _BatchLoader(dataset, sampler, sampler.images_per_batch, workers, pin_memory, persistent=True)
+
+
+def read_images(
+    dataset: Any, indices: Sequence[int], *, batch_size: int, workers: int,
+    ignored: Iterable[signal.Signals] = STOP_SIGNALS,
+) -> Iterator[torch.Tensor]:
+    """The images `indices` of the dataset, in order: uint8 (batch_size or fewer, 3, 112, 112).
+
+    dataset: as for build_train_loader, but without labels. Raises the UserError of the first bad image.
+    ignored: see start_loader_worker.
+    """
+    batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    loader = _BatchLoader(dataset, batches, batch_size, min(workers, len(batches)), ignored=ignored)
+    with warnings.catch_warnings():
+        # More workers than cores are the user's choice: they help on network disks.
+        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes in total")
+        batches_read = iter(loader)
+    for batch in batches_read:
+        yield batch.images
 
 
 class DeviceBatches:
     """The batches of `batches` with images and labels on `device`.
 
-    On a GPU they are copied on a stream of their own. The training loop runs ahead of the GPU, so that the copy of a batch
-    goes on beside the computation with the one before it; from pageable memory there would be no such overlap: pin it.
+    On a GPU they are copied on a stream of their own. The training loop runs ahead of the GPU, so a batch is copied
+    while the GPU computes with the one before. Only pinned memory allows that overlap.
     """
 
     def __init__(self, batches: Iterable[TrainBatch], device: torch.device) -> None:
@@ -125,8 +144,9 @@ class DeviceBatches:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        for images, labels, indices, skipped in self._batches:
-            yield TrainBatch(*self._copied(images, labels), indices, skipped)
+        for batch in self._batches:
+            images, labels = self._copied(batch.images, batch.labels)
+            yield batch._replace(images=images, labels=labels)
 
     def _copied(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         if self._stream is None:
@@ -136,50 +156,59 @@ class DeviceBatches:
             copies = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
         computing.wait_stream(self._stream)
         for copy in copies:
-            copy.record_stream(computing)  # its memory must not be given to the next copy before this use of it is over
+            copy.record_stream(computing)  # its memory must not be reused for the next copy before this use is over
         return copies
 
 
-class _TrainLoader(DataLoader):
-    """Takes the batches' images out of the shared slots, and raises a UserError for a message that arrives in place of a
-    batch: raised in a worker it would come wrapped in that worker's traceback."""
+class _BatchLoader(DataLoader):
+    """Copies the batches' images out of the shared slots.
+
+    A bad image arrives as a string in place of a batch and is raised here as a UserError: raised in a worker, it would
+    come wrapped in that worker's traceback.
+    """
 
     def __init__(
-        self, reader: _BatchReader, sampler: GlobalBatchSampler, slots: _SharedSlots | None, workers: int, pin_memory: bool
+        self, dataset: Any, batches: Iterable[list[int]], images_per_batch: int, workers: int, pin_memory: bool = False,
+        *, persistent: bool = False, ignored: Iterable[signal.Signals] = STOP_SIGNALS,
     ) -> None:
+        self._slots = _SharedSlots(_PREFETCH * workers + 1, images_per_batch) if workers > 0 else None
+        # Not DataLoader's own pinning, which would see the slots' numbers while the pixels lie in the slots.
+        self._pins = pin_memory
         super().__init__(
-            reader,
-            batch_sampler=_SlotSampler(sampler, slots),
+            _BatchReader(dataset, self._slots),
+            batch_sampler=_SlotSampler(batches, self._slots),
             collate_fn=_unchanged,
             num_workers=workers,
-            persistent_workers=workers > 0,
+            persistent_workers=persistent and workers > 0,
             prefetch_factor=_PREFETCH if workers > 0 else None,
-            worker_init_fn=functools.partial(start_loader_worker, os.getpid()),
-            # Within a spawned rank the default is to spawn: every loading process would import the whole program again.
+            worker_init_fn=functools.partial(start_loader_worker, os.getpid(), ignored=ignored),
+            # In a spawned rank the default is to spawn: every worker would import the whole program again.
             multiprocessing_context="fork" if workers > 0 else None,
+            # Otherwise each iteration would draw a number from the global generator.
+            generator=torch.Generator(),
         )
-        # Not DataLoader's own pinning, which would look at the slots' numbers while the pixels lie in the slots.
-        self._slots, self._pins = slots, pin_memory
 
-    def __iter__(self) -> Iterator[TrainBatch]:
+    def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]  # torch declares its private iterator class
         for loaded in super().__iter__():
             if isinstance(loaded, str):
                 raise UserError(loaded)
-            images, labels, indices, skipped = loaded
-            if isinstance(images, int):
-                images = self._slots.take_out(images, self._pins)
+            images = loaded.images
+            if images is None:
+                assert self._slots is not None and loaded.slot is not None
+                images = self._slots.take_out(loaded.slot, len(loaded.labels), self._pins)
             elif self._pins:
                 images = images.pin_memory()
-            labels = torch.tensor(labels, dtype=torch.int64, pin_memory=self._pins)
-            yield TrainBatch(images, labels, torch.tensor(indices, dtype=torch.int64), skipped)
+            labels = torch.tensor(loaded.labels, dtype=torch.int64, pin_memory=self._pins)
+            yield TrainBatch(images, labels, torch.tensor(loaded.indices, dtype=torch.int64), loaded.skipped)
 
 
 class _SharedSlots:
-    """Memory for `count` batches, which the loading processes write and this process reads: made before they are forked.
+    """Memory for `count` batches of n images, allocated before the workers are forked, which write it.
 
-    A batch that went through shared memory of its own, as DataLoader's do, would touch new pages each time, which took a
-    fifth of all time, and would need room in /dev/shm, of which a container has 64 MB. This process alone says who may
-    write to a slot: its number goes to a worker with the indices of the batch, and is free again once the batch is out.
+    DataLoader's own way, shared memory per batch, touches new pages for each one: workers then take 1.3 times the CPU
+    time per image (arrays through a pipe: 1.3 in the workers and 2.4 in this process). It also needs room in /dev/shm,
+    of which a container has 64 MB by default. Only this process decides who may write to a slot: its number goes to a
+    worker together with the indices, and is free again once the batch has been copied out.
     """
 
     def __init__(self, count: int, n: int) -> None:
@@ -189,131 +218,139 @@ class _SharedSlots:
         self._free: list[int] = []
 
     def free_all(self) -> None:
-        """At an iteration's start: batches of one that was left in the middle are not read any more."""
+        """At the start of an iteration: nobody reads the batches of an abandoned one."""
         self._free = list(range(len(self.images)))
 
     def lend(self) -> int | None:
         return self._free.pop() if self._free else None
 
-    def take_out(self, slot: int, pin: bool) -> torch.Tensor:
-        """A copy of the batch in the slot, which is free from then on."""
-        batch = torch.empty_like(self.images[slot], pin_memory=pin).copy_(self.images[slot])
+    def take_out(self, slot: int, n: int, pin: bool) -> torch.Tensor:
+        """A copy of the slot's first n images. The slot is free from then on."""
+        images = self.images[slot, :n]
+        batch = torch.empty_like(images, pin_memory=pin).copy_(images)
         self._free.append(slot)
         return batch
 
 
 class _SlotSampler(Sampler):
-    """What a worker is asked for: (a free slot or None, the sampler's list of indices)."""
+    """What a worker is asked for: (a free slot or None, a list of indices)."""
 
-    def __init__(self, sampler: GlobalBatchSampler, slots: _SharedSlots | None) -> None:
-        self._sampler, self._slots = sampler, slots
+    def __init__(self, batches: Iterable[list[int]], slots: _SharedSlots | None) -> None:
+        self._batches, self._slots = batches, slots
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        assert isinstance(self._batches, Sized)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[int | None, list[int]]]:
-        # DataLoader asks for the first batch once its workers have answered all that they were asked for before.
+        # DataLoader asks for the first batch once its workers have answered all earlier requests.
         if self._slots is not None:
             self._slots.free_all()
-        for indices in self._sampler:
+        for indices in self._batches:
             yield self._slots.lend() if self._slots is not None else None, indices
 
 
 class _Loaded(NamedTuple):
-    """A TrainBatch on its way: what travels through a pipe in full is small."""
+    """A TrainBatch on its way through a pipe: the images themselves, or the slot in which they lie."""
 
-    images: int | torch.Tensor  # the slot that they lie in
+    images: torch.Tensor | None
+    slot: int | None
     labels: list[int]
     indices: list[int]
     skipped: int
 
 
 class _BatchReader(Dataset):
-    """Whole batches of `dataset`, each image decoded to where it belongs."""
+    """Reads whole batches of `dataset`, and decodes each image to its place in the batch."""
 
-    def __init__(self, dataset: Dataset, slots: _SharedSlots | None) -> None:
+    def __init__(self, dataset: Any, slots: _SharedSlots | None) -> None:
         self.dataset, self._slots = dataset, slots
         self._decodes = hasattr(dataset, "encoded")
+        self._labels: np.ndarray | None = None
         if self._decodes:
-            self._labels = np.asarray(dataset.labels).astype(np.int32)  # one copy for all workers
-            jpeg_operator()  # loaded once, before there are workers
-        self._messages: CodecMessages | None = None
-        self._told: set[str] = set()
+            jpeg_operator()  # loaded once, before workers are forked
+            if hasattr(dataset, "labels"):
+                self._labels = np.asarray(dataset.labels).astype(np.int32)  # one copy for all workers
+        self._reported: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, wanted: tuple[int | None, list[int]]) -> _Loaded | str:
-        """The DataLoader's hook for a batch at once; a string is what is wrong with a bad image."""
-        slot, samples = wanted
+    def __getitems__(self, request: tuple[int | None, list[int]]) -> _Loaded | str:
+        """DataLoader's hook for a whole batch. A string says what is wrong with a bad image."""
+        slot, samples = request
         if slot is None:
-            images = torch.empty((len(samples), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            shape = (len(samples), IMAGE_SIZE, IMAGE_SIZE, 3)
+            images = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
         else:
-            images = self._slots.images[slot]
-        indices, labels = [], []
+            assert self._slots is not None
+            images = self._slots.images[slot, : len(samples)]
+        # File descriptor 2 can be redirected in a worker, which has one thread.
+        in_worker = get_worker_info() is not None
+        messages: list[str] = []
         try:
-            with self._codec_messages() as messages:
-                for pixels, i in zip(images.unbind(), samples):
-                    index, label = self._read(i, pixels, messages)
-                    indices.append(index)
-                    labels.append(label)
+            with codec_messages(messages) if in_worker and self._decodes else contextlib.nullcontext():
+                read = [self._read(i, pixels) for pixels, i in zip(images.unbind(), samples)]
         except UserError as error:
             return str(error)
+        indices, labels = [index for index, _ in read], [label for _, label in read]
+        if messages:
+            self._report_damage(indices)
         skipped = sum(index != i for index, i in zip(indices, samples))
-        return _Loaded(images if slot is None else slot, labels, indices, skipped)
+        return _Loaded(images if slot is None else None, slot, labels, indices, skipped)
 
-    def _codec_messages(self) -> contextlib.AbstractContextManager[CodecMessages | None]:
-        """In a worker, which has one thread, libjpeg's messages are given the name of the image that they are about."""
-        if get_worker_info() is None or not self._decodes:
-            return contextlib.nullcontext()
-        self._messages = self._messages or CodecMessages()
-        return self._messages
-
-    def _read(self, i: int, pixels: torch.Tensor, messages: CodecMessages | None) -> tuple[int, int]:
-        """Write sample i, or the next readable one if bad ones are to be skipped, to `pixels`; (its index, its label)."""
-        skip_bad = getattr(self.dataset, "skip_bad", False)
+    def _read(self, i: int, pixels: torch.Tensor) -> tuple[int, int]:
+        """Write sample i to `pixels`, or the next readable one if bad ones are skipped. Returns (its index, label)."""
+        skip_bad = getattr(self.dataset, "skip_bad", None)
         tries = min(_MAX_BAD_IN_A_ROW, len(self.dataset))
         for k in range(i, i + tries):
             index = k % len(self.dataset)
             try:
-                return index, self._read_one(index, pixels, messages)
+                return index, self._read_one(index, pixels)
             except UserError as error:
                 if not skip_bad:
-                    raise UserError(f"{error} (--skip-bad-images trains without such files)") from None
+                    hint = "" if skip_bad is None else " (--skip-bad-images trains without such files)"
+                    raise UserError(f"{error}{hint}") from None
                 last_error = str(error)
         raise UserError(f"{tries} bad images in a row, the last one: {last_error}")
 
-    def _read_one(self, index: int, pixels: torch.Tensor, messages: CodecMessages | None) -> int:
+    def _read_one(self, index: int, pixels: torch.Tensor) -> int:
         """Write the image to `pixels` and return its label. Raises UserError."""
         if not self._decodes:
             image, label = self.dataset[index]
             pixels.copy_(image)
             return label
         data, name = self.dataset.encoded(index)
-        try:
-            decode_into(data, name, pixels)
-        finally:
-            text = messages.take() if messages is not None else ""
-        if text and name not in self._told:
-            self._told.add(name)
-            messages.pass_on(f"warning: {name}: the image's data is damaged ({text})\n")
-        return int(self._labels[index])
+        decode_into(data, name, pixels)
+        return int(self._labels[index]) if self._labels is not None else 0
+
+    def _report_damage(self, indices: list[int]) -> None:
+        """Decode the images of a batch again, to find those that libjpeg has complained about, and name each once."""
+        pixels = torch.empty(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+        for index in indices:
+            data, name = self.dataset.encoded(index)
+            messages: list[str] = []
+            with codec_messages(messages):
+                decode_into(data, name, pixels)
+            if messages and name not in self._reported:
+                self._reported.add(name)
+                print(f"warning: {name}: the image's data is damaged ({messages[0]})", file=sys.stderr, flush=True)
 
 
-def _unchanged(batch: _Loaded | str) -> _Loaded | str:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def start_loader_worker(parent: int, worker: int, ignored: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
-    """In every loading process: `parent` is the process that reads from it, `worker` its number.
+    """Runs first in every worker. parent: the process that reads from it; worker: its number.
 
-    ignored: for a reader that ends its loading processes itself. One that leaves it to Python's exit gives SIGINT alone:
-    Python sends SIGTERM to them, and would wait for ever for a process that ignores it.
+    ignored: signals to ignore. All stop signals, if the parent ends its workers itself; only SIGINT, if it leaves that
+    to Python's exit, which sends SIGTERM to the workers and would wait forever for one that ignores it.
     """
-    if os.getppid() != parent:  # it has died already, and torch's own watch would take another for it
+    if os.getppid() != parent:  # the parent has died already; torch's own watch would take another process for it
         os._exit(1)
-    # Ctrl-C reaches the whole process group, and so may a batch system's signal: the main process alone answers, and may
-    # need more batches until it does; it stops its workers.
+    # Ctrl-C reaches the whole process group, and so may a batch system's signal. Only the main process answers it: it
+    # may need more batches until it stops, and then stops its workers.
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -1,32 +1,29 @@
 """Training on insightface's and MXNet's packages of images, without MXNet. data/record_format.py has the format; files:
 
     train.rec, train.idx    the records, and where they begin
-    train.rec.index         what one scan over all headers found (made anew where it does not fit, see `_Index`)
+    train.rec.index         the cache of a scan over all headers (see `_Scan` and data.cache)
     train.identities.txt    names of the identities, a line each, by label (optional: scripts/pack.py)
     train.files.txt         `<identity>/<file>` of every image, a line each, by key (optional: scripts/pack.py)
+
+The cache's arrays, for n images sorted by key: offsets int64 and sizes uint32 of their frames, labels int32, keys
+uint32; bad int64, the positions of images that cannot be used; num_classes int64 (1,).
 """
 
 from __future__ import annotations
 
-import functools
-import mmap
 import os
-import secrets
 import struct
-import sys
 import weakref
 import zlib
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.decode import IMAGE_SIZE, JPEG_FRAME_MARKERS, check_encoded, decode_image
+from data.cache import CachedArrays, cache_paths, load_caches, save_cache
+from data.decode import IMAGE_SIZE, JPEG_FRAME_MARKERS, check_encoded
+from data.progress import progress_bar
 from data.record_format import (
     FRAME,
     LAST,
@@ -42,80 +39,51 @@ from data.record_format import (
     require_frame,
     write_idx,
 )
+from data.training_set import TrainingSet
 from utils.errors import UserError
+from utils.files import atomic_write
 
-# The file is scanned in blocks of so many bytes, and the head of a block's last record is read to this length: far
-# enough for the frame header of all but a few JPEGs, and these are read one by one.
+# The file is scanned in blocks of this many bytes. The head of a block's last record is read to the length _HEAD, which
+# holds the frame header of all but a few JPEGs; those are read one by one.
 _BLOCK = 1 << 24
 _HEAD = 1 << 16
-# The scan's gathers read a whole record header, and a label, wherever a frame begins; zeros after the block allow it.
+# The scan gathers a whole record header and a label wherever a frame begins; zeros after the block make that safe.
 _MARGIN = 64
-_INDEX_VERSION = 2
+_CACHE_VERSION = 3
 
 
-def is_recordio(path: str) -> bool:
-    """Whether `path` is a .rec file, or a directory that holds train.rec or train/train.rec."""
-    return _find_rec(path) is not None
-
-
-def require_no_package(path: str) -> None:
-    """Raise UserError where `path`, which is to be taken for a directory of images, looks like a package that was meant."""
-    if path.endswith(".rec"):
-        raise UserError(f"{path}: no such file; give a .rec file, or a directory of images")
-    if os.path.isdir(path):
-        with os.scandir(path) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
-        packages = [name for name, is_directory in found if name.endswith(".rec") and not is_directory]
-        if packages and not any(is_directory for _, is_directory in found):
-            raise UserError(f"{path}: holds {packages[0]}, and no train.rec; give {os.path.join(path, packages[0])}")
-
-
-def _find_rec(path: str) -> str | None:
-    if os.path.isfile(path):
-        return path if path.endswith(".rec") else None
-    candidates = (os.path.join(path, "train.rec"), os.path.join(path, "train", "train.rec"))
-    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-
-
-class RecordIODataset(Dataset):
+class RecordIODataset(TrainingSet):
     """The images of a .rec file, or of the train.rec in a directory (or in its sub-directory train), sorted by key.
 
-    dataset[i] is (uint8 (3, 112, 112), label). Labels are those of the records, 0 to classes - 1. With record 0 there
-    are as many classes as identity records; without it one more than the largest label.
+    Labels are those of the records, 0 to classes - 1. With record 0 there are as many classes as identity records;
+    without it one more than the largest label. identities: the names of train.identities.txt, else the labels as text.
 
-    The first time, all headers are scanned (framing, labels, image sizes); what is found is kept in train.rec.index,
-    or in `index` if given, which every process maps, so that ranks and workers share 20 bytes per image. Where it
-    cannot be written it is kept in memory, and check_headers says so. A missing train.idx is made from the records
-    and saved. Images are read with pread: they lie in the page cache once for all processes.
+    The first start scans all headers (framing, labels, image sizes) and keeps what it finds in train.rec.index, which
+    all processes map: 20 bytes per image. A missing train.idx is rebuilt from the records and saved. Images are read
+    with pread, so all processes share them in the page cache.
 
-    Attributes: root (the .rec file), identities (names by label: of train.identities.txt, else the numbers), skip_bad
-    (False: a bad image is an error; True: the training loader replaces it by the next readable one).
-
-    progress: a bar on stderr, if that is a terminal and the scan takes longer than a second.
     Raises UserError, naming file, record and offset: a file is missing or empty; frames are truncated, overlap, or
-    leave a gap; the .idx does not fit; a label is no class number.
+    leave a gap; the .idx does not fit; a label is not a class number.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, index: str | os.PathLike[str] | None = None, progress: bool = True
+        self, path: str | os.PathLike[str], *, index: str | os.PathLike[str] = "auto", progress: bool = True
     ) -> None:
         path = os.fspath(path)
         found = _find_rec(path)
         if found is None:
             raise UserError(f"{path}: no .rec file, and no directory that holds train.rec; give one of them")
         self.root = found
-        self.skip_bad = False
-        self._warning = ""
         self._open()
-        self._stamp = _stamp(self._descriptor, self._idx)
-        self._index_path = f"{found}.index" if index is None else os.fspath(index)
-        loaded = _load_index(self._index_path, self._stamp)
-        if loaded is None:
-            visible = progress and sys.stderr.isatty()
-            with tqdm(desc="reading records", unit="B", unit_scale=True, delay=1.0, leave=False, disable=not visible) as bar:
-                loaded = self._make_index(bar)
-        self._index = loaded
-        self.identities = _read_identities(_beside(found, ".identities.txt"), found, loaded.num_classes)
+        paths = cache_paths(f"{found}.index", os.fspath(index))
+        made_from = self._made_from()
+        caches = (cache for cache in load_caches(paths, _require_sound, progress) if cache.made_from == made_from)
+        self._cache = next(caches, None) or self._scan_file(made_from, paths, progress)
+        self.identities = _read_identities(_beside(found, ".identities.txt"), found, int(self._cache["num_classes"][0]))
+
+    @staticmethod
+    def is_at(path: str) -> bool:
+        return _find_rec(path) is not None
 
     def _open(self) -> None:
         try:
@@ -126,87 +94,66 @@ class RecordIODataset(Dataset):
         self._idx = _beside(self.root, ".idx")
         self._size = os.fstat(self._descriptor).st_size
 
+    def _made_from(self) -> list:
+        """What a cache is made from: the .rec by size and time, the .idx by size and checksum of its two ends.
+
+        The .idx has no time here: nodes that start together without one all write the same .idx.
+        """
+        rec = os.fstat(self._descriptor)
+        try:
+            with open(self._idx, "rb") as file:
+                idx_size = os.fstat(file.fileno()).st_size
+                checksum = zlib.crc32(file.read(_HEAD))
+                file.seek(max(0, idx_size - _HEAD))
+                checksum = zlib.crc32(file.read(_HEAD), checksum)
+        except OSError:
+            idx_size, checksum = -1, 0
+        return ["package", _CACHE_VERSION, rec.st_size, rec.st_mtime_ns, idx_size, checksum]
+
     def __getstate__(self) -> dict[str, Any]:
-        """Without what other processes get from the disk themselves."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_descriptor", "_close")}
-        if self._index.mapped:
-            state["_index"] = None
-        return state
+        return {name: value for name, value in vars(self).items() if name not in ("_descriptor", "_close")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._open()
-        if self._index is None:
-            self._index = _load_index(self._index_path, self._stamp)
-        if self._index is None or not _same_rec(_stamp(self._descriptor, self._idx), self._stamp):
-            raise UserError(f"{self.root}: it, or {self._index_path}, has changed since this program started; start again")
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 (len,), made anew on each access."""
-        return self._index.labels.astype(np.int64)
+        if self._made_from()[:4] != self._cache.made_from[:4]:
+            raise UserError(f"{self.root}: has changed since this run started; start it again")
 
     @property
     def keys(self) -> np.ndarray:
-        """int64 (len,): the images' keys in the .idx, ascending; made anew on each access."""
-        return self._index.keys.astype(np.int64)
+        """int64 (len,): the images' keys in the .idx, ascending; computed on each access."""
+        return np.delete(self._cache["keys"].astype(np.int64), self._dropped)
 
-    def __len__(self) -> int:
-        return len(self._index.labels)
+    def _count(self) -> int:
+        return len(self._cache["labels"])
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return decode_image(*self.encoded(i)), int(self._index.labels[i])
+    def _labels(self) -> np.ndarray:
+        return self._cache["labels"].astype(np.int64)
 
-    def encoded(self, i: int) -> tuple[bytes, str]:
-        """Image i as it was packed, and what an error calls it. Raises UserError where its record is damaged or has none."""
-        index = self._index
-        offset, size = int(index.offsets[i]), int(index.sizes[i])
-        name = self._name(int(index.keys[i]), offset)
+    def _label(self, position: int) -> int:
+        return int(self._cache["labels"][position])
+
+    def _encoded(self, position: int) -> tuple[bytes, str]:
+        offset, size = int(self._cache["offsets"][position]), int(self._cache["sizes"][position])
+        name = self._name(int(self._cache["keys"][position]), offset)
         record, end = join_frames(self._read(size, offset, name), name)
         if end != size or len(record) < RECORD_HEADER.size:
-            raise UserError(f"{name}: its length has changed since {self._index_path} was made; remove that file")
+            raise UserError(f"{name}: its length has changed since {self.root} was scanned; start again")
         image = record[image_start(record) :]
         if not image:
             raise UserError(f"{name}: the record holds no image")
         return image, name
 
-    def check_headers(self, skip_bad: bool, progress: bool) -> int:
-        """Answer for what the scan found in the images' headers; returns how many images were dropped.
-
-        A bad image is none, or not 112x112 (damage beyond its header shows when it is decoded). skip_bad False: bad
-        images raise one UserError, which names the first of them. True: they are dropped, and training will replace
-        what turns out bad later (the attribute skip_bad); labels stay. progress: tell on stderr about dropped images,
-        and about an index that could not be saved. One process of a run does that; the others give False.
-        """
-        self.skip_bad = skip_bad
-        if progress and self._warning:
-            print(f"warning: {self._warning}", file=sys.stderr)
-            self._warning = ""
-        index, bad = self._index, self._index.bad
+    def _find_bad(self, progress: bool) -> tuple[np.ndarray, str]:
+        """The scan has checked all headers."""
+        bad = np.setdiff1d(self._cache["bad"], self._dropped, assume_unique=True)
         if not len(bad):
-            return 0
-        first_error = self._image_error(int(bad[0])) or f"{self.root}: {self._index_path} is of another file; remove it"
-        count = f"{len(bad)} of {len(self)} images are bad" if len(bad) > 1 else f"1 of {len(self)} images is bad"
-        if not skip_bad:
-            raise UserError(f"{first_error} ({count}; --skip-bad-images trains without them)")
-        if len(bad) == len(self):
-            raise UserError(f"{self.root}: no image can be used; the first one: {first_error}")
-        keep = np.ones(len(self), dtype=bool)
-        keep[bad] = False
-        self._index = _Index(index.offsets[keep], index.sizes[keep], index.labels[keep], index.keys[keep],
-                             np.empty(0, np.int64), index.num_classes, mapped=False)
-        if progress:
-            empty = len(self.identities) - len(np.unique(self._index.labels))
-            note = f"; identities that have no image left and keep their label: {empty}" if empty else ""
-            print(f"warning: {count} and skipped, the first one: {first_error}{note}", file=sys.stderr)
-        return len(bad)
-
-    def _image_error(self, i: int) -> str | None:
+            return bad, ""
         try:
-            check_encoded(*self.encoded(i))
+            check_encoded(*self._encoded(int(bad[0])))
         except UserError as error:
-            return str(error)
-        return None
+            return bad, str(error)
+        raise UserError(f"{self.root}: its index {self._cache.path} is of another file; remove the index")
 
     def _name(self, key: int, offset: int) -> str:
         return f"{self.root}: record {key} at offset {offset}"
@@ -217,56 +164,50 @@ class RecordIODataset(Dataset):
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
         if len(data) < size:
-            raise UserError(f"{name}: the file ends within it, {size - len(data)} bytes too early; fetch the file again")
+            raise UserError(f"{name}: the file is truncated, {size - len(data)} bytes are missing; fetch it again")
         return data
 
     # -----------------------------------------------------------------------------------------------------------------
     # The scan. Rows of its arrays are records in the order of the file.
 
-    def _make_index(self, bar: tqdm) -> _Index:
+    def _scan_file(self, made_from: list, paths: list[str], progress: bool) -> CachedArrays:
+        """Scan all records, check them, and save the cache. Rebuilds a missing .idx."""
         if not self._size:
             raise UserError(f"{self.root}: the file is empty")
         has_idx = os.path.exists(self._idx)
-        if has_idx:
-            keys, offsets = read_idx(self._idx)
-            order = np.argsort(offsets, kind="stable")
-            keys, offsets = keys[order], offsets[order]
-            self._require_offsets_in_file(keys, offsets)
-            bar.reset(self._size)
-        else:
-            bar.reset(2 * self._size)
-            offsets = self._find_records(bar)
-            keys = np.arange(len(offsets))
-        scan = self._scan(keys, offsets, bar)
+        with progress_bar("reading records", None, progress, unit="B", unit_scale=True) as bar:
+            bar.reset(self._size if has_idx else 2 * self._size)
+            if has_idx:
+                keys, offsets = read_idx(self._idx)
+                order = np.argsort(offsets, kind="stable")
+                keys, offsets = keys[order], offsets[order]
+                self._require_offsets_in_file(keys, offsets)
+            else:
+                offsets = self._find_records(bar)
+                keys = np.arange(len(offsets))
+            scan = self._scan(keys, offsets, bar)
         if not has_idx:
-            # The writers put the key into the record too; but nothing that reads needs it, and some leave it 0.
+            # Writers put the key into the record too, but no reader needs it, and some writers leave it 0.
             ids = scan.ids
             if int(ids.max()) < 2**32 and len(np.unique(ids)) == len(ids):
                 keys = ids.astype(np.int64)
-            self._save(self._idx, lambda file: write_idx(file, keys, offsets))
-            self._stamp = _stamp(self._descriptor, self._idx)
-        index = self._choose_images(keys, offsets, scan)
-        if self._save(self._index_path, lambda file: index.write(file, self._stamp)):
-            # None: another process has put its own there since, of other files. Its own next start will tell.
-            index = _load_index(self._index_path, self._stamp) or index
-        return index
-
-    def _save(self, path: str, write: Callable[[BinaryIO], None]) -> bool:
-        try:
-            write_atomically(path, write)
-        except OSError as error:
-            self._warning = (f"{path} cannot be written ({error.strerror}): {self.root} will be scanned at every start, "
-                             "and every process holds its own index")
-            return False
-        return True
+            try:
+                with atomic_write(self._idx) as file:
+                    write_idx(file, keys, offsets)
+            except OSError:
+                pass  # save_cache reports a directory that cannot be written
+            # The .rec as it was before the scan, in case that it has changed meanwhile.
+            made_from = [*made_from[:4], *self._made_from()[4:]]
+        return save_cache(made_from, self._choose_images(keys, offsets, scan), paths, progress)
 
     def _require_offsets_in_file(self, keys: np.ndarray, offsets: np.ndarray) -> None:
         """keys, offsets: int64 (records,), sorted by offset."""
-        remedy = f"{self._idx} belongs to another file, or one of them is damaged; without {self._idx} it is made anew"
+        remedy = f"{self._idx} belongs to another file, or one of them is damaged; remove {self._idx} to have it rebuilt"
         twice = np.flatnonzero(np.diff(offsets) == 0)
         if len(twice):
             row = int(twice[0])
-            raise UserError(f"{self._name(keys[row], offsets[row])}: record {keys[row + 1]} has the same offset; {remedy}")
+            name = self._name(keys[row], offsets[row])
+            raise UserError(f"{name}: record {keys[row + 1]} has the same offset; {remedy}")
         for wrong, what in (
             (offsets >= self._size, f"beyond the end of the file, which has {self._size} bytes: it is truncated, or"),
             (offsets % 4 != 0, "not a multiple of 4;"),
@@ -288,7 +229,7 @@ class RecordIODataset(Dataset):
                 bar.update(len(block))
                 block, base = self._read(min(_BLOCK, self._size - at), at, name), at
                 if len(block) < FRAME.size:
-                    raise UserError(f"{name}: the file ends within the head of a frame: it is truncated; fetch it again")
+                    raise UserError(f"{name}: the file is truncated within the head of a frame; fetch it again")
             magic, word = FRAME.unpack_from(block, at - base)
             part, length = word >> 29, word & MAX_PART_BYTES
             require_frame(magic, part, first=whole, name=name)
@@ -298,11 +239,11 @@ class RecordIODataset(Dataset):
             whole = part in (WHOLE, LAST)
             at += FRAME.size + padded(length)
             if at > self._size:
-                raise UserError(f"{self._name(len(offsets) - 1, begun)}: the file ends within it, {at - self._size} bytes "
-                                "too early: it is truncated; fetch it again")
+                raise UserError(f"{self._name(len(offsets) - 1, begun)}: the file is truncated within it, "
+                                f"{at - self._size} bytes are missing; fetch it again")
         if not whole:
-            raise UserError(f"{self._name(len(offsets) - 1, begun)}: the file ends before its last part: it is "
-                            "truncated; fetch it again")
+            raise UserError(f"{self._name(len(offsets) - 1, begun)}: the file is truncated before its last part; "
+                            "fetch it again")
         return np.frombuffer(offsets, dtype=np.int64)
 
     def _scan(self, keys: np.ndarray, offsets: np.ndarray, bar: tqdm) -> _Scan:
@@ -327,7 +268,7 @@ class RecordIODataset(Dataset):
     def _read_into(self, buffer: np.ndarray, size: int, offset: int) -> None:
         """`size` bytes of the file and then zeros."""
         try:
-            got = os.preadv(self._descriptor, [memoryview(buffer)[:size]], offset)
+            got = os.preadv(self._descriptor, [buffer.data[:size]], offset)
         except OSError as error:
             raise UserError(f"{self.root}: cannot be read at offset {offset} ({error.strerror})") from None
         if got < size:
@@ -386,15 +327,17 @@ class RecordIODataset(Dataset):
         return UserError(f"{name}: needs the bytes up to {end}, and {what}")
 
     def _idx_hint(self) -> str:
-        return f"; the file is damaged, or {self._idx} is (without it it is made anew)" if os.path.exists(self._idx) else ""
+        if not os.path.exists(self._idx):
+            return ""
+        return f"; the file or {self._idx} is damaged (remove the latter to have it rebuilt)"
 
-    def _choose_images(self, keys: np.ndarray, offsets: np.ndarray, scan: _Scan) -> _Index:
-        """Images apart from record 0 and the identity records, sorted by key, their labels checked."""
+    def _choose_images(self, keys: np.ndarray, offsets: np.ndarray, scan: _Scan) -> dict[str, np.ndarray]:
+        """The cache's arrays: images without record 0 and the identity records, sorted by key, their labels checked."""
         order = np.argsort(keys, kind="stable")
         twice = np.flatnonzero(np.diff(keys[order]) == 0)
         if len(twice):
             row = order[twice[0]]
-            raise UserError(f"{self._idx}: the key {keys[row]} appears twice; without this file it is made anew")
+            raise UserError(f"{self._idx}: the key {keys[row]} appears twice; remove this file to have it rebuilt")
         if keys[order[-1]] >= 2**32:
             raise UserError(f"{self._idx}: the key {keys[order[-1]]} is above {2**32 - 1}")
         images, num_classes = order, None
@@ -407,8 +350,8 @@ class RecordIODataset(Dataset):
                 first = _first_identity(labels[:2], keys[others], scan.empty[others], name)
                 images, num_classes = others[keys[others] < first], int((keys[others] >= first).sum())
                 if len(images) != first - 1:
-                    raise UserError(f"{name}: announces the images 1 to {first - 1}, and {self._idx} has {len(images)} of "
-                                    f"them; fetch both files again, or remove {self._idx}: it is made anew")
+                    raise UserError(f"{name}: announces the images 1 to {first - 1}, but {self._idx} has {len(images)} "
+                                    f"of them; fetch both files again, or remove {self._idx} to have it rebuilt")
         if not len(images):
             raise UserError(f"{self.root}: holds no image")
         labels = scan.labels[images]
@@ -418,12 +361,15 @@ class RecordIODataset(Dataset):
         if len(wrong):
             row = images[wrong[0]]
             source = "float32 labels allow" if num_classes is None else "record 0 announces"
-            raise UserError(f"{self._name(keys[row], offsets[row])}: its label {scan.labels[row]:.9g} is none of the class "
-                            f"numbers 0 to {limit - 1} that {source}")
+            raise UserError(f"{self._name(keys[row], offsets[row])}: its label {scan.labels[row]:.9g} is not one of the "
+                            f"classes 0 to {limit - 1} that {source}")
         if num_classes is None:
             num_classes = int(labels.max()) + 1
-        return _Index(offsets[images], scan.sizes[images], labels.astype(np.int32), keys[images].astype(np.uint32),
-                      np.flatnonzero(scan.bad[images]), num_classes, mapped=False)
+        return {
+            "offsets": offsets[images], "sizes": scan.sizes[images], "labels": labels.astype(np.int32),
+            "keys": keys[images].astype(np.uint32), "bad": np.flatnonzero(scan.bad[images]),
+            "num_classes": np.array([num_classes]),
+        }
 
 
 def _first_identity(announced: np.ndarray, keys: np.ndarray, empty: np.ndarray, name: str) -> int:
@@ -515,95 +461,21 @@ def _big_endian(block: np.ndarray, at: np.ndarray) -> np.ndarray:
 # Beside the .rec file
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Images sorted by key, (n,) each. As a file: int64 version, the .rec's size and time, the .idx's size and
-    checksum, num_classes, n, number of bad images, CRC-32 of the arrays; then these in the order below."""
-
-    offsets: np.ndarray  # int64
-    sizes: np.ndarray  # uint32: of the frames
-    labels: np.ndarray  # int32
-    keys: np.ndarray  # uint32
-    bad: np.ndarray  # int64: the images that cannot be used
-    num_classes: int
-    mapped: bool  # the arrays lie in a file
-
-    def write(self, file: BinaryIO, stamp: tuple[int, ...]) -> None:
-        values = (self.offsets, self.bad, self.sizes, self.labels, self.keys)
-        arrays = [np.ascontiguousarray(column, dtype) for column, dtype in zip(values, _INDEX_DTYPES)]
-        checksum = functools.reduce(lambda crc, column: zlib.crc32(column, crc), arrays, 0)
-        np.array([*stamp, self.num_classes, len(self.offsets), len(self.bad), checksum], "<i8").tofile(file)
-        for column in arrays:
-            column.tofile(file)
-
-
-_INDEX_DTYPES = ("<i8", "<i8", "<u4", "<i4", "<u4")
-_INDEX_HEADER = 9 * 8
-
-
-def _load_index(path: str, stamp: tuple[int, ...]) -> _Index | None:
-    """None where it is missing, of other files than those of `stamp`, or damaged."""
-    try:
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(_INDEX_HEADER), "<i8").tolist()
-            *its_stamp, num_classes, count, bad_count, checksum = header if len(header) == 9 else [0] * 9
-            counts = (count, bad_count, count, count, count)
-            size = _INDEX_HEADER + sum(n * int(dtype[-1]) for n, dtype in zip(counts, _INDEX_DTYPES))
-            if tuple(its_stamp) != stamp or not 0 <= bad_count <= count or count < 1:
-                return None
-            if os.fstat(file.fileno()).st_size != size:
-                return None
-            content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):
-        return None
-    if zlib.crc32(memoryview(content)[_INDEX_HEADER:]) != checksum:
-        return None
-    arrays, at = [], _INDEX_HEADER
-    for n, dtype in zip(counts, _INDEX_DTYPES):
-        arrays.append(np.frombuffer(content, dtype, n, at))
-        at += n * int(dtype[-1])
-    offsets, bad, sizes, labels, keys = arrays
+def _require_sound(cache: CachedArrays) -> None:
+    """Raise ValueError for what checksums cannot exclude."""
+    labels, bad, num_classes = cache["labels"], cache["bad"], int(cache["num_classes"][0])
     if not 0 <= labels.min() <= labels.max() < num_classes <= MAX_CLASSES:
-        return None
-    if len(bad) and not 0 <= bad.min() <= bad.max() < count:
-        return None
-    return _Index(offsets, sizes, labels, keys, bad, num_classes, mapped=True)
+        raise ValueError("its labels are not class numbers")
+    same_length = len({len(cache[name]) for name in ("labels", "offsets", "sizes", "keys")}) == 1
+    if not same_length or len(bad) and not 0 <= bad.min() <= bad.max() < len(labels):
+        raise ValueError("its arrays contradict one another")
 
 
-def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
-    """`write` fills a temporary file beside `path`, which then takes its place: complete, or not there. Raises OSError."""
-    part = f"{path}.{secrets.token_hex(4)}.part"
-    try:
-        with open(part, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
-
-
-def _stamp(descriptor: int, idx: str) -> tuple[int, ...]:
-    """(version, size and time of the .rec, size and checksum of the .idx): what an index file was made from.
-
-    No time of the .idx: nodes that start together without one write the same .idx one after the other.
-    """
-    rec = os.fstat(descriptor)
-    try:
-        with open(idx, "rb") as file:
-            idx_size = os.fstat(file.fileno()).st_size
-            checksum = zlib.crc32(file.read(_HEAD))
-            file.seek(max(0, idx_size - _HEAD))
-            checksum = zlib.crc32(file.read(_HEAD), checksum)
-    except OSError:
-        idx_size, checksum = -1, 0
-    return (_INDEX_VERSION, rec.st_size, rec.st_mtime_ns, idx_size, checksum)
-
-
-def _same_rec(stamp: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return stamp[:3] == other[:3]
+def _find_rec(path: str) -> str | None:
+    if os.path.isfile(path):
+        return path if path.endswith(".rec") else None
+    candidates = (os.path.join(path, "train.rec"), os.path.join(path, "train", "train.rec"))
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
 
 
 def _beside(rec: str, ending: str) -> str:

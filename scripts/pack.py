@@ -45,8 +45,9 @@ from data.decode import IMAGE_SIZE, check_encoded, decode_image, read_bytes  # n
 from data.folder import FaceFolder  # noqa: E402
 from data.pairs import PairList  # noqa: E402
 from data.record_format import MAX_CLASSES, MAX_PART_BYTES, image_record, labels_record  # noqa: E402
-from data.recordio import RecordIODataset, write_atomically  # noqa: E402
+from data.recordio import RecordIODataset  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.files import atomic_write, flush, flush_directory, move_aside  # noqa: E402
 
 COMMIT_SECONDS = 5.0  # what a kill costs at most
 # Threads hide the latency of cold files and network disks.
@@ -242,7 +243,8 @@ class _PartialPackage:
             "source": self._source, "started": self._started, "next": self.next, "skipped": self.skipped,
             "files": {name: (file.size, file.checksum) for name, file in self._files.items()},
         }
-        write_atomically(self._journal_path, lambda file: file.write(json.dumps(journal).encode()))
+        with atomic_write(self._journal_path) as file:
+            file.write(json.dumps(journal).encode())
         self._committed = time.monotonic()
 
     def publish(self, others: dict[str, bytes]) -> None:
@@ -254,12 +256,13 @@ class _PartialPackage:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(old)
         for name, content in others.items():
-            write_atomically(os.path.join(self._out, name), lambda file: file.write(content))
+            with atomic_write(os.path.join(self._out, name)) as file:
+                file.write(content)
         for name in ("train.idx", "train.files.txt", "train.rec"):
             os.replace(self._files[name].path, os.path.join(self._out, name))
         with contextlib.suppress(FileNotFoundError):  # a short run needs none
             os.unlink(self._journal_path)
-        _flush_directory(self._out)
+        flush_directory(self._out)
 
 
 def _changed_since(time_ns: int, path: str) -> bool:
@@ -296,8 +299,7 @@ class _Appended:
         self.size, self.checksum = self.size + len(data), zlib.crc32(data, self.checksum)
 
     def flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file)
 
     def close(self) -> None:
         self._file.close()
@@ -332,7 +334,7 @@ def unpack_folder(options: argparse.Namespace) -> str:
                             "train.files.txt appear twice, or something else was put there; remove it, and begin anew")
         os.sync()  # before the name says that all is there; one call, where an fsync of each file would take hours
         if exists:
-            _put_aside(out)
+            move_aside(out)
         os.rename(unfinished, out)
         os.unlink(f"{unfinished}.json")
     identities = len(np.unique(dataset.labels))
@@ -433,13 +435,6 @@ def _write_image(path: str, image: bytes) -> None:
         file.write(image)
 
 
-def _put_aside(path: str) -> None:
-    number = 1
-    while os.path.lexists(f"{path}.{number}"):
-        number += 1
-    os.rename(path, f"{path}.{number}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs -> .bin
 
@@ -465,7 +460,8 @@ def pack_bin(options: argparse.Namespace) -> str:
     # An image of several pairs is the same object in all of them, and pickle writes it once.
     encoded = [images[i] for pair in zip(pairs.index1.tolist(), pairs.index2.tolist()) for i in pair]
     content = (encoded, pairs.is_same.tolist())
-    write_atomically(options.out, lambda file: pickle.dump(content, file, protocol=PICKLE_PROTOCOL))
+    with atomic_write(options.out) as file:
+        pickle.dump(content, file, protocol=PICKLE_PROTOCOL)
     return f"{len(pairs):,} pairs of {len(images):,} images, {os.path.getsize(options.out) / 1e6:,.1f} MB"
 
 
@@ -502,15 +498,6 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
 def _bar(total: int, what: str, done: int = 0) -> tqdm:
     visible = sys.stderr.isatty()
     return tqdm(total=total, initial=done, desc=what, unit="image", delay=0.5, dynamic_ncols=True, disable=not visible)
-
-
-def _flush_directory(path: str) -> None:
-    """Make renames in it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -381,8 +381,8 @@ def test_a_folder_of_bad_files_only(tmp_path):
 
 @pytest.mark.parametrize("waiting_ratio", [-1, float("inf")], ids=["threads", "loop"])
 def test_first_bad_file_is_named_and_all_are_counted_over_many_chunks(tmp_path, monkeypatch, waiting_ratio):
-    monkeypatch.setattr("data.index._CHUNK", 7)
-    monkeypatch.setattr("data.index._WAITING_RATIO", waiting_ratio)
+    monkeypatch.setattr("data.folder._CHUNK", 7)
+    monkeypatch.setattr("data.folder._WAITING_RATIO", waiting_ratio)
     make_folder(tmp_path, {"a": 30, "b": 30})
     for name in ("a/017.jpg", "a/018.jpg", "b/000.jpg", "b/029.jpg"):
         (tmp_path / name).write_bytes(b"")

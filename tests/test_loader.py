@@ -17,7 +17,7 @@ from data import loader as module
 from data.augment import prepare_batch
 from data.decode import read_image
 from data.folder import FaceFolder
-from data.loader import DeviceBatches, GlobalBatchSampler, TrainBatch, build_train_loader
+from data.loader import DeviceBatches, GlobalBatchSampler, TrainBatch, build_train_loader, read_images
 from utils.errors import UserError
 
 # More workers than cores, on purpose.
@@ -126,7 +126,7 @@ def test_a_position_gives_the_tail_of_the_epoch(step):
 def test_settings_that_cannot_work():
     with pytest.raises(UserError, match="5 images are fewer than one global batch of 6; .*--batch-size"):
         GlobalBatchSampler(5, 6, 1, 0, 1, 0)
-    with pytest.raises(UserError, match="global batch of 12 does not divide by 5 processes x 1 micro-batches"):
+    with pytest.raises(UserError, match="global batch of 12 .*5 processes x 1 micro-batches"):
         GlobalBatchSampler(50, 12, 1, 0, 5, 0)
     with pytest.raises(UserError, match="--accumulation-steps"):
         GlobalBatchSampler(50, 12, 4, 0, 2, 0)
@@ -277,6 +277,20 @@ def test_batches_for_the_cpu_are_not_copied():
     batches = list(loader_of(Pictures(), sampler_of()))
     for moved, batch in zip(DeviceBatches(batches, torch.device("cpu")), batches, strict=True):
         assert isinstance(moved, TrainBatch) and moved.images is batch.images and moved.labels is batch.labels
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_an_evaluation_come_in_the_order_asked_for(faces, workers):
+    folder = FaceFolder(faces)
+    wanted = [*range(5, 31), 0, 0, 47]
+    state = torch.get_rng_state()
+    batches = list(read_images(folder, wanted, batch_size=12, workers=workers))
+    assert torch.equal(torch.get_rng_state(), state)  # a training run may use it
+    assert [len(batch) for batch in batches] == [12, 12, 5] and batches[0].dtype == torch.uint8
+    assert torch.equal(torch.cat(batches), torch.stack([folder[i][0] for i in wanted]))
+    images = torch.cat(list(read_images(Pictures(), [3, 1, 2], batch_size=2, workers=workers)))
+    assert torch.equal(images, torch.stack([Pictures()[i][0] for i in (3, 1, 2)]))
+    assert list(read_images(folder, [], batch_size=2, workers=workers)) == []
 
 
 # Bad images

@@ -1,0 +1,41 @@
+"""The formats of training data. To add one: a subclass of data.training_set.TrainingSet, and an entry here."""
+
+from __future__ import annotations
+
+import os
+
+from data.folder import FaceFolder
+from data.recordio import RecordIODataset
+from data.training_set import TrainingSet
+from utils.errors import UserError
+
+# The first format that recognises a path opens it. A folder is any directory, so it comes last.
+FORMATS: dict[str, type[TrainingSet]] = {"recordio": RecordIODataset, "folder": FaceFolder}
+
+
+def open_training_set(path: str, *, index: str, skip_bad: bool, progress: bool) -> TrainingSet:
+    """Open the training data at `path`, whatever its format, and check the headers of all images.
+
+    index: where to keep what a scan finds (--index: auto, none or a file).
+    skip_bad: drop bad images instead of raising an error (--skip-bad-images).
+    progress: report on stderr; one process of a run does that.
+
+    Raises UserError if there is no training data, or bad images.
+    """
+    kind = next((kind for kind in FORMATS.values() if kind.is_at(path)), None)
+    if kind is None:
+        raise UserError(f"{path}: no such file or directory; give a .rec file, or a directory of images")
+    if kind is FaceFolder:
+        _require_no_package(path)
+    dataset = kind(path, index=index, progress=progress)
+    dataset.check_headers(skip_bad, progress)
+    return dataset
+
+
+def _require_no_package(path: str) -> None:
+    """Raise UserError if a directory has no sub-directories but a .rec file, which was probably meant."""
+    with os.scandir(path) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    packages = [name for name, is_directory in found if name.endswith(".rec") and not is_directory]
+    if packages and not any(is_directory for _, is_directory in found):
+        raise UserError(f"{path}: holds {packages[0]}, but no train.rec; give {os.path.join(path, packages[0])}")
