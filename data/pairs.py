@@ -1,33 +1,33 @@
-"""Pairs of face images: lines of `path1 path2 0|1` (1: the same person), paths relative to the directory of images.
+"""Pairs of face images: lines of `path1 path2 0|1` (1: the same person), with paths relative to a directory of images.
 
-PairList reads these, data.bins.PairBin the sets that come in one file; PairSet is what both of them are.
+PairList reads such lists, and data.insightface_bin.PairBin reads sets that are one file. Both are a PairSet.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data.decode import decode_image, read_bytes
 from data.insightface_bin import PairBin
+from data.progress import progress_bar
 from utils.errors import UserError
 
-_DECODING_THREADS = 8  # Pillow decodes outside of the interpreter's lock
+_DECODING_THREADS = 8  # Pillow releases the interpreter's lock while it decodes
 
 
 class PairSet(Protocol):
     """P pairs of U different images, each of which is embedded once."""
 
     path: str  # the file
+    flag: str  # the flag that named it, for errors
     num_images: int  # U
-    index1: np.ndarray  # int64 (P,): the numbers of pair p's images
+    index1: np.ndarray  # int64 (P,): the image numbers of each pair
     index2: np.ndarray
     is_same: np.ndarray  # bool (P,)
 
@@ -35,26 +35,25 @@ class PairSet(Protocol):
         """P."""
 
     def image_name(self, i: int) -> str:
-        """What an error calls image i."""
+        """What errors call image i."""
 
     def encoded(self, i: int) -> tuple[bytes, str]:
-        """Image i before it is decoded, and its name. Raises UserError where it cannot be read."""
+        """(image i before decoding, its name). Raises UserError if it cannot be read."""
 
 
 class PairList:
-    """The pairs of `pair_list`, whose paths are relative to `imgs_root`; blanks separate, blank lines are ignored.
+    """The pairs of `pair_list`, whose paths are relative to `imgs_root`. Blanks separate; blank lines are ignored.
 
-    Attributes, for P pairs of U different images:
-    path: the list;
-    paths: list of U paths, `imgs_root` included, in order of first appearance;
-    num_images: U;
-    index1, index2: int64 (P,), where the images of pair p are in `paths`;
-    is_same: bool (P,).
-    flag: what errors call the flag that names the list.
+    Attributes, for P pairs of U different images, in order of first appearance:
+    path: the list
+    flag: the flag that named it, for errors
+    paths: list of U paths, `imgs_root` included
+    num_images: U
+    index1, index2: int64 (P,), the positions of each pair's images in `paths`
+    is_same: bool (P,)
 
-    Everything is checked here, before any other work. Raises UserError, naming the file, and the line where there is
-    one: the list is missing, empty or no text; a line is malformed; a label is not 0 or 1; an image is missing; fewer
-    than two pairs of a label, so that the protocol of utils.verification has no numbers for them.
+    Raises UserError, naming the file and the line if there is one: the list is missing, empty or not text; a line is
+    malformed; a label is not 0 or 1; an image is missing.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class PairList:
 
         position = {path: i for i, path in enumerate(first_line)}
         self.paths = [os.path.join(imgs_root, path) for path in first_line]
-        self.path, self.num_images = pair_list, len(self.paths)
+        self.path, self.flag, self.num_images = pair_list, flag, len(self.paths)
         self.index1 = np.array([position[path1] for _, path1, _, _ in pairs], dtype=np.int64)
         self.index2 = np.array([position[path2] for _, _, path2, _ in pairs], dtype=np.int64)
         self.is_same = np.array([is_same for _, _, _, is_same in pairs], dtype=bool)
@@ -88,7 +87,7 @@ class PairList:
 
 
 class PairImages(Dataset):
-    """The images of `pairs`, each of them once: item i is (uint8 (3, 112, 112) of its image i, 0)."""
+    """The images of `pairs`: item i is (uint8 (3, 112, 112) of image i, 0)."""
 
     def __init__(self, pairs: PairSet) -> None:
         self.pairs = pairs
@@ -96,8 +95,11 @@ class PairImages(Dataset):
     def __len__(self) -> int:
         return self.pairs.num_images
 
+    def encoded(self, i: int) -> tuple[bytes, str]:
+        return self.pairs.encoded(i)
+
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return decode_image(*self.pairs.encoded(i)), 0
+        return decode_image(*self.encoded(i)), 0
 
 
 def open_pair_sets(
@@ -105,8 +107,8 @@ def open_pair_sets(
 ) -> dict[str, PairSet]:
     """The sets by name: of each (directory of images, pair list), then of each file in `bins`.
 
-    Without a directory the images are in imgs/ beside the list. A set is called what its file is called (lfw for lfw.bin),
-    one in a file pair.list what its directory is; by their paths where that is not unique. Raises UserError.
+    Without a directory the images are in imgs/ beside the list. A set has the name of its file (lfw for lfw.bin), or of
+    its directory if the file is called pair.list; if such a name is not unique, the file's path. Raises UserError.
     """
     sets: list[tuple[str, str, PairSet]] = []
     for imgs_root, path in lists:
@@ -116,12 +118,12 @@ def open_pair_sets(
             imgs_root = os.path.join(os.path.dirname(path), "imgs")
             if not os.path.isdir(imgs_root):
                 raise UserError(f"{list_flag} {path}: there is no directory {imgs_root} with its images; "
-                                "give it with --imgs-root")
+                                "give the directory with --imgs-root")
         directory, name = os.path.split(os.path.abspath(path))
         name = os.path.basename(directory) if name == "pair.list" else os.path.splitext(name)[0]
         sets.append((name, path, PairList(imgs_root, path, flag=list_flag)))
     for path in bins:
-        sets.append((os.path.splitext(os.path.basename(path))[0], path, PairBin(path)))
+        sets.append((os.path.splitext(os.path.basename(path))[0], path, PairBin(path, flag=bin_flag)))
     names = [name for name, _, _ in sets]
     named = {name if names.count(name) == 1 else path: pairs for name, path, pairs in sets}
     if len(named) < len(sets):
@@ -133,26 +135,26 @@ def open_pair_sets(
 
 
 def check_images(pairs: PairSet, progress: bool) -> None:
-    """Decode all images once. Raises the UserError of the first bad one: found now, and not when hours are at stake.
+    """Decode all images once, before hours of work depend on them. Raises the UserError of the first bad one.
 
-    progress: show a bar on stderr, if that is a terminal and the work takes longer than a second.
+    progress: show a bar on stderr.
     """
     images = PairImages(pairs)
     chunks = [range(start, min(start + 64, len(images))) for start in range(0, len(images), 64)]
-    visible = progress and sys.stderr.isatty()
     with (
         ThreadPoolExecutor(_DECODING_THREADS) as threads,
-        tqdm(total=len(images), desc="checking pairs", delay=1.0, leave=False, disable=not visible) as bar,
+        progress_bar("checking pairs", len(images), progress) as bar,
     ):
         for chunk, error in zip(chunks, threads.map(lambda chunk: _first_error(images, chunk), chunks)):
             if error:
                 threads.shutdown(wait=False, cancel_futures=True)
-                raise UserError(error)
+                source = "" if error.startswith((pairs.path, pairs.flag)) else f"{pairs.path}: "
+                raise UserError(error if error.startswith(pairs.flag) else f"{pairs.flag} {source}{error}")
             bar.update(len(chunk))
 
 
 def _first_error(images: PairImages, chunk: range) -> str:
-    """What is wrong with the first image of the chunk that is bad; "" if none is."""
+    """What is wrong with the first bad image of the chunk; "" if none is bad."""
     for i in chunk:
         try:
             images[i]
@@ -164,7 +166,7 @@ def _first_error(images: PairImages, chunk: range) -> str:
 def _read_lines(pair_list: str, flag: str) -> list[tuple[int, str, str, bool]]:
     """(line number, path1, path2, is_same) of every line that is not blank."""
     try:
-        # surrogateescape: file names need not be UTF-8. utf-8-sig: editors on Windows begin a file with a mark.
+        # surrogateescape: file names need not be UTF-8. utf-8-sig: editors on Windows write a byte order mark.
         with open(pair_list, encoding="utf-8-sig", errors="surrogateescape") as file:
             pairs = [_parse(pair_list, number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except OSError as error:
@@ -181,13 +183,13 @@ def _parse(pair_list: str, number: int, line: str) -> tuple[int, str, str, bool]
     path1, path2, label = fields
     if label not in ("0", "1"):
         raise UserError(f"{pair_list}:{number}: the label must be 0 or 1, got {label[:20]!r} in {_shown(line)}")
-    if "\0" in line:  # no file name, and os.stat would raise a bare ValueError for it
+    if "\0" in line:  # os.stat would raise a bare ValueError
         raise UserError(f"{pair_list}:{number}: not text: {_shown(line)}")
     return number, path1, path2, label == "1"
 
 
 def _shown(line: str) -> str:
-    """The line, quoted and escaped: one line on the terminal, whatever the file holds."""
+    """The line, quoted and escaped, so that it stays one line on the terminal."""
     line = line.strip()
     return ascii(line if len(line) <= 120 else line[:120] + "...")
 

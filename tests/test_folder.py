@@ -365,7 +365,7 @@ def test_bad_headers_are_dropped_on_request_and_labels_stay(tmp_path, capsys):
     assert all(image.shape == (3, 112, 112) for image, _ in folder)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "7 of 12 images are bad and skipped" in err and "a/empty.jpg" in err and "keep their label: 1" in err
+    assert "7 of 12 images are bad and skipped" in err and "a/empty.jpg" in err and "labels: 1" in err
     assert folder.check_headers(skip_bad=True, progress=True) == 0
     assert FaceFolder(tmp_path).check_headers(skip_bad=True, progress=False) == 7
     assert capsys.readouterr() == ("", "")
