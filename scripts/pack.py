@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Pack faces as insightface does, and unpack them; images keep every byte.
 
-    python3 scripts/pack.py rec FOLDER OUT                                   # FOLDER/<identity>/<image> -> OUT/train.rec
-    python3 scripts/pack.py folder PACKAGE OUT                               # PACKAGE/train.rec -> OUT/<identity>/<image>
+    python3 scripts/pack.py rec FOLDER OUT        # FOLDER/<identity>/<image> -> OUT/train.rec
+    python3 scripts/pack.py folder PACKAGE OUT    # PACKAGE/train.rec -> OUT/<identity>/<image>
     python3 scripts/pack.py bin --imgs-root IMGS --pair-list LIST OUT.bin    # pairs -> one file
 
     OUT/train.rec, OUT/train.idx    the images, then record 0 and one for each identity (see data/record_format.py)
@@ -11,8 +11,8 @@
     OUT/train.files.txt             <identity>/<image>, a line for each image
     OUT.bin                         pickle: (list of two encoded images a pair, list of a bool a pair)
 
-Without the two lists, which are not insightface's, a package unpacks to <label>/<key>.jpg. The same command again goes on
-with what an interrupted one left in OUT/*.partial or OUT.partial; the final names appear when all is complete.
+insightface's packages lack the two lists of names; such a package unpacks to <label>/<key>.jpg. After an interruption,
+the same command continues from OUT/*.partial or OUT.partial. Final names appear only when everything is complete.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
@@ -44,21 +44,25 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.decode import IMAGE_SIZE, check_encoded, decode_image, read_bytes  # noqa: E402
 from data.folder import FaceFolder  # noqa: E402
 from data.pairs import PairList  # noqa: E402
+from data.progress import progress_bar  # noqa: E402
 from data.record_format import MAX_CLASSES, MAX_PART_BYTES, image_record, labels_record  # noqa: E402
 from data.recordio import RecordIODataset  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.files import atomic_write, flush, flush_directory, move_aside  # noqa: E402
 
-COMMIT_SECONDS = 5.0  # what a kill costs at most
+COMMIT_SECONDS = 5.0  # the work that a kill costs at most
 # Threads hide the latency of cold files and network disks.
 THREADS = 4
 CHUNK = 64
 
 PICKLE_PROTOCOL = 4
-# What an image of each format begins with; WebP has its length between the two.
-EXTENSIONS = ((b"\xff\xd8\xff", b"", ".jpg"), (b"\x89PNG", b"", ".png"), (b"BM", b"", ".bmp"), (b"RIFF", b"WEBP", ".webp"))
+# How an image of each format begins, at byte 0 and at byte 8 (between them WebP has its length).
+EXTENSIONS = (
+    (b"\xff\xd8\xff", b"", ".jpg"), (b"\x89PNG", b"", ".png"), (b"BM", b"", ".bmp"), (b"RIFF", b"WEBP", ".webp"),
+)
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,8 +78,11 @@ def main(argv: list[str] | None = None) -> None:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises UserError."""
     parser = Parser("pack.py", "Pack faces as insightface does, and unpack them; images keep every byte.")
-    commands = parser.add_subparsers(
-        required=True, metavar="rec|folder|bin", parser_class=lambda prog, description, **_: Parser(prog, description)
+    def subparser(prog: str, description: str, **_: Any) -> Parser:
+        return Parser(prog, description)
+
+    commands = parser.add_subparsers(  # type: ignore[call-overload]  # a function in place of a class
+        required=True, metavar="rec|folder|bin", parser_class=subparser
     )
     for name, command, description in (
         ("rec", pack_rec, "An image folder -> train.rec and train.idx in the directory OUT."),
@@ -92,8 +99,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
                              help="what main.py would train on")
             sub.add_argument("--skip-bad-images", action="store_true",
                              help="leave out images that cannot be read, or are not 112x112, instead of stopping")
-        sub.add_argument("out", metavar="OUT", help="made; must not be there yet")
-        replaced = "put an OUT that is there aside as OUT.1" if command is unpack_folder else "replace what is there"
+        sub.add_argument("out", metavar="OUT", help="must not exist yet")
+        replaced = "rename an existing OUT to OUT.1" if command is unpack_folder else "replace an existing OUT"
         sub.add_argument("--force", action="store_true", help=replaced)
     return parser.parse_args(argv)
 
@@ -105,16 +112,16 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def pack_rec(options: argparse.Namespace) -> str:
     folder = FaceFolder(options.source)
     if len(folder.identities) > MAX_CLASSES:
-        raise UserError(f"{folder.root}: has {len(folder.identities)} identities, and a label of the format, a float32, "
-                        f"holds {MAX_CLASSES}")
+        raise UserError(f"{folder.root}: has {len(folder.identities)} identities; a package, whose labels are float32, "
+                        f"holds at most {MAX_CLASSES}")
     rec = os.path.join(options.out, "train.rec")
     _refuse_existing(rec, options.force)
     source = _digest(folder)
     os.makedirs(options.out, exist_ok=True)
     with _PartialPackage(options.out) as package:
-        _refuse_existing(rec, options.force)  # again: a process that has just ended may have made it
+        _refuse_existing(rec, options.force)  # again: another process may have finished it before we had the lock
         if not package.resume(source, folder):
-            package.start_anew(source)
+            package.restart(source)
         _add_images(package, folder, options.skip_bad_images)
         labels = np.delete(folder.labels, package.skipped)
         if not len(labels):
@@ -122,8 +129,8 @@ def pack_rec(options: argparse.Namespace) -> str:
         ends = np.searchsorted(labels, np.arange(len(folder.identities)), side="right") + 1
         first_identity = len(labels) + 1
         if int(np.float32(first_identity)) != first_identity:
-            print(f"warning: a label of the format, a float32, rounds {first_identity}, where the identity records begin; "
-                  "main.py finds them, other programs may not", file=sys.stderr)
+            print(f"warning: float32, the format's type of labels, rounds {first_identity}, the key of the first "
+                  "identity record; main.py finds it nevertheless, other programs may not", file=sys.stderr)
         package.add(0, labels_record(0, [first_identity, first_identity + len(ends)]))
         for label, (start, end) in enumerate(zip([1, *ends.tolist()], ends.tolist())):
             package.add(first_identity + label, labels_record(first_identity + label, [start, end]))
@@ -136,12 +143,13 @@ def pack_rec(options: argparse.Namespace) -> str:
 
 
 def _digest(folder: FaceFolder) -> str:
-    """What tells one list of images from another."""
+    """A hash of the directory and of all image names."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(folder.root)))
     for i in range(len(folder)):
         name = folder.path(i)[len(folder.root) :]
         if "\n" in name:
-            raise UserError(f"{ascii(folder.path(i))}: a line break in a name cannot be kept in train.files.txt; rename it")
+            raise UserError(f"{ascii(folder.path(i))}: a line break in a name cannot be kept in train.files.txt; "
+                            "rename the file or directory")
         digest.update(os.fsencode(name) + b"\n")
     return digest.hexdigest()
 
@@ -153,13 +161,13 @@ def _add_images(package: _PartialPackage, folder: FaceFolder, skip_bad: bool) ->
             image = read_bytes(path)
             check_encoded(image, path)
             if len(image) > MAX_PART_BYTES - 64:  # less than the record's header
-                raise UserError(f"{path}: has {len(image)} bytes, and a record holds less than 512 MiB")
+                raise UserError(f"{path}: has {len(image)} bytes; a record holds less than 512 MiB")
         except UserError as error:
             return i, error
         return i, image
 
     labels = folder.labels
-    with _bar(len(folder), "packing", done=package.next) as bar:
+    with _bar(len(folder), "packing", initial=package.next) as bar:
         try:
             for i, image in _in_order(read, range(package.next, len(folder))):
                 if isinstance(image, UserError):
@@ -172,18 +180,18 @@ def _add_images(package: _PartialPackage, folder: FaceFolder, skip_bad: bool) ->
                 package.next = i + 1
                 package.commit(COMMIT_SECONDS)
                 bar.update()
-        except BaseException:  # an interruption too: the next start goes on from here
+        except BaseException:  # also after an interruption: the next run continues from here
             with contextlib.suppress(OSError):
                 package.commit()
             raise
 
 
 class _PartialPackage:
-    """OUT/train.rec, .idx and .files.txt while they grow as *.partial, and train.rec.partial.json, which says how far
-    they are sound: written after they have been flushed to the disk.
+    """OUT/train.rec, .idx and .files.txt while they grow as *.partial, and the journal train.rec.partial.json.
 
-    Attributes: next (images of the folder up to here are done), skipped (those among them that are left out).
-    Raises UserError where another process is at it.
+    The journal says how far the files are valid. It is written after they have been flushed to the disk.
+    Attributes: next (the number of images that are done), skipped (which of them were left out).
+    Raises UserError if another process is writing them.
     """
 
     def __init__(self, out: str) -> None:
@@ -202,7 +210,7 @@ class _PartialPackage:
             file.close()
 
     def resume(self, source: str, folder: FaceFolder) -> bool:
-        """Whether the journal is of this very source, what it says is on the disk, and the images done are unchanged."""
+        """Continue from the journal. False if it is of another source, the files differ from it, or images changed."""
         try:
             with open(self._journal_path, "rb") as file:
                 journal = json.load(file)
@@ -218,10 +226,10 @@ class _PartialPackage:
             return False
         self._source, self._started, self.next, self.skipped = source, started, done, skipped
         self._committed = time.monotonic()
-        print(f"=> going on after {done:,} of {len(folder):,} images", file=sys.stderr)
+        print(f"=> continuing after {done:,} of {len(folder):,} images", file=sys.stderr)
         return True
 
-    def start_anew(self, source: str) -> None:
+    def restart(self, source: str) -> None:
         self._source, self._started = source, time.time_ns()
         self._committed = time.monotonic()
         for file in self._files.values():
@@ -234,7 +242,7 @@ class _PartialPackage:
             self._files["train.files.txt"].write(os.fsencode(file_name) + b"\n")
 
     def commit(self, interval: float = 0.0) -> None:
-        """Make what was added survive a kill; nothing if that was done within `interval` seconds."""
+        """Make what was added survive a kill, unless the last commit is less than `interval` seconds ago."""
         if time.monotonic() - self._committed < interval:
             return
         for file in self._files.values():
@@ -243,12 +251,12 @@ class _PartialPackage:
             "source": self._source, "started": self._started, "next": self.next, "skipped": self.skipped,
             "files": {name: (file.size, file.checksum) for name, file in self._files.items()},
         }
-        with atomic_write(self._journal_path) as file:
-            file.write(json.dumps(journal).encode())
+        with atomic_write(self._journal_path) as journal_file:
+            journal_file.write(json.dumps(journal).encode())
         self._committed = time.monotonic()
 
     def publish(self, others: dict[str, bytes]) -> None:
-        """Give the files their names, train.rec last: while it is missing there is no package."""
+        """Rename the files to their final names, train.rec last: without it there is no package."""
         for file in self._files.values():
             file.flush()
         rec = os.path.join(self._out, "train.rec")
@@ -256,8 +264,8 @@ class _PartialPackage:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(old)
         for name, content in others.items():
-            with atomic_write(os.path.join(self._out, name)) as file:
-                file.write(content)
+            with atomic_write(os.path.join(self._out, name)) as other:
+                other.write(content)
         for name in ("train.idx", "train.files.txt", "train.rec"):
             os.replace(self._files[name].path, os.path.join(self._out, name))
         with contextlib.suppress(FileNotFoundError):  # a short run needs none
@@ -267,23 +275,23 @@ class _PartialPackage:
 
 def _changed_since(time_ns: int, path: str) -> bool:
     try:
-        return os.stat(path).st_ctime_ns > time_ns  # unlike mtime it is new for a file that took another one's place
+        return os.stat(path).st_ctime_ns > time_ns  # unlike mtime, also new for a file that replaced another one
     except OSError:
-        return False  # a broken link, which was left out
+        return False  # a broken link: it was left out
 
 
 class _Appended:
-    """A file that grows, of known size and crc32; locked, so that two processes cannot write it."""
+    """A locked file that grows, with its size and CRC-32."""
 
     def __init__(self, path: str) -> None:
         self.path, self.size, self.checksum = path, 0, 0
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=1 << 20)
         _lock(self._file, path)
         if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(self._file.fileno()).st_ino:
-            raise UserError(f"{path}: another process has just finished it")
+            raise UserError(f"{path}: another process has just finished it; run the command again")
 
     def cut(self, size: int, checksum: int) -> bool:
-        """Go on after `size` bytes, if these are there and have this checksum."""
+        """Truncate to `size` bytes and append there. False if the file is shorter or has another checksum."""
         self._file.seek(0)
         self.size, self.checksum = 0, 0
         while block := self._file.read(min(1 << 24, size - self.size)):
@@ -330,22 +338,23 @@ def unpack_folder(options: argparse.Namespace) -> str:
                 bar.update()
         files = sum(len(files) for _, _, files in os.walk(unfinished))
         if files != len(dataset):
-            raise UserError(f"{unfinished}: {len(dataset)} images were unpacked, and it holds {files} files: names in "
-                            "train.files.txt appear twice, or something else was put there; remove it, and begin anew")
-        os.sync()  # before the name says that all is there; one call, where an fsync of each file would take hours
+            raise UserError(f"{unfinished}: holds {files} files after {len(dataset)} images were unpacked: names in "
+                            "train.files.txt appear twice, or other files were put there; remove it and start again")
+        os.sync()  # before the rename; an fsync of each file would take hours
         if exists:
             move_aside(out)
         os.rename(unfinished, out)
         os.unlink(f"{unfinished}.json")
     identities = len(np.unique(dataset.labels))
     if identities < len(dataset.identities):
-        print(f"warning: {len(dataset.identities) - identities} identities have no image, and a folder has no place for "
-              "them: labels after them move up", file=sys.stderr)
-    return f"{len(dataset):,} images of {identities:,} identities" + (f", {skipped} bad ones left out" if skipped else "")
+        print(f"warning: {len(dataset.identities) - identities} identities have no image and do not appear in the "
+              "folder: later labels move up", file=sys.stderr)
+    note = f", {skipped} bad ones left out" if skipped else ""
+    return f"{len(dataset):,} images of {identities:,} identities{note}"
 
 
 def _image_names(dataset: RecordIODataset, keys: np.ndarray) -> Iterator[str]:
-    """`<identity>/<file>` of each image in `dataset`; `keys` are those of all images, before bad ones were dropped."""
+    """`<identity>/<file>` of each image in `dataset`. keys: those of all images, before bad ones were dropped."""
     stem = dataset.root.removesuffix(".rec")
     identities, labels = dataset.identities, dataset.labels
     for name in identities:
@@ -355,7 +364,7 @@ def _image_names(dataset: RecordIODataset, keys: np.ndarray) -> Iterator[str]:
     if os.path.exists(f"{stem}.files.txt"):
         lines = np.searchsorted(keys, dataset.keys)
         listed = functools.partial(_listed_names, f"{stem}.files.txt", lines, len(keys), identities, labels)
-        deque(listed(), maxlen=0)  # all mistakes before any work
+        deque(listed(), maxlen=0)  # finds all mistakes before any work
         return listed()
     width = len(str(keys[-1]))
     return (
@@ -365,30 +374,33 @@ def _image_names(dataset: RecordIODataset, keys: np.ndarray) -> Iterator[str]:
 
 
 def _listed_names(
-    path: str, wanted: np.ndarray, count: int, identities: list[str], labels: np.ndarray
+    path: str, lines: np.ndarray, count: int, identities: Sequence[str], labels: np.ndarray
 ) -> Iterator[str]:
-    """The lines `wanted` (int64, from 0, ascending) of files.txt, which must have `count`; labels are theirs."""
+    """The `lines` (int64, from 0, ascending) of files.txt, which must have `count`, and the label of each."""
     taken, number = 0, -1
     with open(path, "rb") as file:
         for number, line in enumerate(file):
-            if taken == len(wanted) or number != wanted[taken]:
+            if taken == len(lines) or number != lines[taken]:
                 continue
             name = os.fsdecode(line.removesuffix(b"\n"))
             identity, slash, file_name = name.partition("/")
-            if identity != identities[labels[taken]] or not slash:
-                raise UserError(f"{path}:{number + 1}: expected {ascii(identities[labels[taken]])}/<file>, the identity of "
-                                f"the image's label, got {ascii(name[:120])}; fetch this file again, or remove it")
+            expected = identities[labels[taken]]
+            if identity != expected or not slash:
+                raise UserError(f"{path}:{number + 1}: expected {ascii(expected)}/<file>, the identity of the image's "
+                                f"label, got {ascii(name[:120])}; fetch this file again, or remove it")
             _require_plain(file_name, f"{path}:{number + 1}")
             taken += 1
             yield name
     if number + 1 != count:
-        raise UserError(f"{path}: has {number + 1} lines, and the package {count} images; fetch it again, or remove it")
+        raise UserError(f"{path}: has {number + 1} lines for the package's {count} images; fetch it again, or remove "
+                        "it")
 
 
 def _require_plain(name: str, source: str) -> None:
-    """Packages come from the internet: what they name must stay in OUT."""
+    """Packages come from the internet: names in them must not lead out of OUT."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise UserError(f"{source}: {ascii(name[:120])} is no name of a file or directory; correct it, or remove this file")
+        raise UserError(f"{source}: {ascii(name[:120])} is not the name of a file or directory; correct it, or remove "
+                        "this file")
 
 
 def _extension(image: bytes) -> str:
@@ -400,22 +412,23 @@ def _extension(image: bytes) -> str:
 
 @contextlib.contextmanager
 def _open_unpacking(unfinished: str, dataset: RecordIODataset, force: bool) -> Iterator[None]:
-    """Make the directory, or take the one that an interrupted run of the same package left. Locked meanwhile."""
+    """Create the directory, or continue in the one that an interrupted run of the same package left. Locks it."""
     state = os.stat(dataset.root)
-    source = json.dumps({"package": os.path.abspath(dataset.root), "size": state.st_size, "time": state.st_mtime_ns})
+    package = {"package": os.path.abspath(dataset.root), "size": state.st_size, "time": state.st_mtime_ns}
+    source = json.dumps(package).encode()
     marker = f"{unfinished}.json"
     if os.path.lexists(unfinished) and not os.path.exists(marker):
-        raise UserError(f"{unfinished}: is in the way, and was not made by this program; move it")
+        raise UserError(f"{unfinished}: exists and was not made by this program; move it")
     os.makedirs(os.path.dirname(os.path.abspath(unfinished)), exist_ok=True)
-    with open(marker, "a+", encoding="utf-8") as file:
+    with open(marker, "a+b") as file:
         _lock(file, marker)
         file.seek(0)
         if os.path.isdir(unfinished) and file.read() != source:
             if not force:
-                raise UserError(f"{unfinished}: holds what was unpacked from another package; --force removes it")
+                raise UserError(f"{unfinished}: was unpacked from another package; --force removes it")
             shutil.rmtree(unfinished)
         elif os.path.isdir(unfinished):
-            print(f"=> going on with {unfinished}", file=sys.stderr)
+            print(f"=> continuing with {unfinished}", file=sys.stderr)
         file.truncate(0)
         file.write(source)
         file.flush()
@@ -424,7 +437,7 @@ def _open_unpacking(unfinished: str, dataset: RecordIODataset, force: bool) -> I
 
 
 def _write_image(path: str, image: bytes) -> None:
-    """A file that is there and has these bytes stays; an interrupted run may have left a part of one."""
+    """Write the image, unless the file has these bytes already. An interrupted run may have left a part of it."""
     try:
         with open(path, "rb") as file:
             if file.read() == image:
@@ -440,7 +453,7 @@ def _write_image(path: str, image: bytes) -> None:
 
 
 def pack_bin(options: argparse.Namespace) -> str:
-    """Begins anew after an interruption: 6,000 pairs take seconds."""
+    """Restarts after an interruption: 6,000 pairs take seconds."""
     _refuse_existing(options.out, options.force)
     directory = os.path.dirname(os.path.abspath(options.out))
     if not os.path.isdir(directory):
@@ -449,7 +462,7 @@ def pack_bin(options: argparse.Namespace) -> str:
 
     def read(path: str) -> bytes:
         image = read_bytes(path)
-        decode_image(image, path)  # whole: few images, on which much is measured later
+        decode_image(image, path)  # not only the header: the images are few, and later results depend on them
         return image
 
     images = []
@@ -457,7 +470,7 @@ def pack_bin(options: argparse.Namespace) -> str:
         for image in _in_order(read, pairs.paths):
             images.append(image)
             bar.update()
-    # An image of several pairs is the same object in all of them, and pickle writes it once.
+    # An image of several pairs is one object in all of them, which pickle writes once.
     encoded = [images[i] for pair in zip(pairs.index1.tolist(), pairs.index2.tolist()) for i in pair]
     content = (encoded, pairs.is_same.tolist())
     with atomic_write(options.out) as file:
@@ -485,19 +498,19 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
     def run(chunk: list[Item]) -> list[Result]:
         return list(map(function, chunk))
 
-    items, ahead = iter(items), deque()
+    remaining = iter(items)
+    ahead: deque[Future[list[Result]]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
         while True:
-            while len(ahead) < 2 * THREADS and (chunk := list(islice(items, CHUNK))):
+            while len(ahead) < 2 * THREADS and (chunk := list(islice(remaining, CHUNK))):
                 ahead.append(threads.submit(run, chunk))
             if not ahead:
                 return
             yield from ahead.popleft().result()
 
 
-def _bar(total: int, what: str, done: int = 0) -> tqdm:
-    visible = sys.stderr.isatty()
-    return tqdm(total=total, initial=done, desc=what, unit="image", delay=0.5, dynamic_ncols=True, disable=not visible)
+def _bar(total: int, what: str, initial: int = 0) -> tqdm:
+    return progress_bar(what, total, initial=initial, unit="image")
 
 
 if __name__ == "__main__":

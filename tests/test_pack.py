@@ -181,11 +181,11 @@ def test_a_killed_packing_goes_on(tmp_path, folder, whole, monkeypatch, capsys, 
     pack.main(argv)
     assert tree(tmp_path / "rec") == whole
     assert len(read) == 18 - calls
-    assert (f"going on after {calls} of 18 images" in capsys.readouterr().err) == (calls > 0)
+    assert (f"continuing after {calls} of 18 images" in capsys.readouterr().err) == (calls > 0)
 
 
 @pytest.mark.parametrize("calls, module, function", [
-    (3, pack, "labels_record"), (18 + 1, pack, "write_atomically"), (18 + 2 + 1, os, "replace"), (18 + 2 + 2, os, "replace"),
+    (3, pack, "labels_record"), (18 + 1, pack, "atomic_write"), (18 + 2 + 1, os, "replace"), (18 + 2 + 2, os, "replace"),
 ])
 def test_a_packing_that_is_killed_at_its_end(tmp_path, folder, whole, calls, module, function):
     """Within the records of identities, or between the files' final names (after 18 journals)."""
@@ -213,7 +213,7 @@ def test_a_stop_by_an_error_goes_on_too(tmp_path, folder, whole, monkeypatch, ca
         patch.setattr(pack, "image_record", fill_up)
         pack.main(argv)
     pack.main(argv)
-    assert "going on after 7 of 18 images" in capsys.readouterr().err
+    assert "continuing after 7" in capsys.readouterr().err
     assert tree(tmp_path / "rec") == whole
 
 
@@ -243,7 +243,7 @@ def test_what_does_not_fit_any_more_is_begun_anew(tmp_path, monkeypatch, capsys,
     killed_after(5, "image_record", ["rec", str(source), str(rec)])
     DISTURBANCES[disturbance](rec, source)
     pack.main(["rec", str(source), str(rec)])
-    assert "going on" not in capsys.readouterr().err
+    assert "continuing" not in capsys.readouterr().err
     pack.main(["rec", str(source), str(tmp_path / "fresh")])
     assert tree(rec) == tree(tmp_path / "fresh")
 
@@ -264,7 +264,7 @@ def test_a_killed_unpacking_goes_on(tmp_path, folder, monkeypatch, capsys, calls
     assert sorted(os.listdir(tmp_path)) == ["out", "rec"]
     for path, time in before.items():
         assert (tmp_path / "out" / path.relative_to(tmp_path / "out.partial")).stat().st_mtime_ns == time
-    assert "going on with" in capsys.readouterr().err
+    assert "continuing with" in capsys.readouterr().err
 
 
 def test_unfinished_images_of_another_package(tmp_path, folder):
@@ -273,12 +273,12 @@ def test_unfinished_images_of_another_package(tmp_path, folder):
         pack.main(["rec", str(source), str(tmp_path / name)])
     killed_after(9, "_write_image", ["folder", str(tmp_path / "rec"), str(tmp_path / "out")])
     argv = ["folder", str(tmp_path / "rec 2"), str(tmp_path / "out")]
-    with pytest.raises(UserError, match="out.partial: holds what was unpacked from another package; --force removes it"):
+    with pytest.raises(UserError, match="out.partial: .*another package; --force"):
         pack.main(argv)
     pack.main([*argv, "--force"])
     assert tree(tmp_path / "out") == tree(tmp_path / "faces")
     (tmp_path / "new.partial").mkdir()
-    with pytest.raises(UserError, match="new.partial: is in the way, and was not made by this program"):
+    with pytest.raises(UserError, match="new.partial: .*not made by this program"):
         pack.main(["folder", str(tmp_path / "rec"), str(tmp_path / "new"), "--force"])
 
 
@@ -329,7 +329,7 @@ def test_bad_images_are_named_or_left_out(tmp_path, capsys):
     killed_after(1, "image_record", ["rec", str(source), str(rec), "--skip-bad-images"])  # after the one of before
     pack.main(["rec", str(source), str(rec), "--skip-bad-images"])
     out, err = capsys.readouterr()
-    assert "3 images of 3 identities, 3 bad ones left out" in out and "going on after" in err
+    assert "3 images of 3 identities, 3 bad ones left out" in out and "continuing after" in err
     dataset = RecordIODataset(rec)
     assert dataset.labels.tolist() == [0, 0, 2] and dataset.identities == ["a", "b", "c"] and dataset.keys.tolist() == [1, 2, 3]
     pack.main(["folder", str(rec), str(tmp_path / "out")])
@@ -352,17 +352,17 @@ def test_bad_images_of_a_package(tmp_path):
 
 
 HOSTILE = {
-    "a way out": ("identities", "..\nb\n", "train.identities.txt: '..' is no name"),
-    "an absolute path": ("identities", "/tmp\nb\n", "train.identities.txt: '/tmp' is no name"),
-    "an empty name": ("identities", "\nb\n", "train.identities.txt: '' is no name"),
-    "a file's way out": ("files", "a/../../x.jpg\na/2.jpg\nb/3.jpg\n", "train.files.txt:1: '../../x.jpg' is no name"),
-    "a directory": ("files", "a/1.jpg\na/..\nb/3.jpg\n", "train.files.txt:2: '..' is no name"),
+    "a way out": ("identities", "..\nb\n", "train.identities.txt: '..' is not the name"),
+    "an absolute path": ("identities", "/tmp\nb\n", "train.identities.txt: '/tmp' is not the name"),
+    "an empty name": ("identities", "\nb\n", "train.identities.txt: '' is not the name"),
+    "a file's way out": ("files", "a/../../x.jpg\na/2.jpg\nb/3.jpg\n", "train.files.txt:1: '../../x.jpg' is not the name"),
+    "a directory": ("files", "a/1.jpg\na/..\nb/3.jpg\n", "train.files.txt:2: '..' is not the name"),
     "no file": ("files", "a/1.jpg\na/2.jpg\nb\n", "train.files.txt:3: expected 'b'/<file>"),
-    "a zero byte": ("files", "a/1.jpg\na/2\0.jpg\nb/3.jpg\n", "train.files.txt:2: .* is no name"),
+    "a zero byte": ("files", "a/1.jpg\na/2\0.jpg\nb/3.jpg\n", "train.files.txt:2: .* is not the name"),
     "another identity": ("files", "a/1.jpg\nb/2.jpg\nb/3.jpg\n", "train.files.txt:2: expected 'a'/<file>, .* got 'b/2.jpg'"),
-    "a line too few": ("files", "a/1.jpg\na/2.jpg\n", "train.files.txt: has 2 lines, and the package 3 images"),
-    "a line too many": ("files", "a/1.jpg\na/2.jpg\nb/3.jpg\n\n", "train.files.txt: has 4 lines, and the package 3 images"),
-    "a name twice": ("files", "a/1.jpg\na/1.jpg\nb/3.jpg\n", "3 images were unpacked, and it holds 2 files"),
+    "a line too few": ("files", "a/1.jpg\na/2.jpg\n", "train.files.txt: has 2 lines .* 3 images"),
+    "a line too many": ("files", "a/1.jpg\na/2.jpg\nb/3.jpg\n\n", "train.files.txt: has 4 lines .* 3 images"),
+    "a name twice": ("files", "a/1.jpg\na/1.jpg\nb/3.jpg\n", "holds 2 files after 3 images"),
 }
 
 
