@@ -1,9 +1,9 @@
-"""From a uint8 batch to the backbone's input, on the device, as batched operations; randomness from a counter.
+"""Augmentation: a uint8 batch to the backbone's input, on the device, in batched operations.
 
-Shapes: n images of 3 x 112 x 112, m of them chosen. What is drawn for an image depends on (seed, epoch, sample index)
-only, so it is the same on every device, at every world size and with any number of loader workers. What is computed from
-it is the same to the bit in any batch: gathers, sums of integers, and single operations element by element, whose results
-do not depend on where in a tensor an element lies.
+Shapes: n images of 3 x 112 x 112, of which m are chosen. Random numbers are counted, not streamed: those of an image
+depend on (seed, epoch, sample index) only, and so are the same on every device, at every world size and with any number
+of loader workers. What is computed from them is bit-identical in any batch: only gathers, sums of integers, and
+elementwise operations, whose results do not depend on an element's position in a tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 AUGMENTS = ("none", "flip", "standard", "strong")
 MAX_SHIFT = 6  # pixels, of 112
 
-# What "strong" does to an image, each with a probability of its own.
+# What "strong" does to an image, each with its own probability.
 CROP_PROBABILITY = 0.2
 CROP_SIDES = (84, 111)  # pixels, both included
 LOW_RESOLUTION_PROBABILITY = 0.2
@@ -32,7 +32,7 @@ GRAY_PROBABILITY = 0.05
 _BLUR_RADIUS = 4  # two of the largest sigma
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG
 
-# One stream of numbers for each thing that is drawn.
+# One stream of random numbers for each decision.
 STREAM_FLIP = 0
 STREAM_SHIFT_Y = 1
 STREAM_SHIFT_X = 2
@@ -68,7 +68,7 @@ def random_uniform(seed: int, epoch: int, indices: torch.Tensor, stream: int) ->
 
 
 def _splitmix64(z: np.ndarray) -> np.ndarray:
-    """Arrays only: numpy wraps uint64 arrays in silence and warns for scalars."""
+    """uint64 arrays, whose overflow numpy wraps silently; it warns for scalars."""
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -89,21 +89,21 @@ def prepare_batch(
     augment:
       "none"      nothing (evaluation)
       "flip"      mirrored left to right with probability 1/2
-      "standard"  flip, then moved by (dy, dx), each uniform in -6..6 pixels, the border pixels repeated:
+      "standard"  flip, then shifted by (dy, dx), each uniform in -6..6 pixels, repeating the border pixels:
                   out[y, x] = image[clamp(y - dy), clamp(x - dx)]
-      "strong"    standard, then in this order, each with its probability (the constants above): a square window
-                  enlarged to the whole; low resolution, the pixels of a coarser grid enlarged; Gaussian blur; brightness,
-                  contrast and saturation; gray
+      "strong"    standard, then in this order, each with its probability (the constants above): a random square crop,
+                  enlarged; a lower resolution, enlarged; Gaussian blur; brightness, contrast and saturation; gray
     images may have any strides (a loader's batch has its channels last); the result is contiguous.
-    indices: int64 (n,) on the CPU, the samples' numbers in the data set: with seed and epoch they decide what is drawn.
+    indices: int64 (n,) on the CPU, the samples' numbers in the data set, which with seed and epoch key the random
+    numbers.
     """
     if augment not in AUGMENTS:
         raise ValueError(f"augment is {augment!r}, not one of {', '.join(AUGMENTS)}")
     if augment != "none":
-        assert indices is not None and len(indices) == len(images), "augmentation is drawn by sample index"
+        assert indices is not None and len(indices) == len(images), "random numbers are drawn by sample index"
         images = _flip_and_shift_drawn(images, augment, seed, epoch, indices)
-    if augment == "strong":
-        images = _degrade(images.float(), seed, epoch, indices)
+        if augment == "strong":
+            images = _degrade(images.float(), seed, epoch, indices)
     return images.to(dtype, memory_format=torch.contiguous_format).div_(255).sub_(0.5).div_(0.5)
 
 
@@ -128,7 +128,7 @@ def _draw_shift(seed: int, epoch: int, indices: torch.Tensor, stream: int) -> to
 def _flip_and_shift(
     images: torch.Tensor, flip: torch.Tensor, shift_y: torch.Tensor, shift_x: torch.Tensor
 ) -> torch.Tensor:
-    """Mirror image i where flip[i] is 1, then move it by (shift_y[i], shift_x[i]) pixels; all three int64 (n,).
+    """Mirror image i if flip[i] is 1, then shift it by (shift_y[i], shift_x[i]) pixels; all three int64 (n,).
 
     One gather over (n, 112 * 112) source positions: on the CPU a third of the time of torch.where on a flipped copy.
     """
@@ -145,7 +145,8 @@ def _flip_and_shift(
 
 
 def _degrade(images: torch.Tensor, seed: int, epoch: int, indices: torch.Tensor) -> torch.Tensor:
-    """Crop, low resolution, blur, colours and gray, in the images for which they are drawn: in place."""
+    """Crop, low resolution, blur, colours and gray, in place, each in the images for which it is drawn."""
+
     def uniform(stream: int) -> torch.Tensor:
         return random_uniform(seed, epoch, indices, stream)
 
@@ -168,7 +169,7 @@ def _degrade(images: torch.Tensor, seed: int, epoch: int, indices: torch.Tensor)
 
     chosen = (uniform(STREAM_BLUR) < BLUR_PROBABILITY).nonzero().flatten()
     if len(chosen):
-        # math.exp: that of tensors may round an element differently at another place.
+        # math.exp, because a tensor's exp may round an element differently at another position.
         sigmas = between(STREAM_BLUR_SIGMA, BLUR_SIGMAS)[chosen].tolist()
         _replace(images, chosen, _blur, torch.tensor([_gaussian(sigma) for sigma in sigmas]).T)
 
@@ -184,26 +185,29 @@ def _degrade(images: torch.Tensor, seed: int, epoch: int, indices: torch.Tensor)
     return images
 
 
-def _replace(images: torch.Tensor, chosen: torch.Tensor, change: Callable[..., torch.Tensor], drawn: torch.Tensor) -> None:
-    """images[chosen] = change(images[chosen], *drawn); chosen int64 (m,) and drawn (k, m) lie on the CPU."""
+def _replace(
+    images: torch.Tensor, chosen: torch.Tensor, change: Callable[..., torch.Tensor], drawn: torch.Tensor
+) -> None:
+    """images[chosen] = change(images[chosen], *drawn); chosen int64 (m,) and drawn (k, m) are on the CPU."""
     chosen, drawn = (tensor.to(images.device, non_blocking=True) for tensor in (chosen, drawn))
     images.index_copy_(0, chosen, change(images[chosen], *drawn))
 
 
 def _resample(
-    largest: int, images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, side: torch.Tensor, resolution: torch.Tensor
+    largest: int, images: torch.Tensor,
+    top: torch.Tensor, left: torch.Tensor, side: torch.Tensor, resolution: torch.Tensor,
 ) -> torch.Tensor:
-    """The window of side x side pixels at (top, left), averaged to resolution x resolution, enlarged to the whole.
+    """The window of side x side pixels at (top, left), averaged to resolution x resolution, enlarged to the full size.
 
-    images have integer values; all four int64 (m,), largest: of the resolutions. As adaptive average pooling and then
-    F.interpolate(mode="bilinear") do it, image by image.
+    Equals F.adaptive_avg_pool2d, then F.interpolate(mode="bilinear"), of each image. images: float32 with integer
+    values; the four others: int64 (m,); largest: the largest resolution.
     """
     size = images.shape[2]
     # Cell k of r covers pixels floor(k·s/r) up to ceil((k + 1)·s/r) of s; cells beyond r repeat the last one.
     k = torch.arange(largest, device=images.device).minimum(resolution[:, None] - 1)
     first = k * side[:, None] // resolution[:, None]
     last = -(-(k + 1) * side[:, None] // resolution[:, None])
-    # Sums of integers below 2^24 are exact in float32, in whatever order they are made.
+    # Sums of integers below 2^24 are exact in float32, in any order.
     sums = F.pad(images.cumsum(2).cumsum(3), (1, 0, 1, 0))
     sums = _take(sums, 2, top[:, None] + last) - _take(sums, 2, top[:, None] + first)
     sums = _take(sums, 3, left[:, None] + last) - _take(sums, 3, left[:, None] + first)
@@ -222,9 +226,9 @@ def _resample(
 
 
 def _take(images: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """Of image i the rows (dim 2) or columns (dim 3) index[i]: (m, 3, h, w), int64 (m, k) -> (m, 3, k, w) or (m, 3, h, k).
+    """Rows (dim 2) or columns (dim 3) index[i] of image i: (m, 3, h, w), int64 (m, k) -> (m, 3, k, w) or (m, 3, h, k).
 
-    Rows as columns of the transposed image: on the CPU in half the time of a gather along dim 2.
+    Rows are gathered as columns of the transposed image: on the CPU in half the time of a gather along dim 2.
     """
     lines = images.transpose(2, 3) if dim == 2 else images
     taken = lines.gather(3, index[:, None, None, :].expand(*lines.shape[:3], -1))
@@ -238,7 +242,7 @@ def _gaussian(sigma: float) -> list[float]:
 
 
 def _blur(images: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-    """sum_k weights[k]·(image moved by k pixels), along rows and then along columns, the border pixels repeated.
+    """sum_k weights[k]·(image shifted by k pixels), along rows and then along columns, repeating the border pixels.
 
     weights: float32 (m,) for each k from -radius to radius.
     """

@@ -46,7 +46,7 @@ def image_record(key: int, label: int, image: bytes) -> bytes:
 
 
 def labels_record(key: int, labels: Sequence[float]) -> bytes:
-    """The frames of a record that has labels only: record 0, and those of identities."""
+    """The frames of a record without an image: record 0, and the identity records."""
     return _frames(RECORD_HEADER.pack(len(labels), 0, key, 0) + np.asarray(labels, "<f4").tobytes())
 
 
@@ -72,12 +72,12 @@ def padded(length: Integer) -> Integer:
 
 
 def image_start(record: bytes) -> int:
-    """Where the image begins, behind the header's labels. In a damaged record that may be beyond its end."""
+    """Where the image begins, after the header's labels. In a damaged record that may be beyond its end."""
     return RECORD_HEADER.size + 4 * int.from_bytes(record[:4], "little")
 
 
 def join_frames(data: bytes, name: str) -> tuple[bytes, int]:
-    """The record whose frames `data` begins with, and where they end. Raises UserError; `name` is what it calls the record."""
+    """(the record whose frames `data` begins with, where they end). Raises UserError. name: the record's, for errors."""
     parts, at, part = [], 0, None
     while part not in (WHOLE, LAST):
         if at + FRAME.size > len(data):
@@ -93,10 +93,10 @@ def join_frames(data: bytes, name: str) -> tuple[bytes, int]:
 def require_frame(magic: int, part: int, *, first: bool, name: str, hint: str = "") -> None:
     """Raise UserError unless a frame has this magic and part number, the `first` of a record or a later one."""
     if magic != MAGIC:
-        raise UserError(f"{name}: no frame begins where one should (0x{magic:08x} is there, not 0x{MAGIC:08x})"
+        raise UserError(f"{name}: no frame begins where one should (found 0x{magic:08x}, not 0x{MAGIC:08x})"
                         f"{hint or '; the file is damaged: fetch it again'}")
     if part not in ((WHOLE, FIRST) if first else (BETWEEN, LAST)):
-        what = "begins with" if first else "goes on with"
+        what = "begins with" if first else "continues with"
         raise UserError(f"{name}: the record {what} part {part} of 0 (whole), 1 (first), 2 (between), 3 (last)"
                         f"{hint or '; the file is damaged: fetch it again'}")
 
@@ -122,7 +122,7 @@ def read_idx(path: str) -> tuple[np.ndarray, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not parts:
-        raise UserError(f"{path}: the file is empty; remove it: it is made anew from the records")
+        raise UserError(f"{path}: the file is empty; remove it to have it rebuilt from the records")
     keys, offsets = (np.concatenate(arrays) for arrays in zip(*parts))
     return keys, offsets
 
@@ -140,8 +140,8 @@ def _parse_idx(text: bytes, path: str, lines_before: int) -> tuple[np.ndarray, n
         for number, line in enumerate(text.split(b"\n"), start=lines_before + 1):
             if not re.fullmatch(rb"[0-9]{1,18}\t[0-9]{1,18}", line):
                 shown = ascii(line[:60].decode("latin-1"))
-                raise UserError(f"{path}:{number}: expected 'key<tab>offset', got {shown}; remove this file: it is made "
-                                "anew from the records")
+                raise UserError(f"{path}:{number}: expected 'key<tab>offset', got {shown}; remove this file to have it "
+                                "rebuilt from the records")
     return _decimal(digits, starts, tabs), _decimal(digits, tabs + 1, ends)
 
 

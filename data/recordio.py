@@ -202,7 +202,8 @@ class RecordIODataset(TrainingSet):
 
     def _require_offsets_in_file(self, keys: np.ndarray, offsets: np.ndarray) -> None:
         """keys, offsets: int64 (records,), sorted by offset."""
-        remedy = f"{self._idx} belongs to another file, or one of them is damaged; remove {self._idx} to have it rebuilt"
+        remedy = (f"{self._idx} belongs to another file, or one of them is damaged; remove {self._idx} to have it "
+                  "rebuilt")
         twice = np.flatnonzero(np.diff(offsets) == 0)
         if len(twice):
             row = int(twice[0])
@@ -266,7 +267,7 @@ class RecordIODataset(TrainingSet):
         return scan
 
     def _read_into(self, buffer: np.ndarray, size: int, offset: int) -> None:
-        """`size` bytes of the file and then zeros."""
+        """Fill the buffer with `size` bytes of the file, then zeros."""
         try:
             got = os.preadv(self._descriptor, [buffer.data[:size]], offset)
         except OSError as error:
@@ -276,7 +277,8 @@ class RecordIODataset(TrainingSet):
         buffer[size : size + _MARGIN] = 0
 
     def _scan_one(self, scan: _Scan, row: int, key: int, offset: int, bound: int) -> None:
-        """What `_Scan.fill` left: a record of several parts, an image that is not plainly a 112x112 JPEG, or damage."""
+        """A record that `_Scan.fill` left: of several parts, damaged, or with an image that is not plainly a JPEG of
+        112x112."""
         name = self._name(key, offset)
         size = self._frames_end(name, offset, bound) - offset
         if size >= 2**31:  # what one pread can give
@@ -298,10 +300,10 @@ class RecordIODataset(TrainingSet):
                 check_encoded(record[start:], name)
                 scan.bad[row] = False
             except UserError:
-                pass  # check_headers answers for it
+                pass  # check_headers reports it
 
     def _frames_end(self, name: str, offset: int, bound: int) -> int:
-        """Where the frames of the record at `offset` end: at `bound`, where the next record or nothing begins."""
+        """Where the frames of the record at `offset` end. That must be at `bound`, where the next record begins."""
         at, part = offset, None
         while part not in (WHOLE, LAST):
             head = self._read(min(FRAME.size, bound - at), at, name)
@@ -314,8 +316,8 @@ class RecordIODataset(TrainingSet):
             if at > bound:
                 raise self._overrun(name, at, bound)
         if at < bound:
-            rest = (f"the next record begins at {bound}: the bytes between belong to none" if bound < self._size
-                    else f"the {bound - at} bytes after it belong to none")
+            rest = (f"the next record begins at {bound}: the bytes between belong to no record" if bound < self._size
+                    else f"the {bound - at} bytes after it belong to no record")
             raise UserError(f"{name}: ends at offset {at}, and {rest}{self._idx_hint()}")
         return at
 
@@ -361,8 +363,9 @@ class RecordIODataset(TrainingSet):
         if len(wrong):
             row = images[wrong[0]]
             source = "float32 labels allow" if num_classes is None else "record 0 announces"
-            raise UserError(f"{self._name(keys[row], offsets[row])}: its label {scan.labels[row]:.9g} is not one of the "
-                            f"classes 0 to {limit - 1} that {source}")
+            name = self._name(keys[row], offsets[row])
+            raise UserError(f"{name}: its label {scan.labels[row]:.9g} is not one of the classes 0 to {limit - 1} that "
+                            f"{source}")
         if num_classes is None:
             num_classes = int(labels.max()) + 1
         return {
@@ -380,7 +383,7 @@ def _first_identity(announced: np.ndarray, keys: np.ndarray, empty: np.ndarray, 
     """
     first, end = (float(label) for label in announced)
     if not (1 <= first <= end <= 2**32 and first == int(first) and end == int(end)):
-        raise UserError(f"{name}: announces identity records with the keys {first:.9g} to {end:.9g}, which cannot be")
+        raise UserError(f"{name}: announces identity records with the impossible keys {first:.9g} to {end:.9g}")
     if end <= 2**24:
         present = int((keys >= first).sum())
         if present != int(end - first):
@@ -392,7 +395,7 @@ def _first_identity(announced: np.ndarray, keys: np.ndarray, empty: np.ndarray, 
 
 
 class _Scan:
-    """What the heads of `count` records say, by offset; bad: not known to be an image of 112x112."""
+    """The heads of `count` records, by offset. bad: not known to be an image of 112x112."""
 
     def __init__(self, count: int) -> None:
         self.sizes = np.zeros(count, np.uint32)
@@ -402,9 +405,9 @@ class _Scan:
         self.bad = np.zeros(count, bool)
 
     def fill(self, rows: slice, block: np.ndarray, size: int, at: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """The records that begin at `at` and must end at `bounds`, int64 (n,), within the `size` bytes of `block`.
+        """Read the records that begin at `at` and must end at `bounds`, int64 (n,), in the `size` bytes of `block`.
 
-        Returns bool (n,): those done. They are whole, sound, and without an image or with a JPEG of 112x112.
+        Returns bool (n,): which records are done. They are whole, sound, and have no image or a JPEG of 112x112.
         """
         words = block[: size // 4 * 4 + _MARGIN].view("<u4")
         word = at >> 2
@@ -428,7 +431,7 @@ class _Scan:
 def _right_jpegs(block: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """bool (n,): whether block[starts[k]:ends[k]] begins like a JPEG whose frame header says 112x112.
 
-    decode's walk from segment to segment, for all images at once. False may also mean: not known.
+    Walks from segment to segment as data.decode does, for all images at once. False may also mean unknown.
     """
     right = np.zeros(len(starts), bool)
     rows = np.flatnonzero(ends - starts > 12)
@@ -483,7 +486,7 @@ def _beside(rec: str, ending: str) -> str:
 
 
 def read_names(path: str) -> list[str]:
-    """The lines of identities.txt or files.txt. Names are bytes to a file system: no encoding is assumed."""
+    """The lines of identities.txt or files.txt. File systems take names as bytes, so no encoding is assumed."""
     try:
         with open(path, "rb") as file:
             lines = file.read().split(b"\n")
@@ -499,8 +502,8 @@ def _read_identities(path: str, rec: str, num_classes: int) -> list[str]:
         return [str(label) for label in range(num_classes)]
     names = read_names(path)
     if len(names) != num_classes:
-        raise UserError(f"{path}: has {len(names)} names, and {rec} has {num_classes} identities; fetch it again, or "
-                        "remove it: identities then are called by their labels")
+        raise UserError(f"{path}: has {len(names)} names for the {num_classes} identities of {rec}; fetch it again, or "
+                        "remove it to use labels as names")
     if len(set(names)) < len(names):
         ordered = sorted(names)
         twice = next(name for name, following in zip(ordered, ordered[1:]) if name == following)

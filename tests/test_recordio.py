@@ -326,7 +326,7 @@ def test_names_of_identities(tmp_path):
     (tmp_path / "train.identities.txt").write_bytes(b"\n".join(map(os.fsencode, names)))
     assert RecordIODataset(tmp_path).identities == names
     (tmp_path / "train.identities.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match="train.identities.txt: has 2 names, and .*train.rec has 3 identities"):
+    with pytest.raises(UserError, match="train.identities.txt: has 2 names .* 3 identities"):
         RecordIODataset(tmp_path)
     (tmp_path / "train.identities.txt").write_text("a\nb\na\n")
     with pytest.raises(UserError, match="train.identities.txt: the name 'a' appears twice"):
@@ -368,11 +368,11 @@ DAMAGED = {
     "truncated before a record": ({"train.rec": REC[:LAST]},
                                   f"record 12 at offset {LAST}: the offset is beyond the end of the file"),
     "bytes at the end": ({"train.rec": REC + bytes(8)},
-                         f"record 12 at offset {LAST}: ends at offset {len(REC)}, and the 8 bytes after it belong to none"),
+                         f"record 12 at offset {LAST}: ends at offset {len(REC)}, and the 8 bytes after it belong to no"),
     "longer": ({"train.rec": with_length(4)}, f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 4}, and overlaps"),
     "shorter": ({"train.rec": with_length(-4)}, f"record 2 at offset {SECOND}: ends at offset {THIRD - 4}, and the next"),
     "no magic": ({"train.rec": patch(REC, SECOND, b"abcd")},
-                 f"record 2 at offset {SECOND}: no frame begins where one should .0x64636261 is there, not 0xced7230a"),
+                 f"record 2 at offset {SECOND}: no frame begins where one should .found 0x64636261, not 0xced7230a"),
     "a last part first": ({"train.rec": patch(REC, SECOND + 7, b"\x60")},
                           f"record 2 at offset {SECOND}: the record begins with part 3 of"),
     "a first part, no other": ({"train.rec": patch(REC, SECOND + 7, b"\x20")},
@@ -384,7 +384,7 @@ DAMAGED = {
     "no image": (package(insightface()[9:10]), "announces 3 identity records, and there are 0"),
     "record 0 alone": (package([(0, frame(record([1.0, 1.0], 0)))]), "train.rec: holds no image"),
     "record 0 with nonsense": ({"train.rec": patch(REC, OFFSETS[9] + 32, struct.pack("<2f", 3.5, float("nan")))},
-                               f"record 0 at offset {OFFSETS[9]}: announces identity records with the keys 3.5 to nan"),
+                               f"record 0 at offset {OFFSETS[9]}: .*impossible keys 3.5 to nan"),
     "an identity record too few": (package(insightface()[:-1]), "record 0 at .*: announces 3 identity records, and there are 2"),
     "idx of another file": ({"train.idx": IDX.replace(b"2\t%d" % SECOND, b"2\t%d" % (SECOND + 4))},
                             f"record 2 at offset {SECOND + 4}: no frame begins|record 1 at offset 0: ends at"),
@@ -425,7 +425,7 @@ WITHOUT_IDX = {
     "shorter": (with_length(-4), f"train.rec: offset {THIRD - 4}: no frame begins where one should"),
     "longer": (with_length(4), f"train.rec: offset {THIRD + 4}: no frame begins where one should"),
     "a last part first": (patch(REC, SECOND + 7, b"\x60"), f"offset {SECOND}: the record begins with part 3"),
-    "a whole record within parts": (REC + frame(b"12345678", 1) + frame(b"1234"), "the record goes on with part 0"),
+    "a whole record within parts": (REC + frame(b"12345678", 1) + frame(b"1234"), "the record continues with part 0"),
     "something else": (b"these are not the records you are looking for" * 9, "train.rec: offset 0: no frame begins"),
 }
 
