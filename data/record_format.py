@@ -77,7 +77,7 @@ def image_start(record: bytes) -> int:
 
 
 def join_frames(data: bytes, name: str) -> tuple[bytes, int]:
-    """(the record whose frames `data` begins with, where they end). Raises UserError. name: the record's, for errors."""
+    """(the record whose frames `data` begins with, where they end). Raises UserError naming the record by `name`."""
     parts, at, part = [], 0, None
     while part not in (WHOLE, LAST):
         if at + FRAME.size > len(data):

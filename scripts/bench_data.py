@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Images per second of the training loader beside the published way of loading; start-up time with and without an index.
+"""Images per second of the training loader and of the published one; start-up time with and without an index.
 
     python3 scripts/bench_data.py data/ms1m
     python3 scripts/bench_data.py --files 1000000
 
-DIR: the loaders take turns on the same batches of the same files. "ours" is data.loader as main.py uses it: uint8 batches.
-"published" is torchvision's ImageFolder (Pillow, converted to RGB) with ToTensor, Normalize and PyTorch's default
-collation: float batches. Each turn is timed once the batches read ahead before it are used up. What ours leaves to the
-device, prepare_batch, is timed on one core.
+DIR: the loaders take turns on the same batches of the same files. "ours" is data.loader as main.py uses it: uint8
+batches. "published" is torchvision's ImageFolder (Pillow, converted to RGB) with ToTensor, Normalize and PyTorch's
+default collation: float batches. A turn is timed after the batches that were read ahead have been used up.
+prepare_batch, which ours leaves to the device, is timed on one core.
 
---files: a folder of that many empty files is made in a temporary directory, and opened in fresh processes: by FaceFolder as
-at the first start, which scans and writes the index, and as at later ones, and by ImageFolder. Memory is what opening adds to
-the process, and what a forked worker has for itself after it has looked at every sample.
+--files: creates a folder of that many empty files in a temporary directory and opens it in fresh processes: by
+FaceFolder, at the first start, which scans and writes the index, and at later ones; and by ImageFolder. Memory is what
+opening adds to the process, and what is private to a forked worker after it has looked at every sample.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import PIL
 import torch
@@ -47,14 +48,14 @@ CPU = torch.device("cpu")
 SEED = 0
 LATER_STARTS = 3
 CSV_COLUMNS = (
-    "date", "device", "torch", "torchvision", "pillow", "measure", "impl", "workers", "batch", "files", "directories", "unit",
-    "p20", "p50", "p80", "over_published", "worker_private_mib", "process_mib",
+    "date", "device", "torch", "torchvision", "pillow", "measure", "impl", "workers", "batch", "files", "directories",
+    "unit", "p20", "p50", "p80", "over_published", "worker_private_mib", "process_mib",
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for, one field per flag (see `parse_options` for their meaning)."""
+    """The command line, one field per flag; `parse_options` explains them."""
 
     data: str | None
     workers: tuple[int, ...]
@@ -76,14 +77,14 @@ def main() -> None:
     machine = describe_machine(CPU)
     common = {"date": machine["date"], "device": machine["device"], "torch": machine["torch"],
               "torchvision": torchvision.__version__, "pillow": PIL.__version__}
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     if options.data is not None:
         folder = FaceFolder(options.data)
         for workers in options.workers:
             rows += measure_loaders(folder, workers, options)
         rows += measure_augmentation(folder, options)
     if options.files is not None:
-        rows += measure_starts(options)
+        rows += measure_starts(options.files, options)
     rows = [{**dict.fromkeys(CSV_COLUMNS), **common, **row} for row in rows]
     print(json.dumps(rows) if options.json else as_text(rows), flush=True)
     if options.csv is not None:
@@ -94,25 +95,27 @@ def main() -> None:
 # Loaders
 
 
-def measure_loaders(folder: FaceFolder, workers: int, options: Options) -> list[dict[str, object]]:
-    """Rows of both loaders with so many workers each."""
+def measure_loaders(folder: FaceFolder, workers: int, options: Options) -> list[dict[str, Any]]:
+    """Rows of both loaders with this many workers each."""
     published = ImageFolder(folder.root, transform=Compose([ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)]))
     if [path for path, _ in published.samples] != [folder.path(i) for i in range(len(folder))]:
-        raise UserError(f"{folder.root}: ImageFolder finds other images there than FaceFolder; give a folder of JPEGs alone")
-    forked = dict(num_workers=workers, persistent_workers=workers > 0, multiprocessing_context="fork" if workers else None)
+        raise UserError(f"{folder.root}: ImageFolder and FaceFolder find different images; give a folder of JPEGs")
     loaders = {
         "ours": build_train_loader(folder, sampler(folder, options), workers=workers, pin_memory=False),
-        "published": DataLoader(published, batch_sampler=sampler(folder, options), **forked),
+        "published": DataLoader(
+            published, batch_sampler=sampler(folder, options), num_workers=workers, persistent_workers=workers > 0,
+            multiprocessing_context="fork" if workers else None,
+        ),
     }
     turns: dict[str, Turns] = {}
     for name, loader in loaders.items():
         turns[name] = Turns(loader, workers, options)
-        turns[name].take()  # the first one starts the workers and opens files for the first time
+        turns[name].take()  # the first turn starts the workers and reads files for the first time
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(options.rounds):
         for name in loaders:
             rates[name].append(turns[name].take())
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in loaders:
         private = [private_mib(process) for process in turns[name].processes]
         rows.append({
@@ -125,7 +128,7 @@ def measure_loaders(folder: FaceFolder, workers: int, options: Options) -> list[
 
 
 class Turns:
-    """A loader's batches, over as many epochs as it takes, a turn at a time."""
+    """A loader's batches, over as many epochs as needed, one turn at a time."""
 
     def __init__(self, loader: DataLoader, workers: int, options: Options) -> None:
         self._loader, self._ahead, self._options = loader, 2 * workers, options
@@ -133,10 +136,11 @@ class Turns:
         self._batches = iter(loader)
         self._last = 0.0
         self._next()
-        self.processes = [process.pid for process in set(multiprocessing.active_children()) - before]
+        started = set(multiprocessing.active_children()) - before
+        self.processes = [process.pid for process in started if process.pid is not None]
 
     def take(self) -> float:
-        """Images per second of one turn. Afterwards the workers are idle, so that they do not disturb the next one's."""
+        """Images per second of one turn. Then waits until the workers are idle and cannot disturb the next turn."""
         for _ in range(self._ahead):
             self._next()
         started = time.perf_counter()
@@ -159,7 +163,7 @@ def sampler(folder: FaceFolder, options: Options) -> GlobalBatchSampler:
     return GlobalBatchSampler(len(folder), options.batch, 1, 0, 1, SEED)
 
 
-def measure_augmentation(folder: FaceFolder, options: Options) -> list[dict[str, object]]:
+def measure_augmentation(folder: FaceFolder, options: Options) -> list[dict[str, Any]]:
     """Rows of prepare_batch with each --augment, in turns, on one thread."""
     batch = next(iter(build_train_loader(folder, sampler(folder, options), workers=0, pin_memory=False)))
     rates: dict[str, list[float]] = {augment: [] for augment in AUGMENTS}
@@ -168,24 +172,25 @@ def measure_augmentation(folder: FaceFolder, options: Options) -> list[dict[str,
             started = time.perf_counter()
             prepare_batch(batch.images, torch.float32, augment=augment, seed=SEED, epoch=epoch, indices=batch.indices)
             rates[augment].append(options.batch / (time.perf_counter() - started))
-    return [{"measure": "prepare_batch", "impl": augment, "batch": options.batch, "unit": "images/s", **spread(values[1:])}
-            for augment, values in rates.items()]
+    common = {"measure": "prepare_batch", "batch": options.batch, "unit": "images/s"}
+    return [{**common, "impl": augment, **spread(values[1:])} for augment, values in rates.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Starts
 
 
-def measure_starts(options: Options) -> list[dict[str, object]]:
-    """Rows of opening a folder of empty files."""
+def measure_starts(files: int, options: Options) -> list[dict[str, Any]]:
+    """Rows of opening a folder of `files` empty files."""
     with tempfile.TemporaryDirectory(prefix="arcface-bench-", dir=options.temporary) as directory:
         root = os.path.join(directory, "images")
         started = time.perf_counter()
-        make_empty_files(root, options.files, options.directories)
-        print(f"made {options.files:,} files in {options.directories:,} directories in {time.perf_counter() - started:.0f} s; "
-              "waiting until their directories count as settled", file=sys.stderr, flush=True)
+        make_empty_files(root, files, options.directories)
+        seconds = time.perf_counter() - started
+        print(f"created {files:,} files in {options.directories:,} directories in {seconds:.0f} s; waiting until their "
+              "directories count as settled", file=sys.stderr, flush=True)
         time.sleep(3)
-        in_a_fresh_process(open_published, root)  # whoever comes first would pay for what the system has not cached yet
+        in_a_fresh_process(open_published, root)  # the first one pays for what the system has not cached yet
         starts: dict[str, list[dict[str, float]]] = {"published": [], "first, scans": [], "later, by the index": []}
         for k in range(LATER_STARTS):
             index = os.path.join(directory, f"index-{k}")
@@ -194,10 +199,10 @@ def measure_starts(options: Options) -> list[dict[str, object]]:
             starts["later, by the index"].append(in_a_fresh_process(open_ours, root, index))
         started = time.perf_counter()
     print(f"removed them in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, results in starts.items():
         rows.append({
-            "measure": "start", "impl": name, "files": options.files, "directories": options.directories, "unit": "s",
+            "measure": "start", "impl": name, "files": files, "directories": options.directories, "unit": "s",
             **spread([result["seconds"] for result in results]),
             "worker_private_mib": max(result["worker_private_mib"] for result in results),
             "process_mib": max(result["process_mib"] for result in results),
@@ -228,8 +233,8 @@ def open_ours(root: str, index: str) -> dict[str, float]:
     return opened(lambda: FaceFolder(root, index=index), lambda folder, i: folder.path(i))
 
 
-def opened(open_folder: Callable[[], object], look_at: Callable[[object, int], object]) -> dict[str, float]:
-    """How long it takes, what it adds to this process, and what a forked worker has for itself after `look_at` all."""
+def opened(open_folder: Callable[[], Any], look_at: Callable[[Any, int], object]) -> dict[str, float]:
+    """Seconds, MiB added to this process, and MiB private to a forked worker after it has looked at all samples."""
     before = resident_mib()
     started = time.perf_counter()
     folder = open_folder()
@@ -254,7 +259,7 @@ def opened(open_folder: Callable[[], object], look_at: Callable[[object, int], o
 
 
 def resident_mib() -> float:
-    """The pages that this process has in memory, mapped files among them."""
+    """The pages of this process in memory, mapped files included."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / MIB
 
@@ -269,28 +274,34 @@ def spread(values: list[float]) -> dict[str, float]:
     return dict(zip(("p20", "p50", "p80"), percentiles(values)))
 
 
-def as_text(rows: list[dict[str, object]]) -> str:
+def as_text(rows: list[dict[str, Any]]) -> str:
     def cell(value: object) -> str:
-        return "" if value is None else f"{value:,.4g}" if isinstance(value, float) and abs(value) < 100 else (
-            f"{value:,.0f}" if isinstance(value, float) else str(value))
+        if isinstance(value, float):
+            return f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
+        return "" if value is None else str(value)
 
     columns = [name for name in CSV_COLUMNS[5:] if any(row[name] is not None for row in rows)]
-    head = f"{rows[0]['device']}, torch {rows[0]['torch']}, torchvision {rows[0]['torchvision']}, pillow {rows[0]['pillow']}"
-    decoder = "torchvision's operator" if jpeg_operator() is not None else "Pillow: this torchvision has no operator for it"
-    return "\n".join([head, f"JPEG by {decoder}", aligned([columns, *([cell(row[name]) for name in columns] for row in rows)])])
+    first = rows[0]
+    head = f"{first['device']}, torch {first['torch']}, torchvision {first['torchvision']}, pillow {first['pillow']}"
+    decoder = "torchvision's operator" if jpeg_operator() is not None else "Pillow, because torchvision has no operator"
+    table = aligned([columns, *([cell(row[name]) for name in columns] for row in rows)])
+    return f"{head}\nJPEG by {decoder}\n{table}"
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse and check all that can be checked without looking at the machine. Raises UserError."""
-    parser = Parser("bench_data.py", "Images per second of the training loader; start-up time with and without an index.")
-    parser.add_argument("data", metavar="DIR", nargs="?", help="a folder of JPEGs as main.py takes it, to measure the loaders on")
-    parser.add_argument("--workers", default="0,1,2", metavar="N,N,...", help="loading processes (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images of a batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns of each loader (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=15, metavar="N", help="batches of a turn (default: %(default)s)")
-    parser.add_argument("--files", type=int, metavar="N", help="measure the start on so many empty files, such as 1000000")
-    parser.add_argument("--directories", type=int, default=10_000, metavar="N", help="that they lie in (default: %(default)s)")
-    parser.add_argument("--temporary", metavar="DIR", help="where they are made for the time (default: the system's)")
+    parser = Parser("bench_data.py",
+                    "Images per second of the training loader; start-up time with and without an index.")
+    parser.add_argument("data", metavar="DIR", nargs="?",
+                        help="measure the loaders on this folder of JPEGs, laid out as for main.py")
+    parser.add_argument("--workers", default="0,1,2", metavar="N,N,...", help="loader processes (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns per loader (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=15, metavar="N", help="batches per turn (default: %(default)s)")
+    parser.add_argument("--files", type=int, metavar="N", help="measure the start on N empty files, such as 1000000")
+    parser.add_argument("--directories", type=int, default=10_000, metavar="N",
+                        help="the directories that hold them (default: %(default)s)")
+    parser.add_argument("--temporary", metavar="DIR", help="where to create them (default: the system's)")
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     parser.add_argument("--csv", metavar="FILE", help="append the rows to FILE")
     values = vars(parser.parse_args(argv))
@@ -300,7 +311,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise UserError(f"--workers {values['workers']}: give numbers such as 0,1,2") from None
     options = Options(**values)
     if options.data is None and options.files is None:
-        raise UserError("nothing to measure: give a folder of images, or --files N for the start on N empty files, or both")
+        raise UserError("nothing to measure: give a folder of images, --files N to time the start, or both")
     for flag, value, minimum in (
         ("--workers", min(options.workers), 0), ("--batch", options.batch, 1), ("--rounds", options.rounds, 1),
         ("--batches", options.batches, 1), ("--files", options.files, 1), ("--directories", options.directories, 1),

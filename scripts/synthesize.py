@@ -6,7 +6,7 @@
     OUT/train/<identity>/*.jpg
     OUT/lfw/imgs/<identity>/*.jpg
     OUT/lfw/pair.list
-    OUT/synthetic.json                the settings; there only when everything else is
+    OUT/synthetic.json                the settings; written last
 """
 
 from __future__ import annotations
@@ -18,34 +18,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NoReturn
 
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.synthetic import write_identity_set, write_pairs  # noqa: E402
-from utils.errors import UserError, exit_on_user_error  # noqa: E402
+from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 
 SETTINGS_FILE = "synthetic.json"
-DRAWING_VERSION = 1  # raise it when the drawings change, so that old sets are not taken for new ones
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python3 scripts/synthesize.py --help)")
+DRAWING_VERSION = 1  # increase it when the drawings change, so that old sets are not mistaken for new ones
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(allow_abbrev=False, description="Draw a synthetic identity set.")
-    parser.add_argument("out", metavar="OUT", help="directory to make; kept as it is if it already holds this very set")
-    parser.add_argument("--identities", type=int, default=100, metavar="N", help="to train on (default: %(default)s)")
+    parser = Parser("synthesize.py", "Draw a synthetic identity set.")
+    parser.add_argument("out", metavar="OUT", help="directory to create; unchanged if it already holds this set")
+    parser.add_argument("--identities", type=int, default=100, metavar="N",
+                        help="people in the training set (default: %(default)s)")
     parser.add_argument("--images", type=int, default=20, metavar="N", help="per identity (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=600, metavar="N", help="half of one person (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=600, metavar="N",
+                        help="image pairs, half of them of one person (default: %(default)s)")
     parser.add_argument("--pair-identities", type=int, default=50, metavar="N",
-                        help="in the pairs, none of them in the training set (default: %(default)s)")
+                        help="people in the pairs, none of them in the training set (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
     parser.add_argument("--force", action="store_true",
-                        help="replace a set that this program made with other settings; nothing else is ever removed")
+                        help="replace a set that this program drew with other settings; nothing else is ever removed")
     options = parser.parse_args(argv)
     for flag, value, least in (
         ("--identities", options.identities, 2), ("--images", options.images, 1), ("--pairs", options.pairs, 2),
@@ -57,7 +53,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_settings(out: Path) -> dict | None:
-    """The settings that `out` was made with; None if this program did not make it."""
+    """The settings of the set in `out`; None if this program did not draw it."""
     try:
         settings = json.loads((out / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
@@ -75,16 +71,16 @@ def main() -> None:
         print(f"=> {options.out} already holds this set")
         return
     if out.exists() and not out.is_dir():
-        raise UserError(f"{options.out} is not a directory; give another one")
+        raise UserError(f"OUT {options.out}: is not a directory; give another one")
     if out.exists() and any(out.iterdir()):
         if found is None:
-            raise UserError(f"{options.out} is not empty and was not made by this program; give another directory")
+            raise UserError(f"OUT {options.out}: is not empty and not from this program; give another directory")
         if not options.force:
-            raise UserError(f"{options.out} holds a set with other settings; give another directory, or --force")
+            raise UserError(f"OUT {options.out}: holds a set with other settings; give another directory, or --force")
 
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # complete or not there: drawn beside OUT, then renamed
+    # Drawn beside OUT and then renamed, so that OUT is complete or missing.
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         partial.chmod(0o755)

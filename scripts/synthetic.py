@@ -1,15 +1,15 @@
 """Face-like drawings of invented people, for the demo and the tests: no real face, no download.
 
 An *identity* is a point in a space of continuous features (`IDENTITY_FEATURES`: head shape, skin, hair, eyes, brows,
-nose, mouth, beard, marks). An *image* of it adds everything that identity is not (`IMAGE_NUISANCES`: pose, expression,
-light, blur, noise, compression; and a background, clothes, and now and then something over the face). The nuisances
-change the pixels far more than the identity does, so raw pixels verify poorly, while a network that learns to look past
-them verifies people it has never seen.
+nose, mouth, beard, marks). An *image* adds what does not belong to identity (`IMAGE_NUISANCES`: pose, expression,
+light, blur, noise, compression; also a background, clothes, and sometimes something that covers part of the face).
+Nuisances change the pixels far more than identity does: raw pixels verify poorly, while a network that learns to ignore
+them verifies people whom it has never seen.
 
 Random numbers are counted, not streamed: (seed, identity, image) gives the same drawing in any order and any process.
 
-Coordinates: x to the right, y down, z towards the viewer, in pixels of the 112x112 picture, with the origin in the
-middle of the head. Angles in radians. Colours are RGB in 0..255.
+Coordinates: x to the right, y down, z towards the viewer, in pixels of the 112x112 picture, from the head's middle.
+Angles are in radians, colours RGB in 0..255.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from utils.errors import UserError
 
 IMAGE_SIZE = 112
-OVERSAMPLING = 2  # shapes are drawn twice as large and reduced: smooth edges
+OVERSAMPLING = 2  # shapes are drawn twice as large and reduced, for smooth edges
 HEAD_DEPTH = 26.0
 CAMERA_DISTANCE = 260.0
 FACE_CENTER = (56.0, 60.0)  # where the middle of the face lies in an aligned picture
@@ -138,10 +138,11 @@ def _on_ramp(colours: tuple[Colour, ...], position: float) -> np.ndarray:
 
 
 def _rgb(colour: np.ndarray) -> Colour:
-    return tuple(min(max(int(c), 0), 255) for c in colour.tolist())
+    red, green, blue = (min(max(int(c), 0), 255) for c in colour.tolist())
+    return red, green, blue
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _spline(k: int, closed: bool, steps: int = 6) -> np.ndarray:
     """The matrix (k * steps, k) that takes k points to a Catmull-Rom curve through them."""
     eye = np.eye(k)
@@ -179,9 +180,8 @@ def _ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> np.
 class _Painter:
     """Collects shapes in head coordinates, then projects all their points at once and draws them in order.
 
-    A point lies on the front of the head, `lift` pixels above its surface, or, with the lift SILHOUETTE, on the plane
-    through the head's middle. Beside the picture there are masks: where hair is, where skin is softly darker, where
-    whiskers grow.
+    A point lies on the front of the head, `lift` pixels above its surface, or with the lift SILHOUETTE on the plane
+    through the head's middle. Besides the picture there are masks for hair, for soft shadows, and for whiskers.
     """
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class _Painter:
         self._add(points, lift, width, picture=colour)
 
     def cover(self, points: Points | np.ndarray, colour: Colour, lift: float | np.ndarray = SILHOUETTE) -> None:
-        """A shape that hides whatever is behind it, hair and shadows too."""
+        """A shape that hides everything behind it, hair and shadows included."""
         self._add(points, lift, picture=colour, hair=0, shadow=0, whiskers=0)
 
     def hair(self, points: Points | np.ndarray, colour: Colour, lift: float | np.ndarray = SILHOUETTE) -> None:
@@ -238,7 +238,7 @@ class _Painter:
 def _project(points: np.ndarray, lifts: np.ndarray, face: SimpleNamespace, view: SimpleNamespace) -> np.ndarray:
     """Head (k, 2), `lifts` (k,) -> picture (k, 2): rotation, weak perspective, zoom and shift."""
     half_width, half_height = 1.06 * face.face_width, 50.0
-    # a detector puts the middle of the face, not of the skull, at the middle of the picture
+    # A detector centers the picture on the face, not on the skull.
     x, y = np.concatenate([points, [(0.0, 6.0)]]).T
     lifts = np.append(lifts, 0.0)
     flat = np.isnan(lifts)
@@ -254,7 +254,7 @@ def _project(points: np.ndarray, lifts: np.ndarray, face: SimpleNamespace, view:
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Colours that melt into each other, and a few large shapes out of focus."""
+    """A gradient of colours, and a few large shapes out of focus."""
     size = IMAGE_SIZE * OVERSAMPLING
     corners = Image.fromarray(rng.integers(20, 236, (2, 2, 3), dtype=np.uint8))
     picture = corners.resize((28, 28), Image.Resampling.BILINEAR)
@@ -418,7 +418,7 @@ def _draw_marks(paint: _Painter, face: SimpleNamespace) -> None:
 
 
 def _draw_occlusion(paint: _Painter, face: SimpleNamespace, rng: np.random.Generator) -> None:
-    """In about one image in three something lies over the face: glasses, dark glasses, a cap, a bar or a hand."""
+    """Cover part of the face in about one image of three: glasses, dark glasses, a cap, a bar or a hand."""
     kind, colour = rng.random(), _rgb(rng.uniform(10, 200, 3))
     if kind < 0.13:
         frame, w, h = _rgb(rng.uniform(5, 70, 3)), rng.uniform(8, 11), rng.uniform(5, 8)
@@ -462,8 +462,8 @@ def _texture(layers: dict[str, Image.Image], face: SimpleNamespace, rng: np.rand
         density = np.clip(mask("whiskers", 2.0) * (0.85 + 0.25 * grain), 0, 1)
         picture += (0.8 * face.hair.astype(np.float32) - picture) * density
     # straight hair: long thin strands; curly hair: grains
-    strands = Image.fromarray(rng.standard_normal((int(7 + 45 * face.hair_curl), 90), dtype=np.float32))
-    strands = np.asarray(strands.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))[..., None]
+    coarse = Image.fromarray(rng.standard_normal((int(7 + 45 * face.hair_curl), 90), dtype=np.float32))
+    strands = np.asarray(coarse.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))[..., None]
     return picture * (1.0 + 0.17 * mask("hair") * strands)
 
 
@@ -501,7 +501,7 @@ def _degrade(picture: np.ndarray, view: SimpleNamespace, rng: np.random.Generato
 
 @functools.lru_cache(maxsize=256)
 def _face(identity: int, seed: int) -> SimpleNamespace:
-    """The features of a person, and what follows from them; the caller does not change them."""
+    """The features of a person, and what is derived from them. Cached: callers must not change the result."""
     rng = np.random.default_rng((seed, 0, identity))
     face = _sample(IDENTITY_FEATURES, rng)
     face.skin = _on_ramp(SKIN_COLOURS, face.skin_tone) * (1 + 0.04 * face.skin_red, 1.0, 1 - 0.05 * face.skin_red)
@@ -512,7 +512,7 @@ def _face(identity: int, seed: int) -> SimpleNamespace:
 
 
 def draw_face(identity: int, image: int, seed: int = 0) -> Image.Image:
-    """Picture number `image` of person number `identity`: 112x112 RGB, a function of (seed, identity, image) alone."""
+    """Picture number `image` of person number `identity`: 112x112 RGB, a function of (seed, identity, image) only."""
     face = _face(identity, seed)
     rng = np.random.default_rng((seed, 1, identity, image))
     view = _sample(IMAGE_NUISANCES, rng)
@@ -540,9 +540,9 @@ def _write_images(directory: Path, images: list[tuple[int, int]], seed: int) -> 
 
 
 def _write_all(directory: Path, images: list[tuple[int, int]], seed: int) -> None:
-    """Write `images`, shared out over the processor cores."""
+    """Write `images`, in parallel on all processor cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores == 1 or len(images) < 200:  # starting processes would take longer
+    if cores == 1 or len(images) < 200:  # fewer images than starting processes is worth
         _write_images(directory, images, seed)
         return
     chunks = [images[start:start + 50] for start in range(0, len(images), 50)]
@@ -552,7 +552,7 @@ def _write_all(directory: Path, images: list[tuple[int, int]], seed: int) -> Non
 
 
 def image_name(identity: int, image: int) -> str:
-    """Where a picture lies below its set's directory, for example `000017/003.jpg`."""
+    """A picture's path below its set's directory, for example `000017/003.jpg`."""
     return f"{identity:06d}/{image:03d}.jpg"
 
 
@@ -568,21 +568,23 @@ def write_identity_set(
 def sample_pairs(
     pairs: int, identities: int, images_per_identity: int, seed: int = 0
 ) -> list[tuple[tuple[int, int], tuple[int, int], int]]:
-    """`pairs` different pairs ((identity, image), (identity, image), same), by turns of one person and of two.
+    """`pairs` different pairs ((identity, image), (identity, image), same), alternately of one person and of two.
 
-    Identities count from 0. Raises UserError where there are not that many pairs.
+    Identities count from 0. Raises UserError if there are not that many pairs.
     """
     same, different = (pairs + 1) // 2, pairs // 2
     per_identity = images_per_identity * (images_per_identity - 1) // 2
     most_different = identities * (identities - 1) // 2 * images_per_identity**2
     if pairs < 2 or same > identities * per_identity or different > most_different:
         raise UserError(
-            f"{pairs} pairs asked for: {identities} identities of {images_per_identity} images have "
-            f"{identities * per_identity} pairs of one person and {most_different} of two; half of each are needed, "
-            "at least one. Give more identities or images, or another number of pairs"
+            f"{pairs} pairs asked for: {identities} identities of {images_per_identity} images have only "
+            f"{identities * per_identity} pairs of one person and {most_different} of two, and half of the pairs, at "
+            "least one, must be of each kind; give more identities or images, or another number of pairs"
         )
     rng = np.random.default_rng((seed, 2))
-    of_one, of_two = {}, {}  # a dict keeps the order and drops what was drawn before
+    # Dicts keep the order and drop what was drawn before.
+    of_one: dict[tuple[tuple[int, int], tuple[int, int]], int] = {}
+    of_two: dict[tuple[tuple[int, int], tuple[int, int]], int] = {}
     while len(of_one) < same:
         identity = int(rng.integers(identities))
         first, second = sorted(rng.choice(images_per_identity, 2, replace=False).tolist())
@@ -601,7 +603,7 @@ def write_pairs(
 ) -> None:
     """Write `directory/pair.list` (lines `path1 path2 0|1`, 1: the same person) and the images it names below `imgs/`.
 
-    The people are first_identity .. first_identity + identities - 1. UserError: see `sample_pairs`.
+    The people are first_identity .. first_identity + identities - 1. Raises UserError as `sample_pairs` does.
     """
     directory = Path(directory)
     chosen = [
