@@ -181,7 +181,9 @@ def test_what_an_image_gets_does_not_depend_on_its_batch(augment):
     whole = prepare_batch(images, torch.float32, indices=indices, **options)
     order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
     for size in (1, 7, 50):
-        parts = [prepare_batch(images[rows], torch.float32, indices=indices[rows], **options) for rows in order.split(size)]
+        parts = [
+            prepare_batch(images[rows], torch.float32, indices=indices[rows], **options) for rows in order.split(size)
+        ]
         assert torch.equal(torch.cat(parts), whole[order])
 
 
@@ -200,12 +202,20 @@ def test_strides_and_threads_do_not_matter(augment):
     assert torch.equal(batch, expected) and batch.is_contiguous()
 
 
-@pytest.mark.parametrize("augment, expected", [
-    ("none", "d323e83505f7b047"), ("flip", "5298d03d71bbb135"), ("standard", "b47f6f1571c37a18"), ("strong", "77b84ab21f47b7f3"),
-])
+@pytest.mark.parametrize(
+    "augment, expected",
+    [
+        ("none", "d323e83505f7b047"),
+        ("flip", "5298d03d71bbb135"),
+        ("standard", "b47f6f1571c37a18"),
+        ("strong", "77b84ab21f47b7f3"),
+    ],
+)
 def test_augmentations_never_change(augment, expected):
     # Golden values: other ones break every resumed run.
-    images = torch.from_numpy((np.arange(64 * 3 * 112 * 112) * 2654435761 >> 7 & 255).astype(np.uint8)).view(64, 3, 112, 112)
+    images = torch.from_numpy((np.arange(64 * 3 * 112 * 112) * 2654435761 >> 7 & 255).astype(np.uint8)).view(
+        64, 3, 112, 112
+    )
     batch = prepare_batch(images, torch.float32, augment=augment, seed=1, epoch=2, indices=torch.arange(64))
     assert hashlib.sha256(batch.numpy().tobytes()).hexdigest()[:16] == expected
 
@@ -215,7 +225,9 @@ def test_augmentations_never_change(augment, expected):
 
 def test_resampling_is_adaptive_pooling_then_interpolation():
     images = random_images(5)
-    top, left, side, resolution = torch.tensor([[0, 10, 27, 5, 0], [0, 0, 28, 20, 3], [112, 100, 84, 90, 109], [112, 37, 84, 16, 64]])
+    top, left, side, resolution = torch.tensor(
+        [[0, 10, 27, 5, 0], [0, 0, 28, 20, 3], [112, 100, 84, 90, 109], [112, 37, 84, 16, 64]]
+    )
     out = module._resample(112, images.float(), top, left, side, resolution)
     assert torch.equal(out[0], images[0].float())  # the whole window at full resolution is the image itself
     for i in range(5):

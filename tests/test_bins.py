@@ -1,4 +1,4 @@
-"""Evaluation sets in one file: every way in which they are written is read; whatever is wrong is named and nothing is run."""
+"""Evaluation sets in one file: every form is read; what is wrong is named, and no code is run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data.insightface_bin import PairBin
 from data.pairs import PairImages, PairList, check_images, open_pair_sets
 from utils.errors import UserError
 
-# Each file is read hundreds of times: some milliseconds each, of which the file system may take any.
+# Each file is read hundreds of times, and the file system may take any time for it: no deadline.
 FUZZ = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 
 
@@ -47,7 +47,9 @@ def python_2(images: list[bytes], labels: list[bool], protocol: int) -> bytes:
         strings = [b"S" + repr(image).removeprefix("b").encode() + b"\np%d\na" % i for i, image in enumerate(images, 4)]
         flags = [b"I0%d\na" % label for label in labels]
         return b"((lp1\n" + b"".join(strings) + b"(lp2\n" + b"".join(flags) + b"tp3\n."
-    strings = [b"T" + struct.pack("<i", len(image)) + image + b"r" + struct.pack("<I", i) for i, image in enumerate(images, 4)]
+    strings = [
+        b"T" + struct.pack("<i", len(image)) + image + b"r" + struct.pack("<I", i) for i, image in enumerate(images, 4)
+    ]
     flags = [b"\x88" if label else b"\x89" for label in labels]
     return b"\x80\x02]q\x01(" + b"".join(strings) + b"e]q\x02(" + b"".join(flags) + b"e\x86q\x03."
 
@@ -56,9 +58,14 @@ def python_2_arrays(images: list[bytes], labels: list[bool]) -> bytes:
     """Arrays as numpy under Python 2 writes them: protocol 2, with str for the bytes and for the dtype's names."""
     out = b"\x80\x02]q\x01("
     for image in images:
-        out += (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01M"
-                + struct.pack("<H", len(image)) + b"\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
-                + struct.pack("<i", len(image)) + image + b"tb")
+        out += (
+            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01M"
+            + struct.pack("<H", len(image))
+            + b"\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+            + struct.pack("<i", len(image))
+            + image
+            + b"tb"
+        )
     return out + b"e]q\x02(" + b"".join(b"\x88" if label else b"\x89" for label in labels) + b"e\x86."
 
 
@@ -79,9 +86,11 @@ FORMS = {
     "Python 2, arrays": python_2_arrays(IMAGES, LABELS),
 }
 OLD_NUMPY = {  # since protocol 4 the length of a name is written before it
-    f"{name}, numpy 1": data.replace(b"\x16numpy._core", b"\x15numpy._core").replace(b"\x13numpy._core", b"\x12numpy._core")
+    f"{name}, numpy 1": data.replace(b"\x16numpy._core", b"\x15numpy._core")
+    .replace(b"\x13numpy._core", b"\x12numpy._core")
     .replace(b"numpy._core", b"numpy.core")
-    for name, data in FORMS.items() if b"numpy._core" in data
+    for name, data in FORMS.items()
+    if b"numpy._core" in data
 }
 
 
@@ -99,10 +108,12 @@ def test_every_form_is_read(tmp_path: Path, form: str) -> None:
 
 
 def test_the_forms_are_what_pickle_reads() -> None:
-    """That the forms made by hand are right, by the judgement of the real unpickler."""
+    """Check the hand-written forms against the real unpickler."""
     for name, data in FORMS.items():
         images, labels = pickle.loads(data, encoding="bytes") if "Python 2" in name else pickle.loads(data)
-        assert [bytes(np.asarray(image)) if isinstance(image, np.ndarray) else image for image in images] == IMAGES, name
+        assert [bytes(np.asarray(image)) if isinstance(image, np.ndarray) else image for image in images] == IMAGES, (
+            name
+        )
         assert list(map(bool, labels)) == LABELS, name
 
 
@@ -114,7 +125,7 @@ def test_an_image_of_several_pairs_is_one(tmp_path: Path) -> None:
     assert pairs.image_name(3).endswith("image 6")
 
 
-def test_it_is_small_when_it_is_sent_to_another_process(tmp_path: Path) -> None:
+def test_the_object_is_small_when_sent_to_another_process(tmp_path: Path) -> None:
     images = [encoded(i % 256, form="BMP") for i in range(64)]
     sent = pickle.dumps(PairImages(PairBin(written(tmp_path, pickle.dumps((images, [True, False] * 16))))))
     assert len(sent) < 6000 and os.path.getsize(tmp_path / "lfw.bin") > 2_000_000
@@ -218,14 +229,23 @@ def test_missing_and_shrinking_files(tmp_path: Path) -> None:
 
 
 BOMBS = {
-    "bytes": b"\x80\x04B\xff\xff\xff\xff.", "long bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
-    "bytearray": b"\x80\x05\x96" + b"\x00" * 4 + b"\x01\x00\x00\x00.", "frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f.",
-    "text": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "negative": b"\x80\x02T\xff\xff\xff\xff.",
-    "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.", "number": b"I" + b"9" * 100_000 + b"\n.",
+    "bytes": b"\x80\x04B\xff\xff\xff\xff.",
+    "long bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
+    "bytearray": b"\x80\x05\x96" + b"\x00" * 4 + b"\x01\x00\x00\x00.",
+    "frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f.",
+    "text": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.",
+    "negative": b"\x80\x02T\xff\xff\xff\xff.",
+    "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.",
+    "number": b"I" + b"9" * 100_000 + b"\n.",
     "shape": pickle.dumps((IMAGES, np.array(LABELS)), 2).replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85"),
-    "marks": b"(" * 100_000 + b"t" * 100_000 + b".", "lists": b"]" * 100_000 + b".",
-    "text encoded again and again": b"\x80\x02X" + struct.pack("<I", 100_000) + b"a" * 100_000 + b"q\x000]("
-                                    + b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R" * 3_000 + b"e.",
+    "marks": b"(" * 100_000 + b"t" * 100_000 + b".",
+    "lists": b"]" * 100_000 + b".",
+    "text encoded again and again": b"\x80\x02X"
+    + struct.pack("<I", 100_000)
+    + b"a" * 100_000
+    + b"q\x000]("
+    + b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R" * 3_000
+    + b"e.",
 }
 
 
@@ -245,14 +265,18 @@ def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path, bomb: str) ->
 
 
 def check_read(path: Path, read) -> None:
-    """Reading gives a consistent set, or one clear line that names the file."""
+    """Reading gives a consistent set, or an error of one line that names the file."""
     try:
         pairs = read()
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 600 + len(str(path))
         return
     assert len(pairs.index1) == len(pairs.index2) == len(pairs.is_same) == len(pairs)
-    assert not len(pairs) or 0 <= min(pairs.index1.min(), pairs.index2.min()) and max(pairs.index1.max(), pairs.index2.max()) < pairs.num_images
+    assert (
+        not len(pairs)
+        or 0 <= min(pairs.index1.min(), pairs.index2.min())
+        and max(pairs.index1.max(), pairs.index2.max()) < pairs.num_images
+    )
     for i in range(pairs.num_images):
         try:
             assert PairImages(pairs)[i][0].shape == (3, 112, 112)
@@ -260,22 +284,28 @@ def check_read(path: Path, read) -> None:
             assert str(error).startswith(pairs.image_name(i)) and "\n" not in str(error)
 
 
-# small images, so that most of the damage is to the pickle
+# Small images, so that most damage hits the pickle.
 SMALL = [encoded(30 * i) for i in range(8)]
 SEEDS = [
-    pickle.dumps((SMALL, LABELS), 2), pickle.dumps((SMALL, LABELS), 4), python_2(SMALL, LABELS, 0), python_2(SMALL, LABELS, 2),
-    python_2_arrays(SMALL, LABELS), pickle.dumps((SMALL, np.array(LABELS)), 5),
+    pickle.dumps((SMALL, LABELS), 2),
+    pickle.dumps((SMALL, LABELS), 4),
+    python_2(SMALL, LABELS, 0),
+    python_2(SMALL, LABELS, 2),
+    python_2_arrays(SMALL, LABELS),
+    pickle.dumps((SMALL, np.array(LABELS)), 5),
     pickle.dumps(([np.frombuffer(image, dtype=np.uint8) for image in SMALL], [np.bool_(x) for x in LABELS]), 4),
 ]
 
 
 def damaged(data: bytes, draw: st.DrawFn) -> bytes:
-    """Cut off, flipped in some bits, with bytes taken out, put in or repeated."""
+    """Truncated, with bits flipped, or with bytes removed, inserted or repeated."""
     content = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(("truncate", "flip", "flip", "remove", "insert", "repeat", "overwrite")))
-        # where structure is dense, at the ends, as often as anywhere
-        place = draw(st.one_of(st.integers(0, max(len(content) - 1, 0)), st.integers(0, min(200, max(len(content) - 1, 0)))))
+        # Half of the damage is at the ends, where structure is dense.
+        place = draw(
+            st.one_of(st.integers(0, max(len(content) - 1, 0)), st.integers(0, min(200, max(len(content) - 1, 0))))
+        )
         if draw(st.booleans()):
             place = max(len(content) - 1 - place, 0)
         if not content:
@@ -344,7 +374,9 @@ def test_sets_by_name(tmp_path: Path) -> None:
     assert list(open_pair_sets(lists, [path], **flags)) == [f"{tmp_path}/lfw/pair.list", "short", path]
     with pytest.raises(UserError, match=f"--val-bin {re.escape(path)}: is given twice"):
         open_pair_sets([], [path, path], **flags)
-    with pytest.raises(UserError, match="--val-pairs .*short.txt: there is no directory .*agedb/imgs with.*--imgs-root"):
+    with pytest.raises(
+        UserError, match="--val-pairs .*short.txt: there is no directory .*agedb/imgs with.*--imgs-root"
+    ):
         os.rename(tmp_path / "agedb/imgs", tmp_path / "elsewhere")
         open_pair_sets([(None, f"{tmp_path}/agedb/short.txt")], [], **flags)
     with pytest.raises(UserError, match="--val-pairs .*none.list: cannot be read"):

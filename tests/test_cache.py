@@ -133,7 +133,12 @@ def test_a_damaged_index_is_never_used(tmp_path, settled, capsys):
     path = tmp_path / INDEX_NAME
     whole = path.read_bytes()
     rng = random.Random(0)
-    cases = [whole[:keep] for keep in range(0, len(whole), 7)] + [whole + b"x", b"", b"some notes", os.urandom(len(whole))]
+    cases = [whole[:keep] for keep in range(0, len(whole), 7)] + [
+        whole + b"x",
+        b"",
+        b"some notes",
+        os.urandom(len(whole)),
+    ]
     for _ in range(300):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
@@ -146,12 +151,20 @@ def test_a_damaged_index_is_never_used(tmp_path, settled, capsys):
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda arrays: {"image_names": np.where(arrays["image_names"] == ord("j"), ord("/"), arrays["image_names"])}, "names"),
-    (lambda arrays: {"first_image": -arrays["first_image"]}, "contradict"),
-    (lambda arrays: {"first_byte": arrays["first_byte"][::-1]}, "contradict"),
-    (lambda arrays: {"header_is_good": arrays["header_is_good"][1:]}, "contradict"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (
+            lambda arrays: {
+                "image_names": np.where(arrays["image_names"] == ord("j"), ord("/"), arrays["image_names"])
+            },
+            "names",
+        ),
+        (lambda arrays: {"first_image": -arrays["first_image"]}, "contradict"),
+        (lambda arrays: {"first_byte": arrays["first_byte"][::-1]}, "contradict"),
+        (lambda arrays: {"header_is_good": arrays["header_is_good"][1:]}, "contradict"),
+    ],
+)
 def test_a_right_checksum_is_not_enough(tmp_path, settled, capsys, change, reason):
     make_tree(tmp_path)
     settled()
@@ -209,7 +222,9 @@ def test_a_file_that_is_no_index_is_not_replaced(tmp_path):
         FaceFolder(root, index=precious / "index")
 
 
-def test_where_the_data_cannot_be_written_the_cache_has_the_index(tmp_path, settled, monkeypatch, capsys, read_directories):
+def test_where_the_data_cannot_be_written_the_cache_has_the_index(
+    tmp_path, settled, monkeypatch, capsys, read_directories
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = make_tree(tmp_path / "data")
     (root / INDEX_NAME).mkdir()  # tests may run as root, for whom everything can be written
@@ -237,7 +252,9 @@ def checked_headers(monkeypatch) -> list[str]:
     """The names of the files whose headers are looked at from now on."""
     names: list[str] = []
     check_header = module.check_header
-    monkeypatch.setattr("data.folder.check_header", lambda path: names.append(os.path.basename(path)) or check_header(path))
+    monkeypatch.setattr(
+        "data.folder.check_header", lambda path: names.append(os.path.basename(path)) or check_header(path)
+    )
     return names
 
 
@@ -309,7 +326,7 @@ def open_together(root: Path, results: Path, barrier) -> None:
 
 
 def test_processes_may_start_together(faces, tmp_path, settled, capfd):
-    """Each may scan and replace the file while the others read it. What one of them sends can be received after that."""
+    """Each may scan, and replace the file while others read it. What one of them sends can be received afterwards."""
     root, results = small_copy(faces, tmp_path / "faces"), tmp_path / "results"
     results.mkdir()
     settled()
@@ -409,7 +426,8 @@ def test_a_package_is_opened_by_main_and_loads_what_the_folder_loads(faces, tmp_
     assert len(open_for_training(packed, "--index", "none")) == len(dataset)
     sampler = GlobalBatchSampler(48, 8, 1, 0, 1, 0)
     from_package, from_folder = (
-        list(build_train_loader(source, sampler, workers=1, pin_memory=False)) for source in (dataset, FaceFolder(faces))
+        list(build_train_loader(source, sampler, workers=1, pin_memory=False))
+        for source in (dataset, FaceFolder(faces))
     )
     for a, b in zip(from_package, from_folder, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)

@@ -58,7 +58,11 @@ def test_the_loaders_decoder_gives_the_same_pixels(kind):
 
 
 def test_the_loaders_decoder_with_other_formats_and_colours():
-    for image, format in ((smooth_image(), "PNG"), (smooth_image().convert("L"), "JPEG"), (smooth_image().convert("CMYK"), "JPEG")):
+    for image, format in (
+        (smooth_image(), "PNG"),
+        (smooth_image().convert("L"), "JPEG"),
+        (smooth_image().convert("CMYK"), "JPEG"),
+    ):
         data = encode(image, format)
         assert torch.equal(decoded_into(data), decode_image(data, "face"))
 

@@ -234,7 +234,9 @@ def test_workers_persist_take_one_thread_and_survive_signals():
     assert len(pids) == 2
     sampler.set_position(1, 0)
     assert set(torch.cat([batch.labels for batch in loader]).tolist()) == pids
-    labels = torch.cat([batch.labels for batch in loader_of(AboutTheProcess(torch.get_num_threads), sampler_of(), workers=1)])
+    labels = torch.cat(
+        [batch.labels for batch in loader_of(AboutTheProcess(torch.get_num_threads), sampler_of(), workers=1)]
+    )
     assert (labels == 1).all()
 
 
@@ -409,7 +411,7 @@ def test_batches_for_a_gpu_hold_the_same():
     device, sampler = torch.device("cuda", 0), sampler_of()
     expected = list(loader_of(Pictures(), sampler))
     loader = build_train_loader(Pictures(), sampler, workers=2, pin_memory=True)
-    for epoch in range(3):
+    for _ in range(3):
         for moved, batch in zip(DeviceBatches(loader, device), expected, strict=True):
             assert moved.images.is_cuda and moved.labels.is_cuda
             torch.ones(2000, 2000, device=device).matmul(torch.ones(2000, 2000, device=device))  # work to overlap with

@@ -93,7 +93,7 @@ def test_the_package_equals_the_folder(tmp_path, folder):
 
 
 def test_the_package_has_insightfaces_layout(tmp_path):
-    """The steps of insightface's own reader, written out here: record 0, then range(1, label[0]), keys from the .idx."""
+    """Reads as insightface's own reader does: record 0, then range(1, label[0]), keys from the .idx."""
     make_folder(tmp_path / "faces", {"a": 2, "b": 1, "c": 3})
     pack.main(["rec", str(tmp_path / "faces"), str(tmp_path)])
     keys, offsets = read_idx(str(tmp_path / "train.idx"))
@@ -106,7 +106,9 @@ def test_the_package_has_insightfaces_layout(tmp_path):
         record[key] = content[offset + 8 : offset + 8 + length]
 
     def unpack(key):
-        flag, label, id, id2 = np.frombuffer(record[key], np.dtype([("", "<u4"), ("", "<f4"), ("", "<u8"), ("", "<u8")]), 1)[0]
+        flag, label, id, id2 = np.frombuffer(
+            record[key], np.dtype([("", "<u4"), ("", "<f4"), ("", "<u8"), ("", "<u8")]), 1
+        )[0]
         assert id == key and id2 == 0
         if flag:
             return np.frombuffer(record[key], "<f4", flag, 24).tolist(), record[key][24 + 4 * flag :]
@@ -114,11 +116,18 @@ def test_the_package_has_insightfaces_layout(tmp_path):
 
     assert unpack(0) == ([7, 10], b"")
     assert [unpack(key) for key in (7, 8, 9)] == [([1, 3], b""), ([3, 4], b""), ([4, 7], b"")]
-    files = [tmp_path / "faces" / name for name in ("a/000.jpg", "a/001.jpg", "b/000.jpg", "c/000.jpg", "c/001.jpg", "c/002.jpg")]
-    assert [unpack(key) for key in range(1, 7)] == [(label, file.read_bytes()) for label, file in zip([0, 0, 1, 2, 2, 2], files)]
+    files = [
+        tmp_path / "faces" / name
+        for name in ("a/000.jpg", "a/001.jpg", "b/000.jpg", "c/000.jpg", "c/001.jpg", "c/002.jpg")
+    ]
+    assert [unpack(key) for key in range(1, 7)] == [
+        (label, file.read_bytes()) for label, file in zip([0, 0, 1, 2, 2, 2], files)
+    ]
     assert (tmp_path / "property").read_text() == "3,112,112\n"
     assert (tmp_path / "train.identities.txt").read_text() == "a\nb\nc\n"
-    assert (tmp_path / "train.files.txt").read_text() == "a/000.jpg\na/001.jpg\nb/000.jpg\nc/000.jpg\nc/001.jpg\nc/002.jpg\n"
+    assert (
+        tmp_path / "train.files.txt"
+    ).read_text() == "a/000.jpg\na/001.jpg\nb/000.jpg\nc/000.jpg\nc/001.jpg\nc/002.jpg\n"
 
 
 def test_a_package_without_names_unpacks_to_labels_and_keys(tmp_path):
@@ -184,9 +193,15 @@ def test_a_killed_packing_goes_on(tmp_path, folder, whole, monkeypatch, capsys, 
     assert (f"continuing after {calls} of 18 images" in capsys.readouterr().err) == (calls > 0)
 
 
-@pytest.mark.parametrize("calls, module, function", [
-    (3, pack, "labels_record"), (18 + 1, pack, "atomic_write"), (18 + 2 + 1, os, "replace"), (18 + 2 + 2, os, "replace"),
-])
+@pytest.mark.parametrize(
+    "calls, module, function",
+    [
+        (3, pack, "labels_record"),
+        (18 + 1, pack, "atomic_write"),
+        (18 + 2 + 1, os, "replace"),
+        (18 + 2 + 2, os, "replace"),
+    ],
+)
 def test_a_packing_that_is_killed_at_its_end(tmp_path, folder, whole, calls, module, function):
     """Within the records of identities, or between the files' final names (after 18 journals)."""
     argv = ["rec", str(folder), str(tmp_path / "rec")]
@@ -331,7 +346,11 @@ def test_bad_images_are_named_or_left_out(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "3 images of 3 identities, 3 bad ones left out" in out and "continuing after" in err
     dataset = RecordIODataset(rec)
-    assert dataset.labels.tolist() == [0, 0, 2] and dataset.identities == ["a", "b", "c"] and dataset.keys.tolist() == [1, 2, 3]
+    assert (
+        dataset.labels.tolist() == [0, 0, 2]
+        and dataset.identities == ["a", "b", "c"]
+        and dataset.keys.tolist() == [1, 2, 3]
+    )
     pack.main(["folder", str(rec), str(tmp_path / "out")])
     assert sorted(tree(tmp_path / "out")) == [b"a/000.jpg", b"a/002.jpg", b"c/001.jpg"]
     assert "1 identities have no image" in capsys.readouterr().err
@@ -355,11 +374,19 @@ HOSTILE = {
     "a way out": ("identities", "..\nb\n", "train.identities.txt: '..' is not the name"),
     "an absolute path": ("identities", "/tmp\nb\n", "train.identities.txt: '/tmp' is not the name"),
     "an empty name": ("identities", "\nb\n", "train.identities.txt: '' is not the name"),
-    "a file's way out": ("files", "a/../../x.jpg\na/2.jpg\nb/3.jpg\n", "train.files.txt:1: '../../x.jpg' is not the name"),
+    "a file's way out": (
+        "files",
+        "a/../../x.jpg\na/2.jpg\nb/3.jpg\n",
+        "train.files.txt:1: '../../x.jpg' is not the name",
+    ),
     "a directory": ("files", "a/1.jpg\na/..\nb/3.jpg\n", "train.files.txt:2: '..' is not the name"),
     "no file": ("files", "a/1.jpg\na/2.jpg\nb\n", "train.files.txt:3: expected 'b'/<file>"),
     "a zero byte": ("files", "a/1.jpg\na/2\0.jpg\nb/3.jpg\n", "train.files.txt:2: .* is not the name"),
-    "another identity": ("files", "a/1.jpg\nb/2.jpg\nb/3.jpg\n", "train.files.txt:2: expected 'a'/<file>, .* got 'b/2.jpg'"),
+    "another identity": (
+        "files",
+        "a/1.jpg\nb/2.jpg\nb/3.jpg\n",
+        "train.files.txt:2: expected 'a'/<file>, .* got 'b/2.jpg'",
+    ),
     "a line too few": ("files", "a/1.jpg\na/2.jpg\n", "train.files.txt: has 2 lines .* 3 images"),
     "a line too many": ("files", "a/1.jpg\na/2.jpg\nb/3.jpg\n\n", "train.files.txt: has 4 lines .* 3 images"),
     "a name twice": ("files", "a/1.jpg\na/1.jpg\nb/3.jpg\n", "holds 2 files after 3 images"),
@@ -463,7 +490,9 @@ def test_training_from_a_package_equals_training_from_the_folder(pools, faces, t
         results.append(([line["loss"] for line in read_metrics(output)], weights))
     (losses, weights), (packed_losses, packed_weights) = results
     assert len(set(losses)) == 9 and packed_losses == losses
-    assert weights.keys() == packed_weights.keys() and all(torch.equal(weights[name], packed_weights[name]) for name in weights)
+    assert weights.keys() == packed_weights.keys() and all(
+        torch.equal(weights[name], packed_weights[name]) for name in weights
+    )
 
 
 @pytest.mark.skipif(not REAL_FACES, reason="ARCFACE_REAL_FACES names no folder of aligned faces")

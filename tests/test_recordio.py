@@ -54,7 +54,10 @@ def test_layouts(tmp_path, layout, idx):
     offset = int(name.split()[-1])
     assert (tmp_path / "train.rec").read_bytes()[offset:].startswith(frame(dict(LAYOUTS[layout])[key][8:])[:4])
     if not idx:  # it has been made, as it was
-        made, lines = tmp_path / "train.idx", [line.split() for line in (tmp_path / "train.idx").read_text().splitlines()]
+        made, lines = (
+            tmp_path / "train.idx",
+            [line.split() for line in (tmp_path / "train.idx").read_text().splitlines()],
+        )
         write(tmp_path / "with", LAYOUTS[layout])
         assert made.read_text() == (tmp_path / "with" / "train.idx").read_text()
         assert [int(key) for key, _ in lines] == [key for key, _ in LAYOUTS[layout]]
@@ -74,7 +77,7 @@ def test_what_is_a_package(tmp_path):
     assert RecordIODataset(b).root == f"{b}/train/train.rec"
     assert data.RecordIODataset is RecordIODataset
     with pytest.raises(AttributeError, match="no attribute 'RecordIO'"):
-        data.RecordIO
+        data.RecordIO  # noqa: B018
 
 
 def test_importing_data_stays_cheap():
@@ -274,8 +277,16 @@ def test_several_processes_may_make_the_index_at_once(tmp_path):
 def test_blocks_of_any_size_and_jpegs_of_any_kind(tmp_path, monkeypatch, block):
     monkeypatch.setattr(recordio, "_BLOCK", block)
     monkeypatch.setattr(recordio, "_HEAD", max(block, 64))
-    images = [JPEG_KINDS[kind]() for kind in JPEG_KINDS] * 3 + [encode(smooth_image(), format) for format in ("PNG", "BMP", "WEBP")]
-    images += [encode(smooth_image(size=100), "JPEG"), encode(smooth_image(size=100), "PNG"), b"\xff\xd8\xff" * 9, b"text", b""]
+    images = [JPEG_KINDS[kind]() for kind in JPEG_KINDS] * 3 + [
+        encode(smooth_image(), format) for format in ("PNG", "BMP", "WEBP")
+    ]
+    images += [
+        encode(smooth_image(size=100), "JPEG"),
+        encode(smooth_image(size=100), "PNG"),
+        b"\xff\xd8\xff" * 9,
+        b"text",
+        b"",
+    ]
     for idx in (True, False):
         write(tmp_path, im2rec([k % 7 for k in range(len(images))], images), idx)
         dataset = RecordIODataset(tmp_path, index=tmp_path / f"{idx}.index")
@@ -362,46 +373,93 @@ def with_length(change: int) -> bytes:
 
 DAMAGED = {
     "empty": ({"train.rec": b""}, "train.rec: the file is empty"),
-    "truncated": ({"train.rec": REC[:-4]},
-                  f"train.rec: record 12 at offset {LAST}: needs the bytes up to {len(REC)}, and the file has {len(REC) - 4}"),
-    "truncated in a head": ({"train.rec": REC[: LAST + 4]}, f"train.rec: record 12 at offset {LAST}: needs the bytes up to"),
-    "truncated before a record": ({"train.rec": REC[:LAST]},
-                                  f"record 12 at offset {LAST}: the offset is beyond the end of the file"),
-    "bytes at the end": ({"train.rec": REC + bytes(8)},
-                         f"record 12 at offset {LAST}: ends at offset {len(REC)}, and the 8 bytes after it belong to no"),
-    "longer": ({"train.rec": with_length(4)}, f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 4}, and overlaps"),
-    "shorter": ({"train.rec": with_length(-4)}, f"record 2 at offset {SECOND}: ends at offset {THIRD - 4}, and the next"),
-    "no magic": ({"train.rec": patch(REC, SECOND, b"abcd")},
-                 f"record 2 at offset {SECOND}: no frame begins where one should .found 0x64636261, not 0xced7230a"),
-    "a last part first": ({"train.rec": patch(REC, SECOND + 7, b"\x60")},
-                          f"record 2 at offset {SECOND}: the record begins with part 3 of"),
-    "a first part, no other": ({"train.rec": patch(REC, SECOND + 7, b"\x20")},
-                               f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 8}, and overlaps"),
-    "too many labels": ({"train.rec": patch(REC, SECOND + 8, b"\0\0\0\x7f")},
-                        f"record 2 at offset {SECOND}: its header announces 2130706432 labels"),
-    "no room for a header": (package([(0, frame(b"abc")), *im2rec()[1:]]), "record 0 at offset 0: has 3 bytes, less than"),
+    "truncated": (
+        {"train.rec": REC[:-4]},
+        f"train.rec: record 12 at offset {LAST}: needs the bytes up to {len(REC)}, and the file has {len(REC) - 4}",
+    ),
+    "truncated in a head": (
+        {"train.rec": REC[: LAST + 4]},
+        f"train.rec: record 12 at offset {LAST}: needs the bytes up to",
+    ),
+    "truncated before a record": (
+        {"train.rec": REC[:LAST]},
+        f"record 12 at offset {LAST}: the offset is beyond the end of the file",
+    ),
+    "bytes at the end": (
+        {"train.rec": REC + bytes(8)},
+        f"record 12 at offset {LAST}: ends at offset {len(REC)}, and the 8 bytes after it belong to no",
+    ),
+    "longer": (
+        {"train.rec": with_length(4)},
+        f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 4}, and overlaps",
+    ),
+    "shorter": (
+        {"train.rec": with_length(-4)},
+        f"record 2 at offset {SECOND}: ends at offset {THIRD - 4}, and the next",
+    ),
+    "no magic": (
+        {"train.rec": patch(REC, SECOND, b"abcd")},
+        f"record 2 at offset {SECOND}: no frame begins where one should .found 0x64636261, not 0xced7230a",
+    ),
+    "a last part first": (
+        {"train.rec": patch(REC, SECOND + 7, b"\x60")},
+        f"record 2 at offset {SECOND}: the record begins with part 3 of",
+    ),
+    "a first part, no other": (
+        {"train.rec": patch(REC, SECOND + 7, b"\x20")},
+        f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 8}, and overlaps",
+    ),
+    "too many labels": (
+        {"train.rec": patch(REC, SECOND + 8, b"\0\0\0\x7f")},
+        f"record 2 at offset {SECOND}: its header announces 2130706432 labels",
+    ),
+    "no room for a header": (
+        package([(0, frame(b"abc")), *im2rec()[1:]]),
+        "record 0 at offset 0: has 3 bytes, less than",
+    ),
     "labels only": (package([(5, frame(record([], 5)))]), "train.rec: .*1 of 1 images? (are|is) bad"),
     "no image": (package(insightface()[9:10]), "announces 3 identity records, and there are 0"),
     "record 0 alone": (package([(0, frame(record([1.0, 1.0], 0)))]), "train.rec: holds no image"),
-    "record 0 with nonsense": ({"train.rec": patch(REC, OFFSETS[9] + 32, struct.pack("<2f", 3.5, float("nan")))},
-                               f"record 0 at offset {OFFSETS[9]}: .*impossible keys 3.5 to nan"),
-    "an identity record too few": (package(insightface()[:-1]), "record 0 at .*: announces 3 identity records, and there are 2"),
-    "idx of another file": ({"train.idx": IDX.replace(b"2\t%d" % SECOND, b"2\t%d" % (SECOND + 4))},
-                            f"record 2 at offset {SECOND + 4}: no frame begins|record 1 at offset 0: ends at"),
-    "idx without a line": ({"train.idx": IDX.replace(b"3\t%d\n" % THIRD, b"")},
-                           f"record 2 at offset {SECOND}: ends at offset {THIRD}, and the next"),
+    "record 0 with nonsense": (
+        {"train.rec": patch(REC, OFFSETS[9] + 32, struct.pack("<2f", 3.5, float("nan")))},
+        f"record 0 at offset {OFFSETS[9]}: .*impossible keys 3.5 to nan",
+    ),
+    "an identity record too few": (
+        package(insightface()[:-1]),
+        "record 0 at .*: announces 3 identity records, and there are 2",
+    ),
+    "idx of another file": (
+        {"train.idx": IDX.replace(b"2\t%d" % SECOND, b"2\t%d" % (SECOND + 4))},
+        f"record 2 at offset {SECOND + 4}: no frame begins|record 1 at offset 0: ends at",
+    ),
+    "idx without a line": (
+        {"train.idx": IDX.replace(b"3\t%d\n" % THIRD, b"")},
+        f"record 2 at offset {SECOND}: ends at offset {THIRD}, and the next",
+    ),
     "idx without the first line": ({"train.idx": IDX[4:]}, "train.idx lists no record at offset 0"),
-    "an offset twice": ({"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % SECOND)}, "record 3 has the same offset"),
+    "an offset twice": (
+        {"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % SECOND)},
+        "record 3 has the same offset",
+    ),
     "a key twice": ({"train.idx": IDX.replace(b"3\t", b"2\t", 1)}, "train.idx: the key 2 appears twice"),
-    "an odd offset": ({"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % (THIRD + 1))}, "the offset is not a multiple of 4"),
+    "an odd offset": (
+        {"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % (THIRD + 1))},
+        "the offset is not a multiple of 4",
+    ),
     "a huge key": ({"train.idx": IDX.replace(b"3\t", b"4294967296\t", 1)}, "the key 4294967296 is above"),
     "empty idx": ({"train.idx": b""}, "train.idx: the file is empty; remove it"),
-    "words in the idx": ({"train.idx": IDX.replace(b"3\t", b"three\t", 1)}, r"train.idx:3: expected 'key<tab>offset', got 'three\\t"),
+    "words in the idx": (
+        {"train.idx": IDX.replace(b"3\t", b"three\t", 1)},
+        r"train.idx:3: expected 'key<tab>offset', got 'three\\t",
+    ),
     "blanks in the idx": ({"train.idx": IDX.replace(b"3\t", b"3 ", 1)}, "train.idx:3: expected 'key<tab>offset'"),
     "three columns": ({"train.idx": IDX.replace(b"3\t", b"3\t3\t", 1)}, "train.idx:3: expected 'key<tab>offset'"),
     "a tab that moved": ({"train.idx": b"1\t\t0\n3\n"}, "train.idx:1: expected 'key<tab>offset'"),
     "a negative offset": ({"train.idx": IDX.replace(b"1\t0", b"1\t-0", 1)}, "train.idx:1: expected 'key<tab>offset'"),
-    "a number of 19 digits": ({"train.idx": IDX.replace(b"1\t0", b"1\t" + b"0" * 19, 1)}, "train.idx:1: expected 'key<tab>offset'"),
+    "a number of 19 digits": (
+        {"train.idx": IDX.replace(b"1\t0", b"1\t" + b"0" * 19, 1)},
+        "train.idx:1: expected 'key<tab>offset'",
+    ),
     "a blank line": ({"train.idx": IDX + b"\n"}, "train.idx:14: expected 'key<tab>offset', got ''"),
 }
 
@@ -419,8 +477,14 @@ def test_damage_is_named(tmp_path, damage):
 
 WITHOUT_IDX = {
     "truncated": (REC[:-4], f"record 12 at offset {LAST}: the file is truncated within it, 4 bytes"),
-    "truncated in a head": (REC[: LAST + 4], f"train.rec: offset {LAST}: the file is truncated within the head of a frame"),
-    "truncated before the last part": (REC + frame(b"12345678", 1), f"record 13 at offset {len(REC)}: the file is truncated before its"),
+    "truncated in a head": (
+        REC[: LAST + 4],
+        f"train.rec: offset {LAST}: the file is truncated within the head of a frame",
+    ),
+    "truncated before the last part": (
+        REC + frame(b"12345678", 1),
+        f"record 13 at offset {len(REC)}: the file is truncated before its",
+    ),
     "bytes at the end": (REC + bytes(8), f"train.rec: offset {len(REC)}: no frame begins where one should"),
     "shorter": (with_length(-4), f"train.rec: offset {THIRD - 4}: no frame begins where one should"),
     "longer": (with_length(4), f"train.rec: offset {THIRD + 4}: no frame begins where one should"),
@@ -453,7 +517,9 @@ def test_labels_that_are_no_class(tmp_path, label, layout):
         dataset = RecordIODataset(tmp_path)
         assert dataset.labels[4] == 3 and len(dataset.identities) == 4
         return
-    with pytest.raises(UserError, match=r"train.rec: record \d at offset \d+: its label .* is not one of the classes 0 to "):
+    with pytest.raises(
+        UserError, match=r"train.rec: record \d at offset \d+: its label .* is not one of the classes 0 to "
+    ):
         RecordIODataset(tmp_path)
 
 
@@ -488,13 +554,17 @@ def test_bad_images(tmp_path, capsys):
         with pytest.raises(UserError) as caught:
             dataset.check_headers(skip_bad=False, progress=False)
         message = str(caught.value)
-        assert message.startswith(f"{tmp_path}/train.rec: record 2 at offset {SECOND}: not a JPEG") and "\n" not in message
+        assert (
+            message.startswith(f"{tmp_path}/train.rec: record 2 at offset {SECOND}: not a JPEG") and "\n" not in message
+        )
         assert "3 of 9 images are bad" in message and "--skip-bad-images" in message
         assert len(dataset) == 9 and not dataset.skip_bad
         assert dataset.check_headers(skip_bad=True, progress=True) == 3
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and "3 of 9 images are bad and skipped" in err
-        assert dataset.skip_bad and dataset.identities == ["0", "1", "2"] and dataset.labels.tolist() == [0, 0, 1, 2, 2, 2]
+        assert (
+            dataset.skip_bad and dataset.identities == ["0", "1", "2"] and dataset.labels.tolist() == [0, 0, 1, 2, 2, 2]
+        )
         assert dataset.keys.tolist() == [1, 3, 4, 7, 8, 9]
         copy = pickle.loads(pickle.dumps(dataset))
         assert copy.skip_bad and all(torch.equal(copy[i][0], dataset[i][0]) for i in range(6))
@@ -567,12 +637,25 @@ def check_any_package(directory: Path, rec: bytes, idx: bytes | None) -> str | N
     return None
 
 
-FUZZED = {layout: package(frames) for layout, frames in (
-    ("insightface", insightface(LABELS[:5], JPEGS[:5])),
-    ("im2rec", im2rec(LABELS[:4], JPEGS[:4])),
-    ("parts", [(key, image_record(key, key % 2, JPEGS[key] + bytes(-len(JPEGS[key]) % 4) + magics(b"1234", b"56789", b"abc")))
-               for key in range(3)]),
-)}
+FUZZED = {
+    layout: package(frames)
+    for layout, frames in (
+        ("insightface", insightface(LABELS[:5], JPEGS[:5])),
+        ("im2rec", im2rec(LABELS[:4], JPEGS[:4])),
+        (
+            "parts",
+            [
+                (
+                    key,
+                    image_record(
+                        key, key % 2, JPEGS[key] + bytes(-len(JPEGS[key]) % 4) + magics(b"1234", b"56789", b"abc")
+                    ),
+                )
+                for key in range(3)
+            ],
+        ),
+    )
+}
 FUZZING = settings(deadline=None, database=None, derandomize=True,
                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -619,7 +702,13 @@ def test_fuzz_truncated_and_cut_out(tmp_path_factory, layout, cuts, at_heads, ta
 
 
 @settings(FUZZING, max_examples=250)
-@given(layout=layouts, which=st.integers(0, 10**6), word=st.integers(0, 2**32 - 1), small=st.integers(-40, 40), how=st.integers(0, 2))
+@given(
+    layout=layouts,
+    which=st.integers(0, 10**6),
+    word=st.integers(0, 2**32 - 1),
+    small=st.integers(-40, 40),
+    how=st.integers(0, 2),
+)
 @pytest.mark.filterwarnings("ignore")
 def test_fuzz_wrong_lengths(tmp_path_factory, layout, which, word, small, how):
     content = FUZZED[layout]["train.rec"]
@@ -658,8 +747,13 @@ def test_fuzz_idx(tmp_path_factory, layout, bytes_, cut, lines, how):
 
 
 @settings(FUZZING, max_examples=100)
-@given(rec=st.binary(max_size=300), magics_at=st.lists(st.integers(0, 70), max_size=5),
-       idx=st.one_of(st.none(), st.binary(max_size=100), st.from_regex(rb"([0-9]{1,3}\t[0-9]{1,3}\n){1,4}", fullmatch=True)))
+@given(
+    rec=st.binary(max_size=300),
+    magics_at=st.lists(st.integers(0, 70), max_size=5),
+    idx=st.one_of(
+        st.none(), st.binary(max_size=100), st.from_regex(rb"([0-9]{1,3}\t[0-9]{1,3}\n){1,4}", fullmatch=True)
+    ),
+)
 @pytest.mark.filterwarnings("ignore")
 def test_fuzz_anything(tmp_path_factory, rec, magics_at, idx):
     for at in magics_at:

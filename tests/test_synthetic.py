@@ -121,7 +121,12 @@ def test_plot_training_curve_with_a_torn_last_line(tmp_path: Path) -> None:
     with metrics.open("a") as file:
         file.write('ss": 1.0, "epoch": 0, "lr": 0.1}\n')  # the line that was torn
         for step, accuracy in ((20, 0.6), (60, 0.7)):
-            file.write(json.dumps({"step": step, "epoch": 0, "val": {"lfw": {"accuracy": accuracy}, "agedb": {"accuracy": 0.5}}}) + "\n")
+            file.write(
+                json.dumps(
+                    {"step": step, "epoch": 0, "val": {"lfw": {"accuracy": accuracy}, "agedb": {"accuracy": 0.5}}}
+                )
+                + "\n"
+            )
     run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.height > plain + 200  # a panel more
@@ -135,7 +140,9 @@ def test_plot_roc_of_two_results(tmp_path: Path) -> None:
     rates = np.linspace(0, 1, 50)
     for name, power in (("good", 0.2), ("poor", 0.9)):
         result = {"accuracy": 0.8, "auc": 0.9, "fpr": rates.tolist(), "tpr": (rates**power).tolist()}
-        (tmp_path / f"{name}.json").write_text(json.dumps(result if name == "good" else {"sets": {"lfw": result, "agedb": result}}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(result if name == "good" else {"sets": {"lfw": result, "agedb": result}})
+        )
     run("scripts/plot.py", "--roc", f"{tmp_path / 'good.json'}=trained", "--roc", tmp_path / "poor.json",
         "--output", tmp_path / "roc.png")
     with Image.open(tmp_path / "roc.png") as picture:
@@ -144,10 +151,16 @@ def test_plot_roc_of_two_results(tmp_path: Path) -> None:
     assert [curve.label for curve in plot.read_roc(f"{tmp_path / 'good.json'}=trained")] == ["trained"]
 
 
-@pytest.mark.parametrize("arguments", [
-    ("--output", "x.png"), ("--metrics", "absent.jsonl", "--output", "x.png"), ("--roc", "absent.json", "--output", "x.png"),
-    ("--metrics", "a", "--roc", "b", "--output", "x.png"), ("--metrics", "a", "--output", "x.exe"),
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--output", "x.png"),
+        ("--metrics", "absent.jsonl", "--output", "x.png"),
+        ("--roc", "absent.json", "--output", "x.png"),
+        ("--metrics", "a", "--roc", "b", "--output", "x.png"),
+        ("--metrics", "a", "--output", "x.exe"),
+    ],
+)
 def test_plot_explains_mistakes_in_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     message = run("scripts/plot.py", *arguments, status=2, cwd=tmp_path)
     assert message.startswith("error:") and message.count("\n") == 1
