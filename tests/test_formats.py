@@ -31,9 +31,9 @@ def test_the_format_follows_from_the_path(tmp_path):
 
 
 @pytest.mark.parametrize("path, cause", [
-    ("nowhere", "nowhere: no such file or directory"),
+    ("nowhere", "nowhere: no such directory"),
     ("nowhere.rec", "nowhere.rec: no such file"),
-    ("folder/a/000.jpg", "000.jpg: no such file or directory; give a .rec file"),
+    ("folder/a/000.jpg", "000.jpg: no such directory; give a .rec file"),
     ("other", "other: holds faces.rec, but no train.rec; give .*other/faces.rec"),
     ("flat", "flat: has no sub-directories"),
 ])
