@@ -22,7 +22,7 @@ from helpers.commands import ROOT, finish, free_port, wait_for
 from utils.errors import UserError
 from utils.launch import multinode
 from utils.launch.cause import Cause, first_cause
-from utils.launch.multinode import Coordinator, NodeLink
+from utils.launch.multinode import NodeLink
 
 FACTS = {"--world-size": 2, "program": "abc"}
 
@@ -64,19 +64,18 @@ class Network:
 
 
 class Meeting:
-    """Node 0's store and coordinator, and the links to it."""
+    """Node 0's store, and the links of the nodes to it."""
 
     def __init__(self, count: int, timeout: float) -> None:
         self.count, self._timeout = count, timeout
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.network = Network(self.store.port)
-        self.coordinator = Coordinator(self.store, nodes=count, facts=FACTS, timeout=timeout)
         self.links: list[NodeLink] = []
 
     def link(self, node: int, *, through_network: bool = False, **facts: object) -> NodeLink:
         port = self.network.port if through_network else self.store.port
-        self.links.append(NodeLink(host="127.0.0.1", port=port, node=node, nodes=self.count, facts={**FACTS, **facts},
-                                   timeout=self._timeout))
+        self.links.append(NodeLink(("127.0.0.1", port), node=node, nodes=self.count, facts={**FACTS, **facts},
+                                   timeout=self._timeout, store=None if node else self.store))
         return self.links[-1]
 
     def meet(self, through_network: tuple[int, ...] = ()) -> list[NodeLink]:
@@ -102,7 +101,6 @@ def meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Meeting]]
     for each in made:
         for link in each.links:
             link.close()
-        each.coordinator.close()
         each.network.end()
 
 
@@ -212,7 +210,7 @@ def test_nodes_that_do_not_come_are_named(meeting, capsys, monkeypatch):
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_node_0_that_does_not_come_is_named(host):
     port = free_port()
-    link = NodeLink(host=host, port=port, node=1, nodes=2, facts=FACTS, timeout=1)
+    link = NodeLink((host, port), node=1, nodes=2, facts=FACTS, timeout=1)
     with pytest.raises(UserError, match=f"tcp://{host}:{port}: node 1 .*(refused|not known|resolution)"):
         link.meet()
     link.close()
@@ -221,7 +219,7 @@ def test_node_0_that_does_not_come_is_named(host):
 def test_a_program_that_never_answers_is_not_node_0():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        link = NodeLink(host="127.0.0.1", port=port, node=1, nodes=2, facts=FACTS, timeout=1)
+        link = NodeLink(("127.0.0.1", port), node=1, nodes=2, facts=FACTS, timeout=1)
         with pytest.raises(UserError, match=f"tcp://127.0.0.1:{port}: node 1 did not reach node 0 .*no answer"):
             link.meet()
         link.close()
@@ -230,7 +228,7 @@ def test_a_program_that_never_answers_is_not_node_0():
 def test_two_nodes_with_one_rank_are_named(meeting):
     three = meeting(3)
     answers = in_threads(three.link(0).meet, three.link(1).meet, three.link(1).meet)
-    assert len(set(answers)) == 1 and "--rank 1 was given twice" in answers[0]
+    assert len(set(answers)) == 1 and "--rank 1 was given to two nodes" in answers[0]
     assert answers[0].count(socket.gethostname()) == 2
 
 
@@ -251,24 +249,26 @@ def test_a_latecomer_does_not_end_the_run(meeting):
 
 
 def test_a_node_may_start_again_while_the_others_wait(meeting):
-    both = meeting(2)
-    early = both.link(1)
-    wait_for(lambda: early._state.phase == "waiting")
+    three = meeting(3)
+    first, early = three.link(0), three.link(1)
+    wait_for(lambda: early._state.missing == [2])
     early.close()
-    time.sleep(1.1)  # ABSENT_SECONDS
-    assert report_all(both.meet(), None, None) == [None, None]
+    wait_for(lambda: first._state.missing == [1, 2])
+    links = [first, three.link(1), three.link(2)]
+    assert in_threads(*[link.meet for link in links]) == [None] * 3
+    assert report_all(links, None, None, None) == [None] * 3
 
 
 def test_node_0_may_start_again_while_the_others_wait(meeting):
-    first = meeting(2)
+    first, second = meeting(3), meeting(3)
+    first.link(0)
     early = first.link(1, through_network=True)
-    wait_for(lambda: early._state.phase == "waiting")
-    second = meeting(2)
-    early._port = second.store.port
+    wait_for(lambda: early._state.missing == [2])
+    early._address = "127.0.0.1", second.store.port
     first.network.end()
-    links = [second.link(0), early]
-    assert in_threads(*[link.meet for link in links]) == [None, None]
-    assert report_all(links, None, None) == [None, None]
+    links = [second.link(0), early, second.link(2)]
+    assert in_threads(*[link.meet for link in links]) == [None] * 3
+    assert report_all(links, None, None, None) == [None] * 3
 
 
 @pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"[1]\n", b"", b"x" * 3_000_000])

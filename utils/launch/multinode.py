@@ -7,8 +7,8 @@ parents meet there, and the ranks form their process group there. The parents' k
     arrivals     the ids of the nodes, each followed by a comma
     state        written by node 0 (State): who is missing, whether to start or to stop, and how the run ended
 
-While the network is cut a store call blocks, whatever its timeout. So each parent makes its calls in a thread
-(NodeLink), node 0 has a second one (Coordinator), and the main thread reads what they found and watches the clock.
+While the network is cut a store call blocks, whatever its timeout. So a thread makes the calls, and the main thread
+reads what the thread found and watches the clock.
 """
 
 from __future__ import annotations
@@ -89,80 +89,52 @@ def _silent(seconds: float) -> str:
 
 
 class Coordinator:
-    """On node 0: waits for the nodes, then for what ends the run, and publishes the state, in a thread of its own.
-
-    Args:
-        store: a client that nothing else uses.
-        nodes: how many.
-        facts: name -> value, which every node must have.
-        timeout: seconds to wait for the nodes.
-    """
+    """What node 0 decides: it waits for the nodes, then for what ends the run. One thread alone uses it and `store`."""
 
     def __init__(self, store: dist.Store, *, nodes: int, facts: dict[str, Any], timeout: float) -> None:
-        self._store, self._nodes, self._facts, self._timeout = store, nodes, facts, timeout
+        self._store, self._nodes, self._facts = store, nodes, facts
+        self._deadline = time.monotonic() + timeout
+        self._too_late = f"within {timeout:g} s (--dist-timeout)"
+        self._failed_at: float | None = None
         self._members: list[str] = []
         self._records: dict[str, Record] = {}
         self._heard: dict[str, float] = {}
-        self._closing = False
         store.set("arrivals", "")
         self._publish("waiting")
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Wait until the other nodes have read how the run ended, but not for long."""
-        self._closing = self._phase != "ended"
-        self._thread.join(2 * ANSWER_SECONDS)
-
-    def _run(self) -> None:
-        try:
-            self._wait_for_nodes()
-            self._watch_nodes()
-        except Exception as error:  # nobody would end the run
-            self._publish("ended", cause=Cause("error", f"node 0's coordinator failed: {error!r}", 0))
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while not self._closing and time.monotonic() < deadline:
-            if all(record.left for record in self._read_alive().values()):
-                return
 
     def _publish(self, phase: str, *, missing: list[int] | None = None, cause: Cause | None = None) -> None:
         self._store.set("state", _encode(State(phase, missing or [], self._members, cause)))
-        self._phase = phase
+        self._phase, self._since = phase, time.monotonic()
 
-    def _read(self) -> dict[str, Record]:
-        """Wait a moment, then read the records of the members, or, before the start, of all nodes that ever came."""
-        time.sleep(POLL_SECONDS)
+    def step(self) -> bool:
+        """Read what the nodes wrote, and publish what follows. True when all nodes have read how the run ended."""
         names = self._members or self._store.get("arrivals").decode().split(",")[:-1]
+        now = time.monotonic()
         for name, text in zip(names, self._store.multi_get([f"node/{name}" for name in names])):
             record = _decode(Record, text)
             if record is not None and record != self._records.get(name):
-                self._records[name], self._heard[name] = record, time.monotonic()
-        return self._records
+                self._records[name], self._heard[name] = record, now
+        alive = {name: record for name, record in self._records.items() if now - self._heard[name] < ABSENT_SECONDS}
+        if self._phase == "waiting":
+            self._wait_for_nodes(alive)
+        elif self._phase != "ended":
+            self._watch_nodes()
+        return self._phase == "ended" and (
+            all(record.left for record in alive.values()) or now - self._since > ANSWER_SECONDS)
 
-    def _silence(self, name: str) -> float:
-        """The seconds since this node last wrote."""
-        return time.monotonic() - self._heard[name]
-
-    def _read_alive(self) -> dict[str, Record]:
-        return {name: record for name, record in self._read().items() if self._silence(name) < ABSENT_SECONDS}
-
-    def _wait_for_nodes(self) -> None:
-        deadline = time.monotonic() + self._timeout
-        while self._phase == "waiting" and not self._closing:
-            alive = self._read_alive()
-            missing = sorted(set(range(self._nodes)) - {record.node for record in alive.values()})
-            refusal = self._refuse(list(alive.values()))
-            if refusal is not None:
-                self._publish("ended", cause=refusal)
-            elif not missing:
-                self._members, self._records = list(alive), alive
-                self._publish("running")
-            elif time.monotonic() > deadline:
-                self._publish("ended", cause=Cause(
-                    "user", f"{_name_nodes(missing, self._nodes)} did not come within {self._timeout:g} s "
-                            "(--dist-timeout): start every node with this --dist-url and its own --rank", missing[0]))
-            else:
-                self._publish("waiting", missing=missing)
+    def _wait_for_nodes(self, alive: dict[str, Record]) -> None:
+        missing = sorted(set(range(self._nodes)) - {record.node for record in alive.values()})
+        refusal = self._refuse(list(alive.values()))
+        if refusal is None and missing and time.monotonic() > self._deadline:
+            refusal = Cause("user", f"{_name_nodes(missing, self._nodes)} did not come {self._too_late}: start every "
+                                    "node with this --dist-url and its own --rank", missing[0])
+        if refusal is not None:
+            self._publish("ended", cause=refusal)
+        elif missing:
+            self._publish("waiting", missing=missing)
+        else:
+            self._members, self._records = list(alive), alive
+            self._publish("running")
 
     def _refuse(self, records: list[Record]) -> Cause | None:
         """Why these nodes cannot train together."""
@@ -174,37 +146,48 @@ class Coordinator:
                                          "start all nodes with the same flags and the same program", record.node)
             other = numbers.setdefault(record.node, record)
             if other is not record:
-                return Cause("user", f"--rank {record.node} was given twice, to {other.host} (process {other.process})"
-                                     f" and {record.host} (process {record.process}): number the nodes from 0 to "
-                                     f"{self._nodes - 1}", record.node)
+                return Cause("user", f"--rank {record.node} was given to two nodes, {other.host} (process "
+                                     f"{other.process}) and {record.host} (process {record.process}): number the nodes "
+                                     f"from 0 to {self._nodes - 1}", record.node)
         return None
 
     def _watch_nodes(self) -> None:
-        failed_at = None
-        while self._phase != "ended" and not self._closing:
-            causes, unfinished = [], False
-            for name, record in self._read().items():
-                silence = self._silence(name)
-                if record.reported:
-                    causes += [record.cause] if record.cause else []
-                elif silence > (SILENCE_SECONDS if failed_at is None else ANSWER_SECONDS):
-                    causes.append(Cause("gone", f"{record} is gone: {_silent(silence)}", record.node))
-                elif failed_at is not None and time.monotonic() - failed_at > SILENCE_SECONDS:
-                    causes.append(Cause("gone", f"{record} could not end its ranks", record.node))
-                else:
-                    unfinished = True
-            if not unfinished:
-                self._publish("ended", cause=first_cause(causes))
-            elif causes and failed_at is None:
-                failed_at = time.monotonic()
-                self._publish("stopping")
+        now, failed_at = time.monotonic(), self._failed_at
+        causes, unfinished = [], False
+        for name, record in self._records.items():
+            silence = now - self._heard[name]
+            if record.reported:
+                causes += [record.cause] if record.cause else []
+            elif silence > (SILENCE_SECONDS if failed_at is None else ANSWER_SECONDS):
+                causes.append(Cause("gone", f"{record} is gone: {_silent(silence)}", record.node))
+            elif failed_at is not None and now - failed_at > SILENCE_SECONDS:
+                causes.append(Cause("gone", f"{record} could not end its ranks", record.node))
+            else:
+                unfinished = True
+        if not unfinished:
+            self._publish("ended", cause=first_cause(causes))
+        elif causes and failed_at is None:
+            self._failed_at = now
+            self._publish("stopping")
 
 
 class NodeLink:
-    """A parent's connection to the others: `meet`, start the ranks, watch `alarm`, `report` in the end, and `close`."""
+    """A parent's link to the other parents: `meet`, start the ranks, watch `alarm`, `report` in the end, and `close`.
 
-    def __init__(self, *, host: str, port: int, node: int, nodes: int, facts: dict[str, Any], timeout: float) -> None:
-        self._host, self._port, self._nodes, self._timeout = host, port, nodes, timeout
+    Args:
+        address: host and port of node 0's store.
+        node: the number of this node, of `nodes`.
+        facts: name -> value, which must be the same on all nodes.
+        timeout: seconds to wait for the other nodes.
+        store: on node 0 the store itself; nothing else may use this object.
+    """
+
+    def __init__(
+        self, address: tuple[str, int], *, node: int, nodes: int, facts: dict[str, Any], timeout: float,
+        store: dist.TCPStore | None = None,
+    ) -> None:
+        self._address, self._nodes, self._timeout = address, nodes, timeout
+        self._coordinator = store and Coordinator(store, nodes=nodes, facts=facts, timeout=timeout)
         self._record = Record(node, socket.gethostname(), os.getpid(), facts, 0, reported=False, cause=None, left=False)
         self._state = State("connecting")
         self._begin = self._heard = time.monotonic()
@@ -227,9 +210,8 @@ class NodeLink:
                       "(--dist-timeout)", flush=True)
             if now - self._heard > (self._timeout if state.phase == "connecting" else SILENCE_SECONDS):
                 raise UserError(
-                    f"--dist-url tcp://{self._host}:{self._port}: node {self._record.node} did not reach node 0 there "
-                    f"within {now - self._heard:.0f} s (--dist-timeout; {self._failure}): is node 0 started, is that "
-                    "its address, is the port open?")
+                    f"{self._url}: node {self._record.node} did not reach node 0 there within {now - self._heard:.0f} s "
+                    f"(--dist-timeout; {self._failure}): is node 0 started, is that its address, is the port open?")
 
     @property
     def alarm(self) -> bool:
@@ -237,7 +219,7 @@ class NodeLink:
         return self._state.phase == "stopping" or self._end() is not None
 
     def report(self, cause: Cause | None) -> Cause | None:
-        """Publish how this node's ranks ended, wait for the other nodes, and return what ended the run, None: success.
+        """Publish how this node's ranks ended, and wait for the other nodes. Returns what ended the run, None: success.
 
         `cause` is None if the ranks succeeded, or were stopped because of `alarm`.
         """
@@ -247,8 +229,13 @@ class NodeLink:
         return first_cause([known for known in (cause, self._end()) if known is not None])
 
     def close(self) -> None:
-        self._closing = True
-        self._thread.join(2 * POLL_SECONDS)  # not for ever: a store call may block it
+        """End the thread. On node 0 wait until the other nodes have read how the run ended, but not for long."""
+        self._closing = self._coordinator is None or self._state.phase != "ended"
+        self._thread.join(2 * POLL_SECONDS if self._closing else 2 * ANSWER_SECONDS)  # a store call may block it
+
+    @property
+    def _url(self) -> str:
+        return f"--dist-url tcp://{self._address[0]}:{self._address[1]}"
 
     def _end(self) -> Cause | None:
         """What ended the run, as far as this node knows."""
@@ -257,7 +244,7 @@ class NodeLink:
             return state.cause
         if state.phase == "lost" or silence > SILENCE_SECONDS:
             why = "its process has ended" if state.phase == "lost" else _silent(silence)
-            return Cause("gone", f"node 0 ({self._host}) is gone: {why}", 0)
+            return Cause("gone", f"node 0 ({self._address[0]}) is gone: {why}", 0)
         return None
 
     def _run(self) -> None:
@@ -272,11 +259,11 @@ class NodeLink:
 
     def _take_part(self) -> None:
         """Write this node's record and read node 0's state until the end. Raises an error if the connection fails."""
-        # TCPStore does not say why it cannot connect.
-        socket.create_connection((self._host, self._port), timeout=ANSWER_SECONDS).close()
-        store = dist.TCPStore(self._host, self._port, is_master=False, timeout=timedelta(seconds=self._timeout))
+        socket.create_connection(self._address, timeout=ANSWER_SECONDS).close()  # TCPStore would not say why it fails
+        store = dist.TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=self._timeout))
         name = secrets.token_hex(8)
         for beat in itertools.count():
+            finished = self._coordinator.step() if self._coordinator else True
             state = _decode(State, store.get("state"))
             if state is None:
                 raise ValueError("another program answers there")
@@ -284,14 +271,14 @@ class NodeLink:
                 if state.phase != "running":
                     raise ValueError("another run is ending there")
                 self._state = State("ended", cause=Cause(
-                    "user", f"--rank {self._record.node}: the run at --dist-url tcp://{self._host}:{self._port} has "
-                            "started without this node; was the number given to two nodes?", self._record.node))
+                    "user", f"--rank {self._record.node}: the run at {self._url} has started without this node; was "
+                            "the number given to two nodes?", self._record.node))
                 return
             left = state.phase == "ended"
             store.set(f"node/{name}", _encode(dataclasses.replace(self._record, beat=beat, left=left)))
             if beat == 0:
                 store.append("arrivals", f"{name},")  # type: ignore[attr-defined]  # torch's stubs lack it
             self._heard, self._state = time.monotonic(), state
-            if left or self._closing:
+            if left and finished or self._closing:
                 return
             time.sleep(POLL_SECONDS)

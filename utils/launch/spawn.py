@@ -5,7 +5,6 @@ A process group is always made, also for a single process, so that the training 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -26,7 +25,7 @@ import torch.multiprocessing as mp
 from utils.errors import UserError
 from utils.launch.cause import Cause, first_cause, show
 from utils.launch.fingerprint import program_fingerprint
-from utils.launch.multinode import Coordinator, NodeLink
+from utils.launch.multinode import NodeLink
 from utils.launch.plan import ProcessPlan
 from utils.launch.rank import Work, run_child, run_here
 from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle, restore
@@ -67,15 +66,13 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
         "program (hash of its files)": program_fingerprint(), "torch": torch.__version__,
         "--dist-backend": plan.backend,
     }
-    with contextlib.ExitStack() as stack:
-        if store is not None:
-            coordinator = Coordinator(store, nodes=plan.nodes, facts=facts, timeout=plan.timeout)
-            stack.callback(coordinator.close)
-        link = NodeLink(host=plan.host, port=plan.port, node=plan.node_rank, nodes=plan.nodes, facts=facts,
-                        timeout=plan.timeout)
-        stack.callback(link.close)
+    link = NodeLink((plan.host, plan.port), node=plan.node_rank, nodes=plan.nodes, facts=facts, timeout=plan.timeout,
+                    store=store)
+    try:
         link.meet()
         outcome = _supervise(work, plan, args, link)
+    finally:
+        link.close()
     return _end(outcome, plan)
 
 
