@@ -210,8 +210,8 @@ class NodeLink:
                       "(--dist-timeout)", flush=True)
             if now - self._heard > (self._timeout if state.phase == "connecting" else SILENCE_SECONDS):
                 raise UserError(
-                    f"{self._url}: node {self._record.node} did not reach node 0 there within {now - self._heard:.0f} s "
-                    f"(--dist-timeout; {self._failure}): is node 0 started, is that its address, is the port open?")
+                    f"{self._url}: node {self._record.node} did not reach node 0 there within {now - self._heard:.0f} s"
+                    f" (--dist-timeout; {self._failure}): is node 0 started, is that its address, is the port open?")
 
     @property
     def alarm(self) -> bool:
@@ -219,7 +219,7 @@ class NodeLink:
         return self._state.phase == "stopping" or self._end() is not None
 
     def report(self, cause: Cause | None) -> Cause | None:
-        """Publish how this node's ranks ended, and wait for the other nodes. Returns what ended the run, None: success.
+        """Publish how this node's ranks ended, and wait for the other nodes. Returns what ended the run, if not success.
 
         `cause` is None if the ranks succeeded, or were stopped because of `alarm`.
         """

@@ -87,22 +87,22 @@ def _end(outcome: int | Cause, plan: ProcessPlan) -> int:
 
 def _host_store(plan: ProcessPlan) -> dist.TCPStore:
     """The store in which the nodes and the ranks meet, which listens at the address of --dist-url. Raises UserError."""
-    host = plan.host
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, plan.port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(plan.host, plan.port, type=socket.SOCK_STREAM)[0]
+        host, dual = str(address[0]), False
         # Many machines resolve their own name to the loopback, where other nodes cannot reach them.
-        if plan.nodes > 1 and address[0] != host and ipaddress.ip_address(address[0]).is_loopback:
-            host, address = "localhost", ("", plan.port)
-        else:
-            host = str(address[0])
-        listener = socket.create_server(address[:2], family=family, backlog=1024)
+        if plan.nodes > 1 and host != plan.host and ipaddress.ip_address(host).is_loopback:
+            host, dual = "", socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+        listener = socket.create_server((host, plan.port), family=family, backlog=1024, dualstack_ipv6=dual)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise UserError(
             f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({reason}); give "
             + ("an address of node 0 that the other nodes reach" if plan.nodes > 1 else "tcp://127.0.0.1")
             + " and a free port") from None
-    return dist.TCPStore(host, listener.getsockname()[1], is_master=True, wait_for_workers=False,
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host or "localhost", port, is_master=True, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
 
