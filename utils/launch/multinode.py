@@ -219,7 +219,7 @@ class NodeLink:
         return self._state.phase == "stopping" or self._end() is not None
 
     def report(self, cause: Cause | None) -> Cause | None:
-        """Publish how this node's ranks ended, and wait for the other nodes. Returns what ended the run, if not success.
+        """Publish how this node's ranks ended, wait for the other nodes, and return what ended the run, or None.
 
         `cause` is None if the ranks succeeded, or were stopped because of `alarm`.
         """
