@@ -7,6 +7,7 @@ Reads from top to bottom: parse and check -> spawn one process per GPU -> train 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -39,11 +40,11 @@ from losses.softmax import margin_softmax_torchshard
 from models import build_backbone, check_arch
 from models.classifier import ArcFaceClassifier, automatic_memory_mib
 from models.sync_batchnorm import convert_sync_batchnorm
-from utils.checkpoint.initial import check_initial, start_from
+from utils.checkpoint.init_from import check_init_from, init_from
 from utils.checkpoint.layout import BEST, LATEST
-from utils.checkpoint.reader import find_checkpoint, load_checkpoint, read_resumable, require_same_identities
-from utils.checkpoint.weights import load_backbone
-from utils.checkpoint.writer import CheckpointWriter
+from utils.checkpoint.reader import Resume, find_checkpoint, load_checkpoint, read_resumable
+from utils.checkpoint.weights import open_weights
+from utils.checkpoint.writer import KEEP, CheckpointWriter
 from utils.dist.collectives import broadcast_integer, require_same_on_all_ranks
 from utils.dist.context import DistContext, seed_random_numbers
 from utils.dist.ddp import fix_gradient_buckets
@@ -97,9 +98,9 @@ def main() -> None:
     check_batch(options, plan)
     check_fused_update(options, plan)
     # Both only to check them: every process reads for itself.
-    goes_on = bool(options.resume) and read_resumable(options) is not None
+    goes_on = bool(options.resume) and read_resumable(what_to_resume(options)) is not None
     if options.init_from and not goes_on:
-        check_initial(options.init_from, options.training_arch, EMBEDDING_SIZE)
+        check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
     sets = open_validation_sets(options)
     dataset = open_dataset(options, plan)
     table = run_table(options, plan, dataset, sets)
@@ -128,9 +129,7 @@ def train(
     Returns the exit status: not 0 if a signal stopped it.
     """
     require_same_on_all_ranks(context, shared_facts(options, dataset, sets))
-    checkpoint = find_checkpoint(options, context)
-    if checkpoint:
-        require_same_identities(checkpoint, dataset.identities, options.resume)
+    checkpoint = find_checkpoint(what_to_resume(options), dataset.identities, context) if options.resume else None
     global_batch = options.batch_size * context.nodes
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, context)
     state, model = build_training(context, options, seed, len(dataset), global_batch, dataset.identities)
@@ -140,17 +139,17 @@ def train(
     position, steps_per_epoch = state.position, sampler.steps_per_epoch
     origin = ""
     if checkpoint:
-        its = checkpoint.contents["options"]  # which loading clears
+        its = checkpoint.contents["options"]
         other_sets = any(tuple(its.get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin"))
         restarts_epoch = checkpoint.contents["position"]["step_in_epoch"] and checkpoint.contents["sampler"]["num_images"] != len(dataset)
-        load_checkpoint(state, checkpoint, options)
+        load_checkpoint(state, checkpoint)
         if other_sets:
             position.best_score = None  # accuracies on other sets do not compare
         origin = f", going on from {checkpoint.path} at step {position.step}"
         if restarts_epoch:
             origin += f"; the training set has other images than then: epoch {position.epoch + 1} begins again"
     elif options.init_from:
-        origin = ", " + start_from(options.init_from, options.training_arch, state.backbone, state.classifier, dataset.identities)
+        origin = ", " + init_from(options.init_from, options.training_arch, state.backbone, state.classifier, dataset.identities)
     if options.start_epoch and not checkpoint:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
     last_step = min(position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch,
@@ -163,7 +162,10 @@ def train(
                       global_batch=global_batch, print_freq=options.print_freq,
                       skip_nonfinite=options.on_nonfinite == "skip")
     log.say(f"seed {seed}{origin}")
-    writer = CheckpointWriter(options, context, log.say, fresh=checkpoint is None)
+    writer = CheckpointWriter(
+        context, options.output, options=dataclasses.asdict(options), say=log.say, fresh=checkpoint is None,
+        keep=options.keep or KEEP, save_freq=options.save_freq, enabled=not options.no_save)
+    del checkpoint  # its tensors are mapped from a file
 
     evaluation = Evaluation(context, options, state, sets or {}, log)
     stop, stopped_by = StopSignal(context.world_size, timeout=options.dist_timeout), None
@@ -338,15 +340,24 @@ def build_training(
     autocast_dtype = amp_dtype(options, context.device.type) if options.enable_amp_mode else None
     model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, getattr(torch, options.precision))
     let_ddp_ignore_shards(model)
-    optimizers = Optimizers(model, options)
+    optimizers = Optimizers(
+        model, "sgd", dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay),
+        zero=options.enable_zero_optim, skippable=options.on_nonfinite == "skip")
     classifier.loss = classifier_loss(options, context, classifier, autocast_dtype, optimizers)
     scaler = SharedGradScaler(context.device.type, enabled=autocast_dtype == torch.float16)
     wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
     fix_gradient_buckets(wrapped)
     state = TrainState(
-        backbone, classifier, optimizers, scaler, Position(), seed, num_images, global_batch, list(identities)
+        backbone=backbone, classifier=classifier, optimizers=optimizers, scaler=scaler, position=Position(),
+        arch=options.training_arch, seed=seed, num_images=num_images, global_batch=global_batch,
+        identities=list(identities), loss="arcface",
+        loss_settings=dict(scale=options.scale, margin=options.margin, easy_margin=options.easy_margin),
     )
     return state, wrapped
+
+
+def what_to_resume(options: Options) -> Resume:
+    return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes, seed=options.seed)
 
 
 def classifier_loss(
@@ -525,7 +536,8 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
 def evaluate(options: Options, plan: ProcessPlan) -> None:
     """--evaluate: the pair accuracy of the model of --resume, in this one process."""
     pairs = PairList(options.imgs_root, options.pair_list)
-    backbone, arch = load_backbone(options.resume, options.arch)
+    weights = open_weights(options.resume, options.arch)
+    backbone, arch = weights.backbone, weights.arch
     print(f"{arch} of {options.resume}, {len(pairs.is_same)} pairs of {options.pair_list}", flush=True)
     result = validate(
         backbone, pairs, batch_size=options.batch_size, workers=options.workers,

@@ -22,7 +22,7 @@ from torch import nn
 
 from data.pairs import PairImages, PairSet, check_images, open_pair_sets
 from models import build_backbone, check_arch
-from utils.checkpoint.weights import load_backbone
+from utils.checkpoint.weights import open_weights
 from utils.dist.context import DistContext
 from utils.errors import Parser, UserError, exit_on_user_error
 from utils.evaluation.embed import choose_device, embed_images, embed_images_together
@@ -88,7 +88,7 @@ def main() -> None:
             check_writable(flag, path)
     plan = process_plan(options)
     if not (options.untrained or plan.launcher == "single"):
-        load_backbone(options.resume, options.arch)  # only to check it, before any process is started
+        open_weights(options.resume, options.arch)  # only to check it, before any process is started
     if is_first_process():
         describe_sets(sets)
         if len(sets) > 1:  # a bad image of the last one must not cost the work on all the others
@@ -108,7 +108,8 @@ def evaluate_sets(context: DistContext, options: Options, sets: dict[str, PairSe
         backbone, arch = build_backbone(options.arch), options.arch
         source = f"untrained {arch}, seed {seed}"
     else:
-        backbone, arch = load_backbone(options.resume, options.arch)
+        weights = open_weights(options.resume, options.arch)
+        backbone, arch = weights.backbone, weights.arch
         source = f"{arch} of {options.resume}"
     if context.is_main:
         processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""

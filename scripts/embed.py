@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS  # noqa: E402
 from models import check_arch  # noqa: E402
-from utils.checkpoint.weights import load_backbone  # noqa: E402
+from utils.checkpoint.weights import open_weights  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation.embed import choose_device, embed_images  # noqa: E402
 
@@ -63,7 +63,7 @@ def main() -> None:
     elif not two_images:
         raise UserError("--output is missing: give the .npy file to write (without it: two image files, to compare)")
 
-    backbone, _ = load_backbone(options.resume, options.arch)
+    backbone = open_weights(options.resume, options.arch).backbone
     embeddings = embed_images(
         backbone, ImageFiles(paths), batch_size=options.batch_size, workers=options.workers, device=device,
         flip=options.flip, progress=options.output is not None, print_freq=options.print_freq,

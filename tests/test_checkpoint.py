@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -12,8 +13,11 @@ import threading
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from helpers import format2
 from helpers.commands import read_metrics, run
 from helpers.saved import assert_same_training, saved_training
 from helpers.tiny import TinyBackbone
@@ -22,11 +26,13 @@ from helpers.training import MODES, train
 import main
 from utils.checkpoint import layout, shards, writer
 from utils.checkpoint.layout import DamagedCheckpoint, check_files, checksum, newest_first, read_manifest
-from utils.checkpoint.reader import read_resumable
+from utils.checkpoint.reader import Resume, find_checkpoint, load_checkpoint, read_resumable
 from utils.checkpoint.writer import CheckpointWriter
 from utils.dist.context import DistContext
 from utils.errors import UserError
+from utils.files import flush
 from utils.options import parse_options
+from utils.training.optim import OPTIMIZERS, Optimizers
 
 SHORT = ["-b", "12", "-j", "0", "--epochs", "2", "--lr-milestones", "1"]
 SHARDED = ["--enable-model-parallel"]
@@ -89,25 +95,120 @@ def test_resume_at_another_world_size(pools, faces, tmp_path, uninterrupted, sav
     assert_same_training(tmp_path, uninterrupted, tolerance=1e-9)
 
 
-def largest_read(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
-    """Rows of the largest tensor that a resume reads from the files, and of this rank's own shard."""
-    rows, load = [], torch.load
+def rows_read(rank: int, world_size: int, argv: list[str]) -> list[int]:
+    """How many rows a resume reads at a time. What it does not read stays on the disk, mapped into memory."""
+    counts, from_numpy = [], torch.from_numpy
 
-    def watched(*args, **kwargs):
-        loaded = load(*args, **kwargs)
-        if isinstance(loaded, torch.Tensor):
-            rows.append(len(loaded))
-        return loaded
+    def watched(array):
+        if array.dtype == np.uint8 and array.ndim == 2:
+            counts.append(len(array))
+        return from_numpy(array)
 
-    with mock.patch.object(torch, "load", watched):
+    with mock.patch.object(torch, "from_numpy", watched), mock.patch.object(shards, "ROWS_AT_A_TIME", 1):
         train(rank, world_size, argv)
-    return max(rows, default=0), len(rows)
+    return counts
 
 
 def test_a_reader_holds_one_block_beside_its_own_classes(pools, faces, tmp_path, saved_at):
     flags = [str(faces), *MATRIX, *SHARDED, "--resume", str(saved_at(4) / "checkpoint.pth.tar"), "--max-steps", "2"]
-    for rows, count in pools(2).run(largest_read, [*flags, "--output", str(tmp_path)]):
-        assert rows == 2 and count > 4
+    # 9 classes on 2 ranks: 5 and 4, each with a center and a momentum.
+    assert pools(2).run(rows_read, [*flags, "--output", str(tmp_path)]) == [[1] * 10, [1] * 8]
+
+
+def test_torch_reads_the_shards(saved_at):
+    """torch.distributed.checkpoint, in one process and without this program."""
+    output = saved_at(4)
+    tensors = saved_training(output)
+    names = ["centers", "optimizer/classifier.weight/momentum_buffer"]
+    loaded = {name: torch.full_like(tensors[name], float("nan")) for name in names}
+    dcp.load(loaded, checkpoint_id=(output / "checkpoint.pth.tar").resolve().parent / "shards", no_dist=True)
+    for name in names:
+        assert tensors[name].shape == (9, 512) and torch.equal(loaded[name], tensors[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats and losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_checkpoint_of_format_2_resumes_with_the_same_losses(pools, tmp_path, world_size):
+    """A file that the program wrote when its format was 2. 5 classes: 5; 3, 2; 2, 2, 1, 0."""
+    pools(world_size).run(format2.train, ["--seed", "1", "--max-steps", "3", "--output", str(tmp_path / "first")])
+    assert [line["loss"] for line in read_metrics(tmp_path / "first")] == pytest.approx(format2.LOSSES[:3], rel=1e-9)
+    for resume, output in ((format2.STATE, "second"), (tmp_path / "first/checkpoint.pth.tar", "third")):
+        pools(world_size).run(format2.train, ["--resume", str(resume), "--output", str(tmp_path / output)])
+        assert [line["loss"] for line in read_metrics(tmp_path / output)] == pytest.approx(format2.LOSSES[3:], rel=1e-9)
+    contents = torch.load(tmp_path / "second/checkpoint.pth.tar", weights_only=True)
+    assert contents["format_version"] == 3 and "momentum" not in contents
+    assert set(contents["optimizer"]["fc.weight"]) == {"momentum_buffer"}
+    assert contents["shards"] == ["centers", "optimizer/classifier.weight/momentum_buffer"]
+    assert contents["loss"] == {"name": "arcface", "settings": {"scale": 16, "margin": 0.5, "easy_margin": False}, "state": {}}
+
+
+class Statistics(torch.nn.Module):
+    """A margin with a running statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+
+def save_and_load(rank: int, world_size: int, output: str, resume: str, loss: str) -> float:
+    """Save a run with --loss adaface, or resume one. The value of the margin's statistic afterwards."""
+    options = parse_options(["unused", "--num-classes", "11", *SHARDED, "--output", output, "-a", "mobilefacenet"])
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+    with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
+        state, _ = main.build_training(context, options, 1, 48, 12)
+    state = dataclasses.replace(state, loss=loss, loss_settings={"scale": 64.0, "h": 0.333}, margin=Statistics())
+    asked = Resume(resume, output, arch="mobilefacenet", num_classes=11, loss=loss)
+    if resume:
+        load_checkpoint(state, find_checkpoint(asked, [], context))
+    else:
+        state.margin.mean.fill_(0.25)
+        writer = CheckpointWriter(context, output, options={}, say=lambda text: None, fresh=True)
+        writer.save(state)
+        writer.close()
+    return float(state.margin.mean)
+
+
+def test_the_loss_is_saved_with_its_statistics(pools, tmp_path):
+    pools(2).run(save_and_load, str(tmp_path), "", "adaface")
+    path = tmp_path / "checkpoint.pth.tar"
+    loss = torch.load(path, weights_only=True)["loss"]
+    assert (loss["name"], loss["settings"], loss["state"]) == ("adaface", {"scale": 64.0, "h": 0.333}, {"mean": torch.tensor(0.25)})
+    assert pools(3).run(save_and_load, str(tmp_path), str(path), "adaface") == [0.25] * 3
+    for resume in (str(path), "auto"):
+        with pytest.raises(UserError, match="--loss adaface.*--loss arcface.*--init-from"):
+            read_resumable(Resume(resume, str(tmp_path), arch="mobilefacenet", num_classes=11))
+
+
+def step_of_adamw(rank: int, world_size: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Another optimizer's state goes through the same two methods. Steps after loading equal steps without."""
+    with mock.patch.dict(OPTIMIZERS, adamw=torch.optim.AdamW):
+        weights = []
+        for interrupted in (False, True):
+            torch.manual_seed(0)
+            model = torch.nn.Linear(3, 2)
+            optimizers = Optimizers(model, "adamw", {"lr": 0.1}, zero=world_size > 1)
+            for step in range(4):
+                if step == 2 and interrupted:
+                    state = [{name: {key: value.clone() for key, value in values.items()} for name, values in optimizers.state().items()}]
+                    torch.distributed.broadcast_object_list(state, src=0)
+                    optimizers = Optimizers(model, "adamw", {"lr": 0.1}, zero=world_size > 1)
+                    optimizers.load_state(state[0])
+                model(torch.ones(1, 3)).square().sum().backward()
+                for optimizer in optimizers.all:
+                    optimizer.step()
+                optimizers.zero_grad()
+            weights.append(model.weight.detach().clone())
+    assert torch.equal(*weights)
+    return {name: {key: tuple(value.shape) for key, value in values.items()} for name, values in state[0].items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_state_of_another_optimizer(pools, world_size):
+    assert pools(world_size).run(step_of_adamw)[0] == {
+        "weight": {"step": (), "exp_avg": (2, 3), "exp_avg_sq": (2, 3)}, "bias": {"step": (), "exp_avg": (2,), "exp_avg_sq": (2,)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,9 +225,11 @@ def make_step(output: Path, step: int, keep: int = 2, links: tuple[str, ...] = (
     files = {}
     for name in ("state.pth.tar", "shards/.metadata", "shards/__0_0.distcp"):
         path = os.path.join(directory, name)
-        layout.write_flushed(path, lambda file: torch.save({"directory": layout.final_name(directory)}, file))
+        with open(path, "wb") as file:
+            torch.save({"directory": layout.final_name(directory)}, file)
+            flush(file)
         files[name] = checksum(path)
-    layout.finish(str(output), directory, files, links=links, keep=keep)
+    layout.commit(str(output), directory, files, links=links, keep=keep)
     return os.path.basename(layout.final_name(directory))
 
 
@@ -253,7 +356,8 @@ def save_while_training(rank: int, world_size: int, output: str, free_bytes: int
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         state, model = main.build_training(context, options, 1, 48, 12)
-    state.optimizers.load_momentum({name: torch.ones_like(value) for name, value in model.module.named_parameters()})
+    state.optimizers.load_state(
+        {name: {"momentum_buffer": torch.ones_like(value)} for name, value in model.module.named_parameters()})
     for parameter in model.parameters():
         parameter.detach().fill_(1.0)
     changed, begin = threading.Event(), layout.begin
@@ -264,7 +368,7 @@ def save_while_training(rank: int, world_size: int, output: str, free_bytes: int
 
     with (mock.patch.object(layout, "begin", slow_begin),
           mock.patch.object(writer, "free_host_bytes", lambda: free_bytes)):
-        saving = CheckpointWriter(options, context, lambda text: None, fresh=True)
+        saving = CheckpointWriter(context, output, options={}, say=lambda text: None, fresh=True)
         saving.save(state)
         threaded = saving._thread is not None
         waited = os.path.exists(os.path.join(output, "checkpoint.pth.tar"))
@@ -355,12 +459,12 @@ DAMAGES = {  # what is done to the step's directory (second argument: a path tha
     "state with code in it": (lambda d, p: torch.save({"position": Malicious(p), "shards": 1}, d / "state.pth.tar"), "checkpoint.pth.tar: .*code"),
     "state of weights alone": (lambda d, _: torch.save({"fc.weight": torch.ones(1)}, d / "state.pth.tar"), "holds no training state"),
     "state of another version": (lambda d, _: change_state(d, format_version=1), "format version 1"),
-    "state without an entry's type": (lambda d, _: change_state(d, position={"step": "x"}), "no state of a training run"),
+    "state without an entry's type": (lambda d, _: change_state(d, position={"step": "x"}), "not the state of a training run"),
     "state of other layers": (lambda d, _: change_state(d, state_dict={"a": torch.ones(1)}), "does not hold mobilefacenet"),
     "shard missing": (lambda d, _: (d / SHARD).unlink(), "__1_0.distcp.*missing"),
     "shard truncated": (lambda d, _: cut(d / SHARD), "__1_0.distcp.*damaged"),
     "shard with a bit flipped": (lambda d, _: flip_a_bit(d / SHARD), "__1_0.distcp.*damaged.*checksum"),
-    "shard that is code": (lambda d, p: forge(d, SHARD, pickle.dumps(Malicious(p), 2)), "class centers.*cannot be read"),
+    "shard that is code": (lambda d, p: forge(d, SHARD, pickle.dumps(Malicious(p), 2)), "__1_0.distcp.*damaged"),
     "metadata missing": (lambda d, _: (d / METADATA).unlink(), ".metadata.*missing"),
     "metadata garbage": (lambda d, _: forge(d, METADATA, b"garbage"), ".metadata.*damaged"),
     "metadata that is code": (lambda d, p: forge(d, METADATA, pickle.dumps(Malicious(p))), ".metadata.*holds code"),
@@ -368,10 +472,10 @@ DAMAGES = {  # what is done to the step's directory (second argument: a path tha
     "metadata that leads outside": (lambda d, _: forge_metadata(d, refer_outside), ".metadata.*does not describe"),
     "manifest missing": (lambda d, _: (d / "manifest.json").unlink(), "manifest.json.*missing"),
     "manifest garbage": (lambda d, _: (d / "manifest.json").write_text("{"), "manifest.json.*damaged"),
-    "manifest foreign": (lambda d, _: (d / "manifest.json").write_text('{"files": {"a": 1}}'), "manifest.json.*no manifest"),
+    "manifest foreign": (lambda d, _: (d / "manifest.json").write_text('{"files": {"a": 1}}'), "manifest.json.*not the manifest"),
     "manifest that leads outside": (
         lambda d, _: (d / "manifest.json").write_text(json.dumps({"files": {"state.pth.tar": [1, 1], METADATA: [1, 1], "shards/../../x": [1, 1]}})),
-        "manifest.json.*no manifest"),
+        "manifest.json.*not the manifest"),
 }
 
 
@@ -407,14 +511,14 @@ def test_a_whole_checkpoint_of_another_run(faces, sound, flags, words, how):
     resume = how if how == "auto" else str(sound / how)
     given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", *flags, "--output", str(sound), "--resume", resume])
     with pytest.raises(UserError, match=words):
-        read_resumable(given)
+        read_resumable(main.what_to_resume(given))
 
 
 def test_a_copy_elsewhere_cannot_be_resumed(faces, sound, tmp_path):
     copy = shutil.copy(sound / "checkpoint.pth.tar", tmp_path / "copy.pth.tar")
     given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", "--resume", str(copy)])
     with pytest.raises(UserError, match="copy of a state file without its class centers"):
-        read_resumable(given)
+        read_resumable(main.what_to_resume(given))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,13 +540,13 @@ def test_auto_goes_back_to_the_last_whole_checkpoint(pools, faces, tmp_path):
     for directory, manifest in zip(newest_first(str(parts)), ("{}", "[]", '{"files": {}, "saved_at": "?"}')):
         (Path(directory) / "manifest.json").write_text(manifest)
     errors = pools(2).run(refusal, [*flags, "--output", str(parts)])
-    assert all("no checkpoint" in error and "is whole" in error for error in errors)
+    assert all("--resume auto" in error and "damaged" in error and str(parts) in error for error in errors)
 
 
-def test_auto_in_an_output_of_the_old_format(faces, tmp_path):
+def test_auto_in_an_output_of_the_old_format(tmp_path):
     torch.save({"format_version": 1, "position": {}, "shards": {}}, tmp_path / "checkpoint.pth.tar")
     with pytest.raises(UserError, match="format version 1"):
-        read_resumable(parse_options([str(faces), "--output", str(tmp_path), "--resume", "auto"]))
+        read_resumable(Resume("auto", str(tmp_path), arch="mobilefacenet", num_classes=11))
 
 
 def test_manifest_errors_are_of_their_own_kind(sound, tmp_path):
@@ -467,9 +571,9 @@ def test_killed_runs_and_eight_processes(faces, tmp_path):
 
 
 def make_writer(rank: int, world_size: int, outputs: list[str]) -> str:
-    options = parse_options(["x", "--output", outputs[rank]])
     try:
-        CheckpointWriter(options, DistContext(rank, world_size, 1, torch.device("cpu")), lambda text: None, fresh=True)
+        CheckpointWriter(DistContext(rank, world_size, 1, torch.device("cpu")), outputs[rank], options={},
+                         say=lambda text: None, fresh=True)
     except UserError as error:
         return str(error)
     return ""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.commands import ROOT, finish, free_port, read_metrics, run, start
 
+import main
 from utils.checkpoint.reader import read_resumable
 from utils.errors import UserError
 from utils.options import parse_options
@@ -115,7 +116,7 @@ def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
         (["--seed", str(contents["seed"] + 1)], "drop --seed"),
     ):
         with pytest.raises(UserError, match=words):
-            read_resumable(parse_options([str(faces), *SHORT, *flags, "--resume", str(path)]))
+            read_resumable(main.what_to_resume(parse_options([str(faces), *SHORT, *flags, "--resume", str(path)])))
 
 
 def truncate_one_image(source: Path, target: Path) -> Path:

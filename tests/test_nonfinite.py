@@ -61,7 +61,7 @@ def steps_on_batches(rank: int, world_size: int, batches: list[int], spoiled: li
         state, model = main.build_training(context, options, 5, len(dataset), BATCH)
     with mock.patch.object(main, "prepare_batch", NotFiniteImages(calls)):
         main.train_one_epoch(context, options, state, model, loader, len(batches), 1000, RecordingLog())
-    momentum = {f"momentum of {name}": tensor for name, tensor in state.optimizers.momentum().items()}
+    momentum = {f"{key} of {name}": tensor for name, values in state.optimizers.state().items() for key, tensor in values.items()}
     scaler = {"scale": torch.tensor(state.scaler.get_scale())}
     return {name: tensor.detach().numpy().copy() for name, tensor in {**model.module.state_dict(), **momentum, **scaler}.items()}
 

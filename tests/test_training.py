@@ -226,8 +226,9 @@ def momentum_in_another_layout(rank: int, world_size: int) -> float:
     weight, momentum, gradient = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
     model = torch.nn.Conv2d(3, 2, 4, bias=False)
     model.weight.data.copy_(weight)
-    optimizers = Optimizers(model, options)
-    optimizers.load_momentum({"weight": momentum.to(memory_format=torch.channels_last)})
+    settings = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    optimizers = Optimizers(model, "sgd", settings, zero=options.enable_zero_optim, skippable=options.on_nonfinite == "skip")
+    optimizers.load_state({"weight": {"momentum_buffer": momentum.to(memory_format=torch.channels_last)}})
     model.weight.grad = gradient.clone()
     for optimizer in optimizers.all:
         optimizer.step()

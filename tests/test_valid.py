@@ -495,7 +495,7 @@ def test_mistakes_are_found_before_anything_is_embedded(
 def test_pair_mistakes_are_found_before_the_checkpoint_is_read(
     faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(valid, "load_backbone", lambda *_: pytest.fail("read the checkpoint"))
+    monkeypatch.setattr(valid, "open_weights", lambda *_: pytest.fail("read the checkpoint"))
     (tmp_path / "pair.list").write_text("0/0.jpg 0/1.jpg 1\n1/0.jpg 1/1.jpg\n")
     with pytest.raises(UserError, match=r"pair\.list:2: expected"):
         run(capsys, monkeypatch, "--imgs-root", str(faces / "imgs"), "--pair-list", str(tmp_path / "pair.list"),
@@ -573,7 +573,7 @@ def test_embed_script_mistakes(
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import embed
 
-    monkeypatch.setattr(embed, "load_backbone", lambda *_: pytest.fail("read the checkpoint"))
+    monkeypatch.setattr(embed, "open_weights", lambda *_: pytest.fail("read the checkpoint"))
     parts = [part.format(faces=faces, empty=tmp_path) for part in argv]
     monkeypatch.setattr(sys, "argv", ["embed.py", "--resume", str(faces / "checkpoint.pth.tar"), *parts])
     with pytest.raises(UserError, match=message) as caught:

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from utils.checkpoint.shards import load_shards, read_metadata
+from utils.checkpoint.layout import read_manifest
+from utils.checkpoint.shards import open_shards
 
 
 def saved_training(output: Path) -> dict[str, Tensor]:
-    """{name: tensor} of all that the checkpoint in `output` has: weights, momentum, class centers and their momentum."""
+    """{name: tensor} of everything in the newest checkpoint: weights, class centers and the optimizers' state."""
     state = torch.load(output / "checkpoint.pth.tar", weights_only=True)
-    directory = (output / "checkpoint.pth.tar").resolve().parent
-    files = set(json.loads((directory / "manifest.json").read_text())["files"])
-    dtype = state["state_dict"]["fc.weight"].dtype
-    names = {"centers", "momentum"} if state["shards"]["has_momentum"] else {"centers"}
-    tensors = {name: torch.full((state["num_classes"], state["embedding_size"]), float("nan"), dtype=dtype) for name in names}
-    shape = tuple(tensors["centers"].shape)
-    metadata = read_metadata(str(directory / "shards"), shape, names, files)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there is no process group: one process reads all
-        assert load_shards(str(directory / "shards"), tensors, metadata, start=0, group=None) is None
+    directory = str((output / "checkpoint.pth.tar").resolve().parent)
+    shape = (state["num_classes"], state["embedding_size"])
+    stored = open_shards(directory, state["shards"], shape, read_manifest(directory))
+    tensors = {name: torch.cat([rows for _, rows in matrix.blocks()]) for name, matrix in stored.items()}
     tensors.update({f"weight {name}": tensor for name, tensor in state["state_dict"].items()})
-    tensors.update({f"momentum {name}": tensor for name, tensor in state["momentum"].items()})
+    tensors.update({
+        f"{key} {name}": tensor for name, values in state["optimizer"].items() for key, tensor in values.items()
+    })
     return tensors
 
 
-def assert_same_training(mine: Path, expected: Path, tolerance: float = 0.0) -> None:
-    """Both checkpoints hold the same: to the bit, or ||difference|| <= tolerance * ||expected|| of every tensor."""
-    mine, expected = saved_training(mine), saved_training(expected)
-    assert mine.keys() == expected.keys()
-    for name, tensor in expected.items():
+def assert_same_training(output: Path, expected: Path, tolerance: float = 0.0) -> None:
+    """Both checkpoints hold the same: to the bit, or ||difference|| <= tolerance * ||expected|| for every tensor."""
+    found, true = saved_training(output), saved_training(expected)
+    assert found.keys() == true.keys()
+    for name, tensor in true.items():
         assert tensor.double().isfinite().all(), name
         if tolerance == 0:
-            assert torch.equal(mine[name], tensor), name
+            assert torch.equal(found[name], tensor), name
         else:
-            difference = (mine[name].double() - tensor.double()).norm()
+            difference = (found[name].double() - tensor.double()).norm()
             assert difference <= tolerance * tensor.double().norm(), f"{name}: {difference:.3g} of {tensor.double().norm():.3g}"

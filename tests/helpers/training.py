@@ -31,7 +31,7 @@ def train(rank: int, world_size: int, argv: list[str]) -> int:
     options = parse_options(argv)
     main.make_output(options)
     if options.resume:
-        read_resumable(options)
+        read_resumable(main.what_to_resume(options))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         context = DistContext(rank, world_size, world_size, torch.device("cpu"))
         return main.train(context, options, FaceFolder(options.data), main.open_validation_sets(options))

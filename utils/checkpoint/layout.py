@@ -1,24 +1,25 @@
-"""The checkpoints of a run on disk: names, commit, links, what is kept, and whether a checkpoint is whole. No collectives.
+"""The files of a run's checkpoints: names, commit, links, pruning, checksums. Nothing here is collective.
 
     <--output>/
         checkpoint.pth.tar -> checkpoints/step-00000020/state.pth.tar
         model_best.pth.tar -> checkpoints/step-00000010/state.pth.tar
         checkpoints/
             step-00000010/
-                state.pth.tar    one file, by rank 0
-                shards/          class centers and their momentum, by torch.distributed.checkpoint, each rank its own
-                manifest.json    when it was saved; bytes and CRC-32 of every other file
+                state.pth.tar    everything that is replicated; rank 0 writes it
+                shards/          class centers and their optimizer state; each rank writes its own classes
+                manifest.json    when the checkpoint was saved; size and CRC-32 of every other file
             step-00000020/
-            step-00000030.part/  a save under way, or the rest of an interrupted one, which the next save removes
+            step-00000030.part/  a save in progress, or an interrupted one, which the next save removes
 
-A directory is written under its .part name, flushed to the disk with all that is in it, and renamed: the rename is the
-commit. From then on nobody changes it. The two links are switched by a rename as well, so that they always refer to a whole
-checkpoint; where the file system has no symbolic links they are copies.
+A save writes and flushes a .part directory, then renames it. The rename is the commit; a committed checkpoint never
+changes. Renames also switch the two links, so they always point to a complete checkpoint. File systems without
+symbolic links get copies instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -26,35 +27,37 @@ import shutil
 import time
 import zlib
 
-from utils.checkpoint.weights import read_torch_file
+from utils.checkpoint.safe_load import read_torch_file
 from utils.errors import UserError
-from utils.files import flush, flush_directory, move_aside
+from utils.files import atomic_write, flush, flush_directory, move_aside
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 STEPS_DIRECTORY = "checkpoints"
 STATE_FILE, SHARDS_DIRECTORY, MANIFEST_FILE = "state.pth.tar", "shards", "manifest.json"
+METADATA_FILE = f"{SHARDS_DIRECTORY}/.metadata"
 
-
-# A second save of the same step (after one that was damaged, or of an older run in this directory) is called step-00000010.1.
+# step-00000010.1 is a second save of step 10, after the first was damaged or belonged to an older run.
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
 _UNFINISHED = ".part"
 _MANIFEST_NAMES = re.compile(rf"{re.escape(STATE_FILE)}|{SHARDS_DIRECTORY}/\.?\w[\w.]*")
 
+Files = dict[str, tuple[int, int]]  # {path relative to the step's directory: (bytes, CRC-32)}
+
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint is not, or no longer, what was saved. The message names the file."""
+    """A checkpoint differs from what was saved. The message names the file."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing: by one process of the run
+# Writing: one process of the run
 
 
 def begin(output: str, step: int) -> str:
-    """Remove what interrupted saves have left; make and return the directory in which `finish` will find the checkpoint's files."""
+    """Remove the remains of interrupted saves, then create and return the directory of a new one. Raises OSError."""
     remove_unfinished(output)
     parent = os.path.join(output, STEPS_DIRECTORY)
     name, number = f"step-{step:08d}", 0
-    while os.path.exists(os.path.join(parent, name)) or os.path.exists(os.path.join(parent, name + _UNFINISHED)):
+    while any(os.path.exists(os.path.join(parent, name + suffix)) for suffix in ("", _UNFINISHED)):
         number += 1
         name = f"step-{step:08d}.{number}"
     directory = os.path.join(parent, name + _UNFINISHED)
@@ -63,22 +66,23 @@ def begin(output: str, step: int) -> str:
 
 
 def final_name(directory: str) -> str:
-    """What the directory that `begin` made will be called, relative to --output: checkpoints/step-00000010."""
+    """The name of a committed checkpoint, relative to --output, given its .part directory: checkpoints/step-00000010."""
     return f"{STEPS_DIRECTORY}/{os.path.basename(directory).removesuffix(_UNFINISHED)}"
 
 
-def finish(output: str, directory: str, files: dict[str, tuple[int, int]], *, links: tuple[str, ...], keep: int) -> None:
-    """Commit: write the manifest, flush, rename, refer to the checkpoint by `links`, prune. Raises OSError.
+def commit(output: str, directory: str, files: Files, *, links: tuple[str, ...], keep: int) -> None:
+    """Write the manifest, rename the directory, switch the links, prune. Raises OSError.
 
     Args:
-        directory: what `begin` made, with `files` in it, each of them flushed to the disk.
-        files: {name: (bytes, CRC-32)} relative to `directory`.
-        keep: so many of the newest checkpoints stay, beside those that a link refers to.
+        directory: the directory that `begin` returned.
+        files: all files in it. They must already be flushed.
+        links: names of the links that shall point to this checkpoint.
+        keep: number of newest checkpoints to keep. Checkpoints that a link points to are always kept.
     """
-    with open(os.path.join(directory, MANIFEST_FILE), "w", encoding="utf-8") as file:
-        # Another host's clock may be ahead of this one's: what is saved now is the newest all the same.
+    with open(os.path.join(directory, MANIFEST_FILE), "wb") as file:
+        # Another host may have saved the previous checkpoint, and its clock may be ahead. The order must still hold.
         newest = max(map(_saved_at, newest_first(output)), default=0.0)
-        json.dump({"saved_at": max(time.time(), newest + 1e-3), "files": files}, file, indent=1)
+        file.write(json.dumps({"saved_at": max(time.time(), newest + 1e-3), "files": files}, indent=1).encode())
         flush(file)
     flush_directory(os.path.join(directory, SHARDS_DIRECTORY))
     flush_directory(directory)
@@ -86,61 +90,53 @@ def finish(output: str, directory: str, files: dict[str, tuple[int, int]], *, li
     os.rename(directory, os.path.join(output, name))
     flush_directory(os.path.join(output, STEPS_DIRECTORY))
     for link in links:
-        _refer(output, link, f"{name}/{STATE_FILE}")
+        _switch_link(os.path.join(output, link), f"{name}/{STATE_FILE}")
     flush_directory(output)
     _prune(output, keep)
 
 
 def remove_unfinished(output: str) -> None:
-    """Remove what interrupted saves, and interrupted removals, have left; what cannot be removed, another time.
+    """Remove the remains of interrupted saves and removals.
 
-    NFS keeps the files, and so the directory, that some process has open.
+    Errors are ignored, since the next save tries again: NFS keeps a directory while a process has one of its files open.
     """
-    parent = os.path.join(output, STEPS_DIRECTORY)
-    for directory in _listdir(parent):
-        if directory.endswith(_UNFINISHED):
-            shutil.rmtree(os.path.join(parent, directory), ignore_errors=True)
+    for directory in glob.glob(os.path.join(glob.escape(output), STEPS_DIRECTORY, "*" + _UNFINISHED)):
+        shutil.rmtree(directory, ignore_errors=True)
     for link in (LATEST, BEST):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(output, link + _UNFINISHED))
+        for path in glob.glob(os.path.join(glob.escape(output), f"{link}*{_UNFINISHED}")):
+            os.unlink(path)
 
 
-def put_damaged_aside(directory: str) -> str:
-    """Take a step's directory out of the way of `newest_first` and of pruning, as step-X.damaged. Returns its new name."""
+def move_damaged_aside(directory: str) -> str:
+    """Rename a step's directory to step-X.damaged, which `newest_first` and pruning ignore. Returns the new name."""
     target = directory + ".damaged"
     move_aside(target)
     os.rename(directory, target)
     return target
 
 
-def write_flushed(path: str, write) -> None:
-    """Make the file by `write(file)` and have it on the disk when this returns. Raises OSError."""
-    with open(path, "wb") as file:
-        write(file)
-        flush(file)
-
-
-def _refer(output: str, link: str, target: str) -> None:
-    path = os.path.join(output, link)
+def _switch_link(path: str, target: str) -> None:
     try:
         os.symlink(target, path + _UNFINISHED)
-    except OSError:  # no such thing on this file system; if the disk is full the copy tells
-        with open(os.path.join(output, target), "rb") as source:
-            write_flushed(path + _UNFINISHED, lambda copy: shutil.copyfileobj(source, copy))
-    os.replace(path + _UNFINISHED, path)
+    except OSError:  # The file system has no symbolic links. On a full disk the copy fails as well.
+        with open(os.path.join(os.path.dirname(path), target), "rb") as source, atomic_write(path) as copy:
+            shutil.copyfileobj(source, copy)
+    else:
+        os.replace(path + _UNFINISHED, path)
 
 
 def _prune(output: str, keep: int) -> None:
-    referred = {_referred_step(os.path.join(output, name)) for name in os.listdir(output) if name.startswith((LATEST, BEST))}
+    links = [os.path.join(output, name) for name in os.listdir(output) if name.startswith((LATEST, BEST))]
+    linked = set(map(_linked_step, links))
     for directory in newest_first(output)[keep:]:
-        if os.path.basename(directory) not in referred:
-            # First under a name that says so: half a directory must never look like a checkpoint.
+        if os.path.basename(directory) not in linked:
+            # Rename first: a half-removed directory must never look like a checkpoint.
             os.rename(directory, directory + _UNFINISHED)
             shutil.rmtree(directory + _UNFINISHED, ignore_errors=True)
 
 
-def _referred_step(path: str) -> str | None:
-    """The step's directory, without those above it, that a link, or the copy in its place, refers to."""
+def _linked_step(path: str) -> str | None:
+    """The name of the step's directory that a link, or the copy in its place, belongs to."""
     if os.path.islink(path):
         return os.path.basename(os.path.dirname(os.readlink(path)))
     with contextlib.suppress(UserError):
@@ -151,21 +147,15 @@ def _referred_step(path: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: by any process
+# Reading: any process
 
 
 def newest_first(output: str) -> list[str]:
-    """The step directories, in the order in which they were saved, the last one first."""
+    """The directories of all committed checkpoints, the last one saved first."""
     parent = os.path.join(output, STEPS_DIRECTORY)
-    found = [os.path.join(parent, name) for name in _listdir(parent) if _STEP_NAME.fullmatch(name)]
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    found = [os.path.join(parent, name) for name in names if _STEP_NAME.fullmatch(name)]
     return sorted(found, key=_saved_at, reverse=True)
-
-
-def _listdir(path: str) -> list[str]:
-    try:
-        return os.listdir(path)
-    except FileNotFoundError:
-        return []
 
 
 def _saved_at(directory: str) -> float:
@@ -178,19 +168,20 @@ def _saved_at(directory: str) -> float:
 
 
 def step_directory(path: str, contents: dict) -> str:
-    """The directory of the checkpoint whose state file `path` holds `contents`. Raises UserError where it is not there.
+    """The checkpoint's directory, given a state file and its contents. Raises UserError if it cannot be found.
 
-    `path` is the state file itself, a link to it, or the copy that stands in --output where there are no links.
+    Args:
+        path: the state file itself, a link to it, or a copy of it in --output.
     """
     directory = os.path.dirname(os.path.realpath(path))
     if os.path.basename(os.path.realpath(path)) == STATE_FILE:
         return directory
     directory = os.path.join(directory, str(contents.get("directory")))
     if not os.path.isfile(os.path.join(directory, STATE_FILE)):
-        raise UserError(f"{path}: is a copy of a state file without its class centers; give the {STATE_FILE} of a directory below "
-                        f"{STEPS_DIRECTORY}/, or the link {LATEST} beside that")
+        raise UserError(f"{path}: is a copy of a state file without its class centers; give the {STATE_FILE} in a directory "
+                        f"below {STEPS_DIRECTORY}/, or the link {LATEST} beside {STEPS_DIRECTORY}/")
     if checksum(path) != checksum(os.path.join(directory, STATE_FILE)):
-        raise UserError(f"{path}: is not the state of {directory}, beside which it lies; give {directory}/{STATE_FILE}")
+        raise UserError(f"{path}: differs from the state file in {directory}, which it names; give {directory}/{STATE_FILE}")
     return directory
 
 
@@ -206,46 +197,45 @@ def _load_manifest(directory: str) -> dict:
     except (ValueError, RecursionError):
         raise DamagedCheckpoint(f"{path}: is damaged: not JSON") from None
     if not isinstance(manifest, dict):
-        raise DamagedCheckpoint(f"{path}: is no manifest of a checkpoint")
+        raise DamagedCheckpoint(f"{path}: is not the manifest of a checkpoint")
     return manifest
 
 
-def read_manifest(directory: str) -> dict[str, tuple[int, int]]:
-    """{name: (bytes, CRC-32)} of a step's files, each of which is there in that size. Raises DamagedCheckpoint."""
-    path = os.path.join(directory, MANIFEST_FILE)
-    files = _load_manifest(directory).get("files")
+def read_manifest(directory: str) -> Files:
+    """The files of a checkpoint, after checking that each exists with the right size. Raises DamagedCheckpoint."""
+    entries = _load_manifest(directory).get("files")
     try:
-        # A manifest is no more to be trusted than the rest: no name in it leads out of the directory.
-        named = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
-        well_formed = {STATE_FILE, f"{SHARDS_DIRECTORY}/.metadata"} <= named.keys() and all(map(_MANIFEST_NAMES.fullmatch, named))
+        # The manifest is not trusted either: no name in it may lead out of the directory.
+        files = {str(name): (int(size), int(crc)) for name, (size, crc) in entries.items()}
+        well_formed = {STATE_FILE, METADATA_FILE} <= files.keys() and all(map(_MANIFEST_NAMES.fullmatch, files))
     except (AttributeError, TypeError, ValueError, OverflowError):
         well_formed = False
     if not well_formed:
-        raise DamagedCheckpoint(f"{path}: is no manifest of a checkpoint")
-    for name, (size, _) in named.items():
-        file = os.path.join(directory, name)
+        raise DamagedCheckpoint(f"{os.path.join(directory, MANIFEST_FILE)}: is not the manifest of a checkpoint")
+    for name, (size, _) in files.items():
+        path = os.path.join(directory, name)
         try:
-            found = os.stat(file).st_size
+            found = os.stat(path).st_size
         except FileNotFoundError:
-            raise DamagedCheckpoint(f"{file}: is missing") from None
+            raise DamagedCheckpoint(f"{path}: is missing") from None
         if found != size:
-            raise DamagedCheckpoint(f"{file}: is damaged: {found:,} bytes, where {size:,} were saved")
-    return named
+            raise DamagedCheckpoint(f"{path}: is damaged: it has {found:,} bytes instead of {size:,}")
+    return files
 
 
-def check_files(directory: str, files: dict[str, tuple[int, int]]) -> None:
-    """Read the files whole and compare. Raises DamagedCheckpoint."""
+def check_files(directory: str, files: Files) -> None:
+    """Read the files and compare their checksums. Raises DamagedCheckpoint."""
     for name, expected in files.items():
         path = os.path.join(directory, name)
         try:
             if checksum(path) != expected:
-                raise DamagedCheckpoint(f"{path}: is damaged: its checksum is not that of what was saved")
+                raise DamagedCheckpoint(f"{path}: is damaged: its checksum differs from the manifest's")
         except OSError as error:
             raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def checksum(path: str) -> tuple[int, int]:
-    """(bytes, CRC-32). CRC-32 finds damage, not malice: nothing in a checkpoint is ever run, whatever it says."""
+    """(bytes, CRC-32) of a file. CRC-32 detects damage, not malice: no reader ever executes what a checkpoint contains."""
     size = crc = 0
     buffer = bytearray(2**20)
     with open(path, "rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Find, verify and load a checkpoint."""
+"""Find, check and load the checkpoint of --resume. README.md in this directory describes format and rules."""
 
 from __future__ import annotations
 
@@ -7,248 +7,283 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from utils.checkpoint import layout
-from utils.checkpoint.layout import LATEST, SHARDS_DIRECTORY, STATE_FILE, DamagedCheckpoint
-from utils.checkpoint.weights import read_torch_file
+from utils.checkpoint.agreement import run_together
+from utils.checkpoint.layout import LATEST, STATE_FILE, DamagedCheckpoint
+from utils.checkpoint.shards import open_shards
+from utils.checkpoint.safe_load import read_torch_file
 from utils.dist.context import DistContext
 from utils.errors import UserError
-from utils.options import AUTO, Options
 from utils.training.state import TrainState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+AUTO = "auto"  # --resume auto: the newest undamaged checkpoint in --output
+
+# Parameters of the training model are called backbone.<name> and classifier.weight.
+BACKBONE_PREFIX, CENTERS_PARAMETER = "backbone.", "classifier.weight"
+CENTERS, OPTIMIZER = "centers", "optimizer"  # tensors in shards/: centers, optimizer/classifier.weight/<state>
+# What format 2 calls a tensor in shards/.
+_FORMAT_2_NAMES = {f"{OPTIMIZER}/{CENTERS_PARAMETER}/momentum_buffer": "momentum"}
 
 
-# Names of the two modules in the training model: optimizer parameters are called "backbone.*" and "classifier.weight".
-BACKBONE_PREFIX, CENTERS_NAME = "backbone.", "classifier.weight"
+@dataclass(frozen=True)
+class Resume:
+    """What --resume asks for, and what the checkpoint must agree with.
+
+    path: --resume: a state file, a link to one, or "auto".
+    output: --output, where "auto" looks.
+    seed: None accepts the checkpoint's.
+    """
+
+    path: str
+    output: str
+    arch: str
+    num_classes: int
+    loss: str = "arcface"
+    seed: int | None = None
+
+    @property
+    def flag(self) -> str:
+        return f"--resume {self.path}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found to be whole, and to be one that this run can continue."""
+    """A validated checkpoint that this run can resume.
 
-    path: str  # as messages call it
+    path: its state file, as messages name it.
+    flag: --resume PATH, for messages.
+    contents: of the state file, in terms of format 3. The tensors are mapped from the file: drop them after loading.
+    """
+
+    path: str
+    flag: str
     directory: str
-    contents: dict[str, Any]  # of its state file
-    files: dict[str, tuple[int, int]]  # {name: (bytes, CRC-32)}
+    contents: dict[str, Any]
+    files: layout.Files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the processes start
 
 
-def read_resumable(options: Options) -> Checkpoint | None:
-    """Check --resume: the state is read, of other files the size. Raises UserError naming flag, value and remedy.
+def read_resumable(resume: Resume) -> Checkpoint | None:
+    """Check --resume: read the state, and look at the sizes of the other files. Raises UserError.
 
-    None if --resume auto finds no checkpoint in --output.
+    Returns None if --resume auto finds no checkpoint in --output.
     """
-    if options.resume != AUTO:
-        return _read(options.resume, options)
-    for directory in (candidates := layout.newest_first(options.output)):
+    if resume.path != AUTO:
+        return _read(resume.path, resume)
+    names = _candidates(resume.output)
+    for name in names:
         try:
-            return _read(os.path.join(directory, STATE_FILE), options)
+            return _read(os.path.join(resume.output, name), resume)
         except DamagedCheckpoint:
-            continue  # `find_checkpoint` reads all of it, and says so
-    if candidates:
-        raise UserError(_none_is_whole(options))
-    old = os.path.join(options.output, LATEST)
-    if os.path.exists(old):
-        return _read(old, options)
+            if name == LATEST:
+                raise
+            # Otherwise try an older one. `find_checkpoint` reads more, and reports it.
+    if names:
+        raise _all_damaged(resume)
     return None
 
 
-def _read(path: str, options: Options) -> Checkpoint:
-    """Raises DamagedCheckpoint, or UserError where the checkpoint is whole but not one that this run can continue."""
-    flag = f"--resume {options.resume}"
+def _candidates(output: str) -> list[str]:
+    """State files for --resume auto, relative to --output, newest first. The last resort is a link that a user made."""
+    found = [os.path.relpath(os.path.join(directory, STATE_FILE), output) for directory in layout.newest_first(output)]
+    return found or [LATEST] * os.path.exists(os.path.join(output, LATEST))
+
+
+def _all_damaged(resume: Resume) -> UserError:
+    parent = os.path.join(resume.output, layout.STEPS_DIRECTORY)
+    return UserError(f"{resume.flag}: every checkpoint in {parent} is damaged; give the {STATE_FILE} of another one with --resume, "
+                     "or remove that directory to start from scratch")
+
+
+def _read(path: str, resume: Resume) -> Checkpoint:
+    """Raises DamagedCheckpoint, or UserError if the checkpoint is undamaged but this run cannot resume it."""
+    flag = resume.flag
     try:
         contents = read_torch_file(path)
     except UserError as error:
         kind = DamagedCheckpoint if os.path.basename(path) == STATE_FILE else UserError
-        raise kind(f"--resume {error}" if path == options.resume else f"{flag}: {error}") from None
+        raise kind(f"--resume {error}" if path == resume.path else f"{flag}: {error}") from None
     if not isinstance(contents, dict) or "position" not in contents or "shards" not in contents:
-        raise UserError(f"{flag}: {path} holds no training state, only weights perhaps; give a {LATEST} that main.py wrote")
+        raise UserError(f"{flag}: {path} has no training state, perhaps only weights; give a {LATEST} that main.py wrote, or start "
+                        f"a new run from these weights with --init-from {path}")
     version = contents.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{flag}: {path} has format version {version}, this program reads {FORMAT_VERSION}; continue it with the "
-                        "program that wrote it, or start anew in another --output")
-    if not _is_well_formed(contents):
-        raise DamagedCheckpoint(f"{flag}: {path}: is no state of a training run, or a damaged one")
-    for name, mine, its in (
-        ("--arch", options.training_arch, contents["arch"]),
-        ("--num-classes", options.num_classes, contents["num_classes"]),
+    if version not in (2, FORMAT_VERSION):
+        raise UserError(f"{flag}: {path} has format version {version}, this program reads 2 and {FORMAT_VERSION}; continue it with "
+                        "the program that wrote it, or start a new run in another --output")
+    try:
+        contents = _from_format_2(contents) if version == 2 else contents
+        well_formed = _is_well_formed(contents)
+    except (AttributeError, KeyError, TypeError):
+        well_formed = False
+    if not well_formed:
+        raise DamagedCheckpoint(f"{flag}: {path}: is not the state of a training run, or is damaged")
+    for name, given, stored in (
+        ("--arch", resume.arch, contents["arch"]),
+        ("--num-classes", resume.num_classes, contents["num_classes"]),
     ):
-        if mine != its:
-            raise UserError(f"{flag}: was trained with {name} {its}, this run has {name} {mine}; give {name} {its}")
-    if options.seed is not None and options.seed != contents["seed"]:
-        raise UserError(f"--seed {options.seed}: the run of {flag} goes on with its own seed, {contents['seed']}; drop --seed")
+        if given != stored:
+            raise UserError(f"{flag}: was trained with {name} {stored}, this run has {name} {given}; give {name} {stored}")
+    if resume.loss != contents["loss"]["name"]:
+        raise UserError(f"{flag}: was trained with --loss {contents['loss']['name']}, this run has --loss {resume.loss}; to continue "
+                        f"with another loss, start a run in another --output with --init-from {path}")
+    if resume.seed is not None and resume.seed != contents["seed"]:
+        raise UserError(f"--seed {resume.seed}: the run of {flag} has seed {contents['seed']}; drop --seed")
     try:
         directory = layout.step_directory(path, contents)
         files = layout.read_manifest(directory)
     except UserError as error:
         raise type(error)(f"{flag}: {error}") from None
-    return Checkpoint(path, directory, contents, files)
+    return Checkpoint(path, flag, directory, contents, files)
 
 
-def _is_well_formed(contents: dict) -> bool:
-    """Whether the entries are of their types: a file made by somebody else must not end in a traceback."""
-    def integers(name: str, *keys: str) -> bool:
-        values = contents[name]
-        return isinstance(values, dict) and all(isinstance(values.get(key), int) and values[key] >= 0 for key in keys)
-
-    def tensors(name: str) -> bool:
-        return isinstance(contents[name], dict) and all(isinstance(value, Tensor) for value in contents[name].values())
-
-    try:
-        return (
-            all(isinstance(contents[name], int) for name in ("seed", "embedding_size", "num_classes"))
-            and integers("position", "epoch", "step_in_epoch", "step") and integers("sampler", "num_images", "global_batch")
-            and tensors("state_dict") and tensors("momentum") and isinstance(contents["scaler"], dict)
-            and isinstance(contents["identities"], list) and isinstance(contents["shards"]["has_momentum"], bool)
-        )
-    except (KeyError, TypeError):
-        return False
+def _from_format_2(contents: dict[str, Any]) -> dict[str, Any]:
+    """The contents in terms of format 3: SGD's momentum by parameter and state name; the only loss was ArcFace."""
+    options = contents["options"]
+    of_centers = list(_FORMAT_2_NAMES) if contents["shards"]["has_momentum"] is True else []
+    return {
+        **contents,
+        "loss": {"name": "arcface", "settings": {name: options[name] for name in ("scale", "margin", "easy_margin")}, "state": {}},
+        OPTIMIZER: {name: {"momentum_buffer": value} for name, value in contents["momentum"].items()},
+        "shards": [CENTERS, *of_centers],
+    }
 
 
-def _none_is_whole(options: Options) -> str:
-    parent = os.path.join(options.output, layout.STEPS_DIRECTORY)
-    return (f"--resume {AUTO}: no checkpoint in {parent} is whole; give another one's {STATE_FILE} with --resume, or remove that "
-            "directory to start anew")
+def _is_well_formed(contents: dict[str, Any]) -> bool:
+    """Whether the entries have their types, so that a foreign file does not end in a traceback. Raises KeyError or such if not."""
+    def counts(name: str, *keys: str) -> bool:
+        return all(isinstance(contents[name][key], int) and contents[name][key] >= 0 for key in keys)
+
+    def all_are(kind: type, values: Any) -> bool:
+        return all(isinstance(value, kind) for value in values)
+
+    loss, optimizer, names = contents["loss"], contents[OPTIMIZER], contents["shards"]
+    return (
+        all_are(int, (contents["seed"], contents["embedding_size"], contents["num_classes"]))
+        and counts("position", "epoch", "step_in_epoch", "step") and counts("sampler", "num_images", "global_batch")
+        and isinstance(loss["name"], str) and all_are(dict, (loss["settings"], loss["state"], contents["scaler"], contents["options"]))
+        and all_are(Tensor, contents["state_dict"].values()) and all_are(Tensor, loss["state"].values())
+        and all_are(dict, optimizer.values()) and all(all_are(Tensor, values.values()) for values in optimizer.values())
+        and isinstance(contents["identities"], list) and all_are(str, names) and names[0] == CENTERS
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In every process: reading
+# In every process
 
 
-def find_checkpoint(options: Options, context: DistContext) -> Checkpoint | None:
-    """Collective. The checkpoint to continue, read whole and compared with its checksums; None for a fresh run.
+def find_checkpoint(resume: Resume, identities: Sequence[str], context: DistContext) -> Checkpoint | None:
+    """Collective. The checkpoint to resume, after comparing all its checksums; None if --resume auto finds none.
 
-    Each rank reads its share of the files. With --resume auto a damaged checkpoint is told, put aside, and the one before it
-    taken. Raises UserError on every rank.
+    Each rank reads a share of the files. With --resume auto, damaged checkpoints are reported, renamed .damaged, and
+    skipped. Raises UserError on every rank.
+
+    Args:
+        identities: names of the training set by label. A label must mean the same person as in the checkpoint.
     """
-    if not options.resume:
-        return None
-    if options.resume != AUTO:
-        checkpoint, problem = _read_and_compare(options.resume, options, context)
-        if problem:
-            raise problem
-        return checkpoint
-    names = [[os.path.basename(path) for path in layout.newest_first(options.output)] if context.is_main else []]
-    latest = os.path.join(options.output, LATEST)
-    if context.is_main and not names[0] and os.path.exists(latest):
-        names = [None]
+    names: list[Any] = [_candidates(resume.output) if context.is_main and resume.path == AUTO else []]
     dist.broadcast_object_list(names, src=0, device=context.device)
-    if names[0] is None:  # its steps lie elsewhere: a link that somebody made, say
-        checkpoint, problem = _read_and_compare(latest, options, context)
-        if problem:
-            raise problem
+    for path in [os.path.join(resume.output, name) for name in names[0]] if resume.path == AUTO else [resume.path]:
+        try:
+            checkpoint = _read_and_verify(path, resume, context)
+        except DamagedCheckpoint as error:
+            if os.path.basename(path) == LATEST or resume.path != AUTO:
+                raise
+            if context.is_main:
+                moved = layout.move_damaged_aside(os.path.dirname(path))
+                print(f"warning: {error}; renamed to {moved}; continuing from the checkpoint before it", flush=True)
+            continue
+        _require_same_identities(checkpoint, identities)
         return checkpoint
-    for name in names[0]:
-        seen = os.path.isdir(os.path.join(options.output, layout.STEPS_DIRECTORY, name))
-        problem = None if seen else UserError(
-            f"--output {options.output}: rank {context.rank} sees no {layout.STEPS_DIRECTORY}/{name} there, which rank 0 "
-            "sees; give a directory that all nodes share")
-        if problem := _first(problem, dist.group.WORLD):
-            raise problem
-        directory = os.path.join(options.output, layout.STEPS_DIRECTORY, name)
-        checkpoint, problem = _read_and_compare(os.path.join(directory, STATE_FILE), options, context)
-        if problem is None:
-            return checkpoint
-        if not isinstance(problem, DamagedCheckpoint):
-            raise problem
-        if context.is_main:
-            aside = layout.put_damaged_aside(directory)
-            print(f"warning: {problem}; put aside as {aside}, going on from the one before it", flush=True)
     if names[0]:
-        raise UserError(_none_is_whole(options))
+        raise _all_damaged(resume)
     return None
 
 
-def _read_and_compare(path: str, options: Options, context: DistContext) -> tuple[Checkpoint | None, UserError | None]:
-    """Collective. The checkpoint, or what is wrong with it: the same on every rank."""
-    checkpoint = problem = None
-    try:
-        checkpoint = _read(path, options)
-        # Files of other ranks at the end of the list and small ones at its beginning: shares are about equal.
+def _read_and_verify(path: str, resume: Resume, context: DistContext) -> Checkpoint:
+    """Collective. Raises DamagedCheckpoint or UserError, the same on every rank."""
+    found: list[Checkpoint] = []
+
+    def read_share() -> None:
+        if resume.path == AUTO and not os.path.exists(os.path.dirname(path)):
+            raise UserError(f"--output {resume.output}: rank {context.rank} does not see {os.path.dirname(path)}, which rank 0 sees; "
+                            "give a directory that all nodes share")
+        checkpoint = _read(path, resume)
+        # Sorted by size, so that the shares are about equal.
         share = sorted(checkpoint.files, key=lambda name: checkpoint.files[name])[context.rank::context.world_size]
-        layout.check_files(checkpoint.directory, {name: checkpoint.files[name] for name in share})
-    except DamagedCheckpoint as error:
-        text = str(error)
-        problem = DamagedCheckpoint(text if text.startswith("--resume") else f"--resume {options.resume}: {text}")
-    except UserError as error:
-        problem = error
-    problem = _first(problem, dist.group.WORLD)
-    return (None, problem) if problem else (checkpoint, None)
+        try:
+            layout.check_files(checkpoint.directory, {name: checkpoint.files[name] for name in share})
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{resume.flag}: {error}") from None
+        found.append(checkpoint)
+
+    run_together(read_share)
+    return found[0]
 
 
-def _first(problem: Exception | None, group: dist.ProcessGroup | None) -> Any:
-    """Collective over the group. The problem of the first rank that has one, on every rank."""
-    problems: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
-    return next((found for found in problems if found is not None), None)
+def _require_same_identities(checkpoint: Checkpoint, identities: Sequence[str]) -> None:
+    """Raise UserError if a label means another person than in the checkpoint: its class center would be someone else's.
 
-
-def require_same_identities(checkpoint: Checkpoint, identities: Sequence[str], resume: str) -> None:
-    """The same label must mean the same person: else the class centers would be those of others, without a word.
-
-    Identities that are added or missing behind all others change no label. Raises UserError.
+    Identities that are added or removed at the end change no label.
     """
-    for label, (its, mine) in enumerate(zip(checkpoint.contents["identities"], identities)):
-        if its != mine:
+    for label, (stored, given) in enumerate(zip(checkpoint.contents["identities"], identities)):
+        if stored != given:
             raise UserError(
-                f"--resume {resume}: {checkpoint.path} was trained with {its} as class {label}, and in this training set that is "
-                f"{mine}; to go on with other people begin a run in another --output with --init-from {checkpoint.path}, which "
+                f"{checkpoint.flag}: {checkpoint.path} was trained with {stored} as class {label}, which is {given} in this training "
+                f"set; to continue with other people, start a run in another --output with --init-from {checkpoint.path}, which "
                 "takes class centers by name"
             )
 
 
-def load_checkpoint(state: TrainState, checkpoint: Checkpoint, options: Options) -> None:
-    """Collective. Put what `find_checkpoint` returned, and this rank's classes, into `state`. Raises UserError on every rank.
+def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Collective. Load a checkpoint that `find_checkpoint` returned, and of its shards this rank's classes, into `state`.
 
-    `checkpoint.contents` is empty afterwards.
+    Raises UserError on every rank.
     """
-    from utils.checkpoint import shards  # here: half of a process's start-up time
-
-    contents, weight, shard = checkpoint.contents, state.classifier.weight.detach(), state.classifier.shard
-    momentum = {BACKBONE_PREFIX + name: tensor.clone() for name, tensor in contents["momentum"].items()}
-    tensors = {"centers": weight}
-    if contents["shards"]["has_momentum"]:
-        momentum[CENTERS_NAME] = tensors["momentum"] = torch.zeros_like(weight)
-    directory = os.path.join(checkpoint.directory, SHARDS_DIRECTORY)
-    metadata = problem = None
-    try:
-        state.backbone.load_state_dict(contents["state_dict"])
-        metadata = shards.read_metadata(directory, (shard.num_classes, weight.shape[1]), set(tensors), set(checkpoint.files))
-    except DamagedCheckpoint as error:
-        problem = UserError(f"--resume {options.resume}: {error}")
-    except RuntimeError as error:  # names or shapes of another network than the file says it holds
-        problem = UserError(f"--resume {options.resume}: {checkpoint.path} does not hold {contents['arch']}: "
-                            f"{' '.join(str(error).split())[:200]}")
-    if problem := _first(problem, dist.group.WORLD):
-        raise problem
-    failure = shards.load_shards(directory, tensors, metadata, start=shard.start, group=None)
-    if failure := _first(failure and _in_words(failure), dist.group.WORLD):
-        raise UserError(f"--resume {options.resume}: the class centers in {directory} cannot be read ({failure})")
-    state.optimizers.load_momentum(momentum)
+    contents = checkpoint.contents
+    run_together(lambda: _load_tensors(state, checkpoint))
     if contents["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(contents["scaler"])
-
     position, sampler = contents["position"], contents["sampler"]
     for name in vars(state.position).keys() & position.keys():
         setattr(state.position, name, position[name])
-    # An epoch's order depends on the images and the seed, not on the batch: go on behind the images that it has seen.
+    # The order of an epoch depends on the images and the seed, not on the batch: continue after the images already seen.
     state.position.step_in_epoch = 0
     if sampler["num_images"] == state.num_images:
         state.position.step_in_epoch = position["step_in_epoch"] * sampler["global_batch"] // state.global_batch
-    contents.clear()  # its tensors are mapped from the file, which is to be removed one day
 
 
-def _in_words(error: Exception) -> str:
-    cause: BaseException | None = error
-    while cause is not None:  # torch.save ends in an error of its own when a write fails: the system's is behind it
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror + (f": {cause.filename}" if cause.filename else "")
-        cause = cause.__cause__ or cause.__context__
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+def _load_tensors(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Backbone, margin, class centers and the optimizers' state."""
+    contents, weight, shard = checkpoint.contents, state.classifier.weight.detach(), state.classifier.shard
+    try:
+        state.backbone.load_state_dict(contents["state_dict"])
+        state.margin.load_state_dict(contents["loss"]["state"])
+    except RuntimeError as error:  # Names or shapes differ from what the file says it holds.
+        raise UserError(f"{checkpoint.flag}: {checkpoint.path} does not hold {contents['arch']} with {contents['loss']['name']}: "
+                        f"{' '.join(str(error).split())[:200]}") from None
+    optimizer = {
+        name if name == CENTERS_PARAMETER else BACKBONE_PREFIX + name: {key: value.clone() for key, value in values.items()}
+        for name, values in contents[OPTIMIZER].items()
+    }
+    # In format 3, a tensor in shards/ has the name it has here.
+    stored_names = _FORMAT_2_NAMES if contents["format_version"] == 2 else {}
+    try:
+        stored = open_shards(checkpoint.directory, [stored_names.get(name, name) for name in contents["shards"]],
+                             (shard.num_classes, weight.shape[1]), checkpoint.files)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{checkpoint.flag}: {error}") from None
+    for name, rows in zip(contents["shards"], stored.values()):
+        target = weight
+        if name != CENTERS:
+            target = optimizer.setdefault(CENTERS_PARAMETER, {})[name.rpartition("/")[2]] = torch.zeros_like(weight)
+        rows.copy_rows(np.arange(shard.start, shard.stop), target)
+    state.optimizers.load_state(optimizer)

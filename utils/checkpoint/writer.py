@@ -1,23 +1,4 @@
-"""Save a training run and continue it. utils/checkpoint_files.py shows the tree on disk, utils/shard_files.py writes the classes.
-
-state.pth.tar, to which checkpoint.pth.tar refers, is all that valid.py needs: a dict for torch.load(weights_only=True):
-
-    format_version  2
-    arch, embedding_size, num_classes
-    state_dict      backbone weights under their plain names
-    momentum        {parameter name: tensor} of the backbone
-    scaler          fp16 scaler, {} without
-    position        {"epoch", "step_in_epoch", "step", ...}: where to go on; step counts over all epochs
-    sampler         {"num_images", "global_batch"}: what step_in_epoch was counted in
-    seed            everything random derives from it and from the position: there is no state of random numbers to save
-    identities      the training set's identity names, by label
-    options         the run's options, for people to read
-    directory       of this checkpoint, relative to --output
-    shards          {"directory": "shards", beside this file, "has_momentum": bool}
-
-The schedule is a function of the position and the options. Nobody ever holds the whole classifier: each rank writes and reads
-its own classes.
-"""
+"""Save a training run. README.md in this directory describes the files and the entries of state.pth.tar."""
 
 from __future__ import annotations
 
@@ -35,105 +16,89 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.classifier import ArcFaceClassifier
-from utils.checkpoint import layout
+from utils.checkpoint import layout, shards
+from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.layout import BEST, LATEST, SHARDS_DIRECTORY, STATE_FILE
-from utils.checkpoint.reader import BACKBONE_PREFIX, CENTERS_NAME, FORMAT_VERSION, _first, _in_words
+from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, FORMAT_VERSION, OPTIMIZER
 from utils.dist.context import DistContext
 from utils.errors import UserError
-from utils.files import move_aside
+from utils.files import flush, move_aside
 from utils.memory import free_host_bytes
-from utils.options import AUTO, Options
 from utils.training.state import TrainState
 
-# Checkpoints that stay without --keep, beside the best.
+# Checkpoints to keep without --keep, beside the best.
 KEEP = 2
 
-
-# Of the memory that is free, what copies for saving beside training may take.
+# The share of the free memory that copies for an asynchronous save may take.
 _STAGING_SHARE = 0.5
 
-
-# Others wait so long for a rank that is writing: tens of gigabytes on a slow disk, but not for ever.
+# How long ranks wait for a rank that writes: long enough for tens of gigabytes on a slow disk, but not forever.
 _WRITING_TIMEOUT = datetime.timedelta(hours=2)
 
 
-def _require_shared_output(output: str, context: DistContext, group: dist.ProcessGroup) -> None:
-    """Collective over the group. Raise UserError on every rank unless all see one directory: better now than at the first save."""
-    name = [f".shared-{secrets.token_hex(8)}"]
-    dist.broadcast_object_list(name, src=0, group=group)
-    probe = os.path.join(output, name[0])
-    if context.is_main:
-        open(probe, "x").close()
-    dist.barrier(group)
-    problem = None if os.path.exists(probe) else UserError(
-        f"--output {output}: rank {context.rank} does not see there what rank 0 writes; give a directory that all nodes share")
-    try:
-        if problem := _first(problem, group):
-            raise problem
-    finally:
-        if context.is_main:
-            os.remove(probe)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In every process: writing
-
-
 class CheckpointWriter:
-    """Saves beside training: `save` copies what is to be saved to the CPU's memory, a thread writes it.
+    """Saves in the background: `save` copies the state to CPU memory, and a thread writes the copy.
 
-    Where the copies would take more than half of the free memory, `save` writes at once instead. The thread has a gloo group
-    of its own, so that its collectives never meet those of the training; there is at most one save at a time, so they are
-    committed in their order. What goes wrong on any rank is known to all, told once, and leaves the last checkpoint as it is;
-    training goes on.
+    `save` writes in the foreground if the copies would take more than half of the free memory. The thread has a gloo
+    group of its own, so its collectives never mix with training's. Only one save runs at a time, so commits are in
+    order. If a save fails on any rank, rank 0 reports it, the previous checkpoint stays, and training continues.
 
     Args:
-        options: --output, --keep, --no-save, and all that is saved with the state.
         context: this process.
+        output: --output.
+        options: the run's options, saved for people to read.
         say: prints a line on rank 0.
-        fresh: a new run, which puts an older run's best checkpoint aside.
+        fresh: True if the run does not resume: an older run's best checkpoint is then renamed at the first save.
+        keep: number of newest checkpoints to keep, beside the best.
+        save_freq: steps between saves; None for no periodic saves.
+        enabled: False saves nothing.
     """
 
-    def __init__(self, options: Options, context: DistContext, say: Callable[[str], None], *, fresh: bool) -> None:
-        """Collective."""
-        self._options, self._context, self._say, self._fresh = options, context, say, fresh
+    def __init__(
+        self, context: DistContext, output: str, *, options: dict[str, Any], say: Callable[[str], None], fresh: bool,
+        keep: int = KEEP, save_freq: int | None = None, enabled: bool = True,
+    ) -> None:
+        """Collective. Raises UserError on every rank unless all nodes see the same --output."""
+        self._context, self._output, self._options, self._say, self._fresh = context, output, options, say, fresh
+        self._keep, self._save_freq, self._enabled = keep, save_freq, enabled
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._failure: str | None = None  # of the newest save
+        self._failure: str | None = None  # why the newest save failed
         self._last_saved = ""
-        if not options.no_save:
+        if enabled:
             self._group = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
             if context.nodes > 1:
-                _require_shared_output(options.output, context, self._group)
+                self._require_shared_output()
 
     def is_due(self, step: int) -> bool:
         """Whether --save-freq asks for a checkpoint after this step."""
-        return not self._options.no_save and self._options.save_freq is not None and step % self._options.save_freq == 0
+        return self._enabled and self._save_freq is not None and step % self._save_freq == 0
 
     def save(self, state: TrainState, *, is_best: bool = False) -> float:
-        """Collective. Save the state as it is now. Returns the seconds for which training has waited."""
-        if self._options.no_save:
+        """Collective. Save the present state. Returns the seconds for which this call blocked training."""
+        if not self._enabled:
             return 0.0
         started = time.perf_counter()
         self.wait()
-        momentum = state.optimizers.momentum()
-        tensors, start = _rows_to_write(state.classifier, momentum, self._context.is_main)
-        contents = self._contents(state, momentum) if self._context.is_main else {}
-        beside = self._fits(tensors, contents)
-        if beside:
-            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-            contents = _copied_to_cpu(contents)
-        job = (contents, tensors, start, state.classifier.shard.num_classes, state.position.step, is_best, started)
-        if beside:
-            self._thread = threading.Thread(target=self._write_in_thread, args=(*job, time.perf_counter() - started), daemon=True)
+        tensors, contents = _split(state, self._options)
+        if not self._context.is_main:
+            contents = {}
+            if state.classifier.group is None:  # Rank 0 writes a classifier that every rank has.
+                tensors = {}
+        asynchronous = self._fits(tensors, contents)
+        if asynchronous:
+            tensors, contents = _copied_to_cpu(tensors), _copied_to_cpu(contents)
+        blocked = time.perf_counter() - started if asynchronous else None
+        job = contents, tensors, state.classifier.shard.start, state.position.step, is_best, started, blocked
+        if asynchronous:
+            self._thread = threading.Thread(target=self._write_in_thread, args=job, daemon=True)
             self._thread.start()
         else:
-            self._write(*job, None)
+            self._write(*job)
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Wait for the save in progress, if any."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -141,135 +106,118 @@ class CheckpointWriter:
             raise self._error
 
     def close(self) -> str:
-        """Collective. Wait, and return what `main` says was saved. Raises UserError if the newest state could not be saved."""
+        """Collective. Wait; return the path of what was saved, or "nothing saved". Raises UserError if the last save failed."""
         self.wait()
-        if self._options.no_save:
-            return "nothing saved"
-        dist.destroy_process_group(self._group)
+        if self._enabled:
+            dist.destroy_process_group(self._group)
         if self._failure is not None:
-            raise UserError(f"--output {self._options.output}: the last checkpoint could not be written ({self._failure}); "
-                            f"see to it and continue with --resume {AUTO} from "
-                            + (self._last_saved or "the checkpoint that was there before, if any"))
-        return os.path.join(self._options.output, LATEST) if self._last_saved else "nothing saved"
+            raise UserError(f"--output {self._output}: the last checkpoint could not be written ({self._failure}); fix the cause, "
+                            f"then rerun with --resume {AUTO} to continue from "
+                            + (self._last_saved or "the newest earlier checkpoint, if any"))
+        return os.path.join(self._output, LATEST) if self._last_saved else "nothing saved"
 
-    def _fits(self, tensors: dict[str, Tensor], contents: dict[str, Any]) -> bool:
-        """Collective. Whether every node has memory for copies; its processes copy about as much each."""
-        needed = _bytes_in(tensors) + _bytes_in(contents)
-        enough: list[Any] = [None] * self._context.world_size
-        mine = needed * self._context.processes_per_node <= _STAGING_SHARE * free_host_bytes()
-        dist.all_gather_object(enough, mine, group=self._group)
-        return all(enough)
+    def _require_shared_output(self) -> None:
+        """Collective over the group. Raise UserError on every rank unless all see one directory."""
+        name = [f".shared-{secrets.token_hex(8)}"]
+        dist.broadcast_object_list(name, src=0, group=self._group)
+        probe = os.path.join(self._output, name[0])
 
-    def _contents(self, state: TrainState, momentum: dict[str, Tensor]) -> dict[str, Any]:
-        """What state.pth.tar holds, but for `directory`; its tensors are those of the training, on their device."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "arch": self._options.training_arch,
-            "embedding_size": state.backbone.embedding_size,
-            "num_classes": state.classifier.shard.num_classes,
-            "state_dict": dict(state.backbone.state_dict()),
-            "momentum": {
-                name.removeprefix(BACKBONE_PREFIX): tensor for name, tensor in momentum.items() if name.startswith(BACKBONE_PREFIX)
-            },
-            "scaler": state.scaler.state_dict(),
-            "position": dataclasses.asdict(state.position),
-            "sampler": {"num_images": state.num_images, "global_batch": state.global_batch},
-            "seed": state.seed,
-            "identities": list(state.identities),
-            "options": dataclasses.asdict(self._options),
-            "shards": {"directory": SHARDS_DIRECTORY, "has_momentum": CENTERS_NAME in momentum},
-        }
+        def require_probe() -> None:
+            if not os.path.exists(probe):
+                raise UserError(f"--output {self._output}: rank {self._context.rank} does not see the file that rank 0 created "
+                                "there; give a directory that all nodes share")
+
+        try:
+            run_together(lambda: open(probe, "x").close() if self._context.is_main else None, self._group)
+            run_together(require_probe, self._group)
+        finally:
+            if self._context.is_main:
+                os.remove(probe)
+
+    def _fits(self, tensors: dict[str, Any], contents: dict[str, Any]) -> bool:
+        """Collective. Whether every node has memory for its processes' copies, which are about equal."""
+        needed = (_bytes_in(tensors) + _bytes_in(contents)) * self._context.processes_per_node
+        return all(run_together(lambda: needed <= _STAGING_SHARE * free_host_bytes(), self._group))
 
     def _write_in_thread(self, *job: Any) -> None:
         try:
             self._write(*job)
-        except BaseException as error:  # a lost peer, say: `wait` raises it where the training can end
+        except BaseException as error:  # A lost peer, for example. `wait` raises it in the main thread.
             self._error = error
 
-    def _write(self, contents: dict[str, Any], tensors: dict[str, Tensor], start: int, num_classes: int, step: int, is_best: bool,
-               started: float, waited: float | None) -> None:
-        """Collective over the group. Write and commit, or tell why not. `waited` is None where training waits for all of it."""
-        output, files = self._options.output, {}
+    def _write(self, contents: dict[str, Any], tensors: dict[str, Tensor], start: int, step: int, is_best: bool,
+               started: float, blocked: float | None) -> None:
+        """Collective over the group. Write and commit, or report why not. `blocked` is None if training waits for all of it."""
+        is_main, group, directory = self._context.is_main, self._group, ""
         try:
-            name = self._together(lambda: os.path.basename(layout.begin(output, step)) if self._context.is_main else "")[0]
-            directory = os.path.join(output, layout.STEPS_DIRECTORY, name)
-            try:
-                for found in self._write_files(directory, contents, tensors, start, num_classes):
-                    files.update(found)
-                self._together(lambda: self._commit(directory, files, is_best) if self._context.is_main else None)
-            except _SaveFailed:
-                if self._context.is_main:
-                    shutil.rmtree(directory, ignore_errors=True)  # a full disk has room again
-                raise
-        except _SaveFailed as failure:
+            names = run_together(lambda: os.path.basename(layout.begin(self._output, step)) if is_main else "", group)
+            directory = os.path.join(self._output, layout.STEPS_DIRECTORY, names[0])
+            run_together(lambda: _require_visible(directory), group)
+            blocks = run_together(lambda: shards.write_shard(directory, self._context.rank, tensors, start), group)
+            own = [f"{SHARDS_DIRECTORY}/{file}" for file in {block.file for block in blocks[self._context.rank]}]
+
+            def finish_files() -> layout.Files:
+                if is_main:
+                    shards.write_metadata(directory, sum(blocks, []))
+                    with open(os.path.join(directory, STATE_FILE), "wb") as file:
+                        torch.save({**contents, "directory": layout.final_name(directory)}, file)
+                        flush(file)
+                    own.extend([STATE_FILE, layout.METADATA_FILE])
+                return {name: layout.checksum(os.path.join(directory, name)) for name in own}
+
+            files = {name: file for found in run_together(finish_files, group) for name, file in found.items()}
+            run_together(lambda: self._commit(directory, files, is_best) if is_main else None, group)
+        except RankFailed as failure:
+            if is_main and directory:
+                shutil.rmtree(directory, ignore_errors=True)  # Free the space on a full disk.
             self._failure = str(failure)
-            self._say(f"warning: the checkpoint of step {step} could not be written ({failure}); training goes on, and "
-                      + (f"{self._last_saved} is as it was" if self._last_saved else "what was there before is as it was"))
+            self._say(f"warning: the checkpoint of step {step} could not be written ({failure}); training continues; "
+                      + (f"the last checkpoint is still {self._last_saved}" if self._last_saved else "earlier checkpoints stay"))
             return
-        self._failure, self._fresh, self._last_saved = None, False, os.path.join(output, layout.final_name(directory))
+        self._failure, self._fresh, self._last_saved = None, False, os.path.join(self._output, layout.final_name(directory))
         seconds, mib = time.perf_counter() - started, sum(size for size, _ in files.values()) / 2**20
-        self._say(f"saved {self._last_saved}: {mib:,.1f} MiB in {seconds:.2f} s, for which training waited "
-                  f"{seconds if waited is None else waited:.2f} s")
+        self._say(f"saved {self._last_saved}: {mib:,.1f} MiB in {seconds:.2f} s, training blocked for "
+                  f"{seconds if blocked is None else blocked:.2f} s")
 
-    def _write_files(self, directory: str, contents: dict[str, Any], tensors: dict[str, Tensor], start: int, num_classes: int
-                     ) -> list[dict[str, tuple[int, int]]]:
-        """Collective over the group. Write everything but the manifest; every rank's {name: (bytes, CRC-32)}."""
-        from utils.checkpoint import shards  # here: half of a process's start-up time, and not all save
-
-        shards_directory = os.path.join(directory, SHARDS_DIRECTORY)
-        self._together(lambda: _require_shared(shards_directory))
-        problem = shards.save_shards(shards_directory, tensors, start=start, num_classes=num_classes, group=self._group)
-
-        def write_state_and_read_back() -> dict[str, tuple[int, int]]:
-            if problem is not None:
-                raise problem
-            mine = [f"{SHARDS_DIRECTORY}/{name}" for name in os.listdir(shards_directory) if name.startswith(f"__{self._context.rank}_")]
-            if self._context.is_main:
-                whole = {**contents, "directory": layout.final_name(directory)}
-                layout.write_flushed(os.path.join(directory, STATE_FILE), lambda file: torch.save(whole, file))
-                mine += [STATE_FILE, f"{SHARDS_DIRECTORY}/{shards.METADATA_FILE}"]
-            return {name: layout.checksum(os.path.join(directory, name)) for name in mine}
-
-        return self._together(write_state_and_read_back)
-
-    def _commit(self, directory: str, files: dict[str, tuple[int, int]], is_best: bool) -> None:
+    def _commit(self, directory: str, files: layout.Files, is_best: bool) -> None:
         if self._fresh:
-            move_aside(os.path.join(self._options.output, BEST))
-        layout.finish(self._options.output, directory, files, links=(LATEST, BEST) if is_best else (LATEST,),
-                                keep=self._options.keep or KEEP)
-
-    def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """Collective over the group. What `work` returned on every rank, or _SaveFailed on all of them if it failed on one."""
-        result = problem = None
-        try:
-            result = work()
-        except Exception as error:
-            problem = _in_words(error)
-        outcomes: list[Any] = [None] * self._context.world_size
-        dist.all_gather_object(outcomes, (problem, result), group=self._group)
-        for rank, (problem, _) in enumerate(outcomes):
-            if problem is not None:
-                raise _SaveFailed(problem + (f", on rank {rank}" if self._context.world_size > 1 else ""))
-        return [result for _, result in outcomes]
+            move_aside(os.path.join(self._output, BEST))
+        layout.commit(self._output, directory, files, links=(LATEST, BEST) if is_best else (LATEST,), keep=self._keep)
 
 
-class _SaveFailed(Exception):
-    """Raised on every rank; the message is the first failing rank's."""
+def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Collective with ZeRO. This rank's part of shards/, and of state.pth.tar all but "directory"; nothing is copied."""
+    optimizer = state.optimizers.state()
+    weight = state.classifier.weight.detach()
+    of_centers = optimizer.pop(CENTERS_PARAMETER, {})
+    # State with a row per class is sharded as the class centers are. Scalars, such as Adam's step, are the same everywhere.
+    tensors = {CENTERS: weight} | {
+        f"{OPTIMIZER}/{CENTERS_PARAMETER}/{name}": value for name, value in of_centers.items() if value.shape == weight.shape
+    }
+    replicated = {parameter.removeprefix(BACKBONE_PREFIX): values for parameter, values in optimizer.items()}
+    if scalars := {name: value for name, value in of_centers.items() if value.shape != weight.shape}:
+        replicated[CENTERS_PARAMETER] = scalars
+    return tensors, {
+        "format_version": FORMAT_VERSION,
+        "arch": state.arch,
+        "embedding_size": state.backbone.embedding_size,
+        "num_classes": state.classifier.shard.num_classes,
+        "state_dict": dict(state.backbone.state_dict()),
+        "loss": {"name": state.loss, "settings": dict(state.loss_settings), "state": dict(state.margin.state_dict())},
+        OPTIMIZER: replicated,
+        "scaler": state.scaler.state_dict(),
+        "position": dataclasses.asdict(state.position),
+        "sampler": {"num_images": state.num_images, "global_batch": state.global_batch},
+        "seed": state.seed,
+        "identities": list(state.identities),
+        "options": options,
+        "shards": list(tensors),
+    }
 
 
-def _rows_to_write(classifier: ArcFaceClassifier, momentum: dict[str, Tensor], is_main: bool) -> tuple[dict[str, Tensor], int]:
-    """This rank's part of class centers and momentum, and its first class; rank 0 writes a classifier that all have."""
-    tensors = {"centers": classifier.weight.detach()}
-    if CENTERS_NAME in momentum:
-        tensors["momentum"] = momentum[CENTERS_NAME]
-    if classifier.group is None and not is_main:
-        return {name: tensor[:0] for name, tensor in tensors.items()}, 0
-    return tensors, classifier.shard.start
-
-
-def _require_shared(directory: str) -> None:
+def _require_visible(directory: str) -> None:
     if not os.path.isdir(directory):
-        raise FileNotFoundError(2, "not seen here: --output must be a directory that all nodes share", directory)
+        raise FileNotFoundError(2, "not visible here; --output must be a directory that all nodes share", directory)
 
 
 def _bytes_in(value: Any) -> int:

@@ -1,6 +1,8 @@
-"""Optimizers, the learning-rate schedule, and a gradient scaler whose decision to skip a step all ranks share."""
+"""The optimizers of a run, and the SGD step that the fused classifier update takes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from utils.dist.sharding import is_sharded
-from utils.options import Options
 
 
 def make_momentum(optimizer: SGD) -> None:
@@ -47,39 +48,47 @@ def _sgd_step(optimizer: SGD, rows: slice, grad: Tensor, finite: Tensor | None =
     weight.add_(grad, alpha=-settings["lr"])
 
 
-class Optimizers:
-    """SGD with momentum over the replicated parameters (optionally ZeRO) and, apart from it, over this rank's shard.
+# Optimizers by the name that --optimizer would give them.
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD}
 
-    The shard never goes into ZeroRedundancyOptimizer: after a step that broadcasts every parameter from its owner, and one
-    rank's classes would overwrite those of all others.
+
+class Optimizers:
+    """One optimizer for the replicated parameters (with ZeRO or without), and one for this rank's shard of classes.
+
+    The shard must not be in ZeroRedundancyOptimizer: it broadcasts every parameter from its owner after each step, so one
+    rank's classes would overwrite all others.
 
     Args:
-        model: with the sharded parameters registered (`utils.sharding.register_parallel_dim`).
-        options: lr, momentum, weight_decay, enable_zero_optim, on_nonfinite.
+        model: its sharded parameters are registered (`utils.dist.sharding.register_parallel_dim`).
+        name: in OPTIMIZERS.
+        settings: the optimizer's arguments, such as lr, momentum and weight_decay.
+        zero: shard the replicated parameters' state with ZeroRedundancyOptimizer.
+        skippable: a mask on the device can skip a step, which of torch's implementations only the fused one offers.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, settings: dict[str, Any], *, zero: bool = False, skippable: bool = False
+    ) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
         sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]
-        settings = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
-        # Parameter names beside each optimizer: momentum is saved by name, so that it does not matter who held it.
-        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
         parameters = [parameter for _, parameter in replicated]
-        # Of torch's three implementations only the fused one can leave a step out by a mask on the device.
-        maskable = {"fused": True} if options.on_nonfinite == "skip" else {}
-        self._zero: Optimizer | None = None
-        if options.enable_zero_optim:
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # here: seconds of start-up that few need
+        make = OPTIMIZERS[name]
+        replicated_settings = {**settings, "fused": True} if skippable else settings
+        # The names go with each optimizer: state is saved by name, whoever holds it.
+        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
+        self._zero: Any = None
+        if zero:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # Importing it takes seconds, and few runs use it.
 
-            self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=SGD, **settings, **maskable)
+            self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=make, **replicated_settings)
             self._named.append((self._zero, replicated))
         else:
-            self._named.append((SGD(parameters, **settings, **maskable), replicated))
+            self._named.append((make(parameters, **replicated_settings), replicated))
         if sharded:
-            # torch's other two implementations add the weight decay to a copy of the gradient: as much memory as the shard.
-            self._named.append((SGD([parameter for _, parameter in sharded], **settings, fused=True), sharded))
-        self.of_shard: SGD | None = self._named[-1][0] if sharded else None
+            # Fused, because torch's other implementations copy the gradient to add the weight decay: as large as the shard.
+            self._named.append((make([parameter for _, parameter in sharded], **settings, fused=True), sharded))
+        self.of_shard: Optimizer | None = self._named[-1][0] if sharded else None
 
     @property
     def all(self) -> list[Optimizer]:
@@ -94,35 +103,42 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
-    def momentum(self) -> dict[str, Tensor]:
-        """Collective with ZeRO. Momentum by parameter name: what is replicated on rank 0 at least, a shard on its rank."""
-        found: dict[str, Tensor] = {}
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Collective with ZeRO. {parameter: {state: tensor}}, such as {"backbone.conv1.weight": {"momentum_buffer": ...}}.
+
+        Replicated parameters are complete on rank 0, and with ZeRO absent on other ranks; a shard is on its own rank.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
         for optimizer, named in self._named:
             if optimizer is self._zero:
-                optimizer.consolidate_state_dict(to=0)
+                self._zero.consolidate_state_dict(to=0)
                 if dist.get_rank() != 0:
                     continue
-                states = optimizer.state_dict()["state"]
-                buffers = [states.get(index, {}).get("momentum_buffer") for index in range(len(named))]
+                by_index = self._zero.state_dict()["state"]
+                states = [by_index.get(index, {}) for index in range(len(named))]
             else:
-                buffers = [optimizer.state[parameter].get("momentum_buffer") for _, parameter in named]
-            found.update({name: buffer for (name, _), buffer in zip(named, buffers) if buffer is not None})
+                states = [optimizer.state[parameter] for _, parameter in named]
+            for (name, _), values in zip(named, states):
+                if tensors := {key: value for key, value in values.items() if isinstance(value, Tensor)}:
+                    found[name] = tensors
         return found
 
-    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
-        """Take over momentum by parameter name; a name that is missing starts without. Every rank gives all it trains."""
+    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take over state by parameter and state name. Every rank passes what it trains; absent parameters start fresh."""
         for optimizer, named in self._named:
-            packed = Optimizer.state_dict(optimizer)  # the base class's: ZeRO's own would ask for a consolidation
+            packed = Optimizer.state_dict(optimizer)  # ZeRO's own method would require a consolidation first.
             packed["state"] = {
-                index: {"momentum_buffer": _laid_out_like(parameter, momentum[name])}
-                for index, (name, parameter) in enumerate(named) if name in momentum
+                index: {key: _laid_out_like(parameter, value) for key, value in state[name].items()}
+                for index, (name, parameter) in enumerate(named) if name in state
             }
             optimizer.load_state_dict(packed)
 
 
-def _laid_out_like(parameter: nn.Parameter, momentum: Tensor) -> Tensor:
-    """The momentum in the parameter's memory layout: torch's fused SGD walks both as they lie, and a checkpoint may be of a run
-    with the other setting of --channels-last. A shard's, which always fits, is not copied."""
-    if momentum.stride() == parameter.stride() and momentum.device == parameter.device:
-        return momentum
-    return torch.empty_like(parameter, requires_grad=False).copy_(momentum)
+def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """The value in the parameter's memory layout, copied if it differs. Scalars stay as they are.
+
+    torch's fused optimizers walk both in memory order, and the checkpoint may come from a run with another --channels-last.
+    """
+    if value.shape != parameter.shape or value.stride() == parameter.stride() and value.device == parameter.device:
+        return value
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)

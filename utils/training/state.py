@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -13,9 +14,12 @@ from utils.training.scaler import SharedGradScaler
 
 @dataclass
 class Position:
-    """Where the run is: `step` steps are done in all, `step_in_epoch` of them in epoch `epoch` (from 0).
+    """How far training has come.
 
-    best_score: the best mean accuracy of --val-pairs and --val-bin so far.
+    epoch: the current epoch, from 0.
+    step_in_epoch: steps done in this epoch.
+    step: steps done in all epochs.
+    best_score: the best mean accuracy on the validation sets so far; None before the first evaluation.
     """
 
     epoch: int = 0
@@ -24,16 +28,28 @@ class Position:
     best_score: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that a run changes while it trains, and what it is trained on."""
+    """Everything that training changes, and what a checkpoint must say about it.
+
+    arch: the backbone's name in BACKBONES.
+    loss, loss_settings: the margin's name, and its constants such as scale and margin.
+    margin: the margin's module, whose buffers are running statistics. The default has none.
+    seed: all random numbers derive from it and from the position.
+    num_images, global_batch: what position.step_in_epoch was counted in.
+    identities: names of the training set by label.
+    """
 
     backbone: nn.Module
     classifier: ArcFaceClassifier
     optimizers: Optimizers
     scaler: SharedGradScaler
     position: Position
+    arch: str
     seed: int
     num_images: int
     global_batch: int
     identities: list[str] = field(default_factory=list)
+    loss: str = "arcface"
+    loss_settings: dict[str, Any] = field(default_factory=dict)
+    margin: nn.Module = field(default_factory=nn.Module)
