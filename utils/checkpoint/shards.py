@@ -215,6 +215,7 @@ def _map_rows(path: str, block: Block) -> np.ndarray:
     size = block.shape[0] * block.shape[1] * block.dtype.itemsize
     with zipfile.ZipFile(_ArrayFile(archive)) as entries:
         (entry,) = [entry for entry in entries.infolist() if entry.filename.endswith("/data/0")]
+        entries.open(entry).close()  # Checks the local header, which is read below.
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
         raise ValueError(f"{entry.file_size} bytes instead of {size}")
     # A local header has 30 bytes. The last four are the lengths of the file name and the padding that follow it.
