@@ -61,8 +61,9 @@ def main() -> None:
     with_centers = options.centers or options.format == "torchshard"
     weights = open_weights(options.resume, options.arch, with_centers=with_centers)
     if with_centers and weights.centers is None:
-        raise UserError(f"--resume {options.resume}: has no class centers, which "
-                        f"{'--centers' if options.centers else '--format torchshard'} needs; give a checkpoint of main.py")
+        flag = "--centers" if options.centers else "--format torchshard"
+        raise UserError(f"--resume {options.resume}: has no class centers, which {flag} needs; "
+                        "give a checkpoint of main.py")
     try:
         summary = WRITERS[options.format](weights, options.output)
     except OSError as error:
@@ -73,7 +74,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def replacing(output: str) -> Iterator[str]:
-    """A temporary path beside `output`. Its file replaces `output` when the block ends, flushed; after an error nothing changes.
+    """A temporary path beside `output`. Its file is flushed and replaces `output` when the block ends without an error.
 
     `utils.files.atomic_write` does this for an open file, but ONNX and safetensors create theirs by name.
     """
@@ -114,7 +115,7 @@ def gathered(centers: StoredRows, output: str) -> Iterator[Tensor]:
 
 
 def write_torchshard(weights: Weights, output: str) -> str:
-    """{"epoch", "arch", "state_dict"}: names start with "module.", the classifier is "module.arcface_linear.weight" (C, d).
+    """{"epoch", "arch", "state_dict"}. Names begin with "module.", class centers are "module.arcface_linear.weight".
 
     If the names of the identities are known, they are in "identities", by class. Only --init-from uses them.
     """
@@ -162,19 +163,21 @@ def write_onnx(weights: Weights, output: str) -> str:
         export_onnx(weights.backbone, temporary)
         worst = largest_difference(weights.backbone, temporary)
         if not worst <= ONNX_TOLERANCE:
-            raise UserError(f"--format onnx: onnxruntime's embeddings differ from PyTorch's by {worst:.2g} of their length, more than "
-                            f"{ONNX_TOLERANCE:g}; {output} was not written; try other versions of onnxscript and onnxruntime")
-    return f"batch of any size, opset {ONNX_OPSET}; onnxruntime agrees with PyTorch to {worst:.1g} of an embedding's length"
+            raise UserError(f"--format onnx: onnxruntime's embeddings differ from PyTorch's by {worst:.2g} of their "
+                            f"length, more than {ONNX_TOLERANCE:g}; {output} was not written; try other versions of "
+                            "onnxscript and onnxruntime")
+    return f"any batch size, opset {ONNX_OPSET}; onnxruntime agrees with PyTorch to {worst:.1g} of the length"
 
 
 def export_onnx(backbone: nn.Module, path: str) -> None:
     """Write `backbone`, in evaluation mode, as one ONNX file."""
     example = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
-    with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # hides the progress
+    # torch.onnx.export prints its progress.
+    with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            backbone, (example,), input_names=[ONNX_INPUT], output_names=[ONNX_OUTPUT], opset_version=ONNX_OPSET, dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            backbone, (example,), input_names=[ONNX_INPUT], output_names=[ONNX_OUTPUT], opset_version=ONNX_OPSET,
+            dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None
     for node in program.model.graph:
@@ -202,7 +205,10 @@ def largest_difference(backbone: nn.Module, path: str) -> float:
 
 
 WRITERS: dict[str, Callable[[Weights, str], str]] = {
-    "torchshard": write_torchshard, "insightface": write_insightface, "onnx": write_onnx, "safetensors": write_safetensors,
+    "torchshard": write_torchshard,
+    "insightface": write_insightface,
+    "onnx": write_onnx,
+    "safetensors": write_safetensors,
 }
 
 
@@ -211,8 +217,8 @@ def _require(package: str, format: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"--format {format}: the package {package.partition('.')[0]} is missing or does not load ({error}); "
-                        "pip install -r scripts/requirements.txt") from None
+        raise UserError(f"--format {format}: the package {package.partition('.')[0]} is missing or does not load "
+                        f"({error}); pip install -r scripts/requirements.txt") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,14 +227,15 @@ def _require(package: str, format: str) -> Any:
 
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse the command line, and check what does not need a file. Raises UserError."""
-    parser = Parser("export.py", "Write a checkpoint as a file for other programs. The network's input is RGB, (value - 127.5) / 127.5.")
+    parser = Parser("export.py", "Write a checkpoint in another format. Network input: RGB, (value - 127.5) / 127.5.")
     parser.add_argument("--resume", metavar="PATH", help="checkpoint.pth.tar, or a published backbone's weights")
-    parser.add_argument("-a", "--arch", metavar="ARCH", help="fail unless the file holds this architecture (default: any)")
+    parser.add_argument("-a", "--arch", metavar="ARCH", help="fail unless the file holds this (default: any)")
     parser.add_argument("--format", choices=sorted(WRITERS),
-                        help="torchshard: one file with backbone and classifier; insightface: the backbone's state dict; onnx: the "
-                             "backbone for any batch size, checked with onnxruntime; safetensors: the backbone")
-    parser.add_argument("--output", metavar="FILE", help="file to write; an existing one is replaced once the new one is complete")
-    parser.add_argument("--centers", action="store_true", help="with --format safetensors: write the class centers, too")
+                        help="torchshard: one file with backbone and classifier; insightface: the backbone's state "
+                             "dict; onnx: the backbone for any batch size, checked with onnxruntime; safetensors: the "
+                             "backbone")
+    parser.add_argument("--output", metavar="FILE", help="file to write, or to replace once the new one is complete")
+    parser.add_argument("--centers", action="store_true", help="with --format safetensors: also the class centers")
     options = Options(**vars(parser.parse_args(argv)))
     for flag, value in (("--resume", options.resume), ("--format", options.format), ("--output", options.output)):
         if not value:
@@ -236,11 +243,11 @@ def parse_options(argv: list[str] | None = None) -> Options:
     if options.arch:
         check_arch(options.arch)
     if options.centers and options.format != "safetensors":
-        raise UserError(f"--centers with --format {options.format}: works with safetensors only; torchshard always has them, "
-                        "insightface and onnx never")
+        raise UserError(f"--centers with --format {options.format}: works with safetensors only; torchshard always "
+                        "has them, insightface and onnx never")
     extension = {"onnx": ".onnx", "safetensors": SAFETENSORS_EXTENSION}.get(options.format, "")
     if not options.output.endswith(extension):
-        raise UserError(f"--output {options.output}: give a name that ends in {extension}, by which other programs recognize the format")
+        raise UserError(f"--output {options.output}: give a name that ends in {extension}, which other programs expect")
     return options
 
 

@@ -34,5 +34,5 @@ def assert_same_training(output: Path, expected: Path, tolerance: float = 0.0) -
         if tolerance == 0:
             assert torch.equal(found[name], tensor), name
         else:
-            difference = (found[name].double() - tensor.double()).norm()
-            assert difference <= tolerance * tensor.double().norm(), f"{name}: {difference:.3g} of {tensor.double().norm():.3g}"
+            difference, norm = (found[name].double() - tensor.double()).norm(), tensor.double().norm()
+            assert difference <= tolerance * norm, f"{name}: {difference:.3g} of {norm:.3g}"

@@ -1,4 +1,4 @@
-"""An error on one rank becomes an error on all ranks: none of them waits for a rank that has given up."""
+"""An error on one rank becomes an error on all ranks, so no rank waits for one that has given up."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ def run_together(work: Callable[[], T], group: dist.ProcessGroup | None = None) 
 
     Raises the error of the first rank that failed, on all ranks: UserErrors as they are, others as RankFailed.
     """
-    result = own = error = None
+    result: T | None = None
+    error: Exception | None = None
+    own: Exception | None = None
     try:
         result = work()
     except UserError as raised:
         error = raised
     except Exception as raised:
-        own, error = raised, RankFailed(_cause(raised) + (f", on rank {dist.get_rank()}" if dist.get_world_size() > 1 else ""))
+        own, world_size = raised, dist.get_world_size()
+        error = RankFailed(_cause(raised) + (f", on rank {dist.get_rank()}" if world_size > 1 else ""))
     outcomes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, (error, result), group=group)
-    for error, _ in outcomes:
-        if error is not None:
-            raise error from own
-    return [result for _, result in outcomes]
+    for problem, _ in outcomes:
+        if problem is not None:
+            raise problem from own
+    return [value for _, value in outcomes]
 
 
 def _cause(error: Exception) -> str:

@@ -27,11 +27,14 @@ def _open(path: str, arch: str, embedding_size: int) -> Weights:
         raise UserError(f"--init-from {error}") from None
     found = weights.backbone.embedding_size
     if found != embedding_size:
-        raise UserError(f"--init-from {path}: has embedding size {found}, but runs have {embedding_size}; give another file")
+        raise UserError(f"--init-from {path}: has embedding size {found}, but runs have {embedding_size}; give "
+                        "another file")
     return weights
 
 
-def init_from(path: str, arch: str, backbone: nn.Module, classifier: ArcFaceClassifier, identities: Sequence[str]) -> str:
+def init_from(
+    path: str, arch: str, backbone: nn.Module, classifier: ArcFaceClassifier, identities: Sequence[str]
+) -> str:
     """Collective. Copy the weights in a file into a run that has not begun. Returns a line that says what was copied.
 
     Class centers are matched by identity name if both the file and the training set have names; otherwise all of them
@@ -42,7 +45,8 @@ def init_from(path: str, arch: str, backbone: nn.Module, classifier: ArcFaceClas
         backbone, classifier: the run's own, changed in place. The classifier has this rank's classes.
         identities: names of the training set by label, at most as many as there are classes.
     """
-    weights = _open(path, arch, backbone.embedding_size)
+    embedding_size = classifier.weight.shape[1]
+    weights = _open(path, arch, embedding_size)
     backbone.load_state_dict(weights.backbone.state_dict())
     centers, names, shard = weights.centers, weights.identities, classifier.shard
     if centers is None:
@@ -57,7 +61,8 @@ def init_from(path: str, arch: str, backbone: nn.Module, classifier: ArcFaceClas
         if classifier.group is not None:
             dist.all_reduce(matched, group=classifier.group)
         kept = int(matched)
-        report = (f"class centers by identity: {kept:,} kept, {len(identities) - kept:,} new, {len(names) - kept:,} dropped")
+        new, dropped = len(identities) - kept, len(names) - kept
+        report = f"class centers by identity: {kept:,} kept, {new:,} new, {dropped:,} dropped"
     elif stored_classes == shard.num_classes:
         rows = np.arange(shard.start, shard.stop)
         report = f"all {stored_classes:,} class centers"
@@ -69,7 +74,7 @@ def init_from(path: str, arch: str, backbone: nn.Module, classifier: ArcFaceClas
 
 
 def _are_names(identities: Sequence[str]) -> bool:
-    """False for label numbers, which stand in for the names that a package lacks: equal numbers are different people."""
+    """False for label numbers, which replace names that a package lacks: equal numbers are different people."""
     return any(name != str(label) for label, name in enumerate(identities))
 
 

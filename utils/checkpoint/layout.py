@@ -26,6 +26,7 @@ import re
 import shutil
 import time
 import zlib
+from typing import Any
 
 from utils.checkpoint.safe_load import read_torch_file
 from utils.errors import UserError
@@ -66,7 +67,7 @@ def begin(output: str, step: int) -> str:
 
 
 def final_name(directory: str) -> str:
-    """The name of a committed checkpoint, relative to --output, given its .part directory: checkpoints/step-00000010."""
+    """The name after the commit, relative to --output, of a .part directory: checkpoints/step-00000010."""
     return f"{STEPS_DIRECTORY}/{os.path.basename(directory).removesuffix(_UNFINISHED)}"
 
 
@@ -98,7 +99,8 @@ def commit(output: str, directory: str, files: Files, *, links: tuple[str, ...],
 def remove_unfinished(output: str) -> None:
     """Remove the remains of interrupted saves and removals.
 
-    Errors are ignored, since the next save tries again: NFS keeps a directory while a process has one of its files open.
+    Errors are ignored, since the next save tries again: NFS keeps a directory while a process has one of its files
+    open.
     """
     for directory in glob.glob(os.path.join(glob.escape(output), STEPS_DIRECTORY, "*" + _UNFINISHED)):
         shutil.rmtree(directory, ignore_errors=True)
@@ -178,10 +180,12 @@ def step_directory(path: str, contents: dict) -> str:
         return directory
     directory = os.path.join(directory, str(contents.get("directory")))
     if not os.path.isfile(os.path.join(directory, STATE_FILE)):
-        raise UserError(f"{path}: is a copy of a state file without its class centers; give the {STATE_FILE} in a directory "
+        raise UserError(f"{path}: is a copy of a state file without its class centers; give the {STATE_FILE} in a "
+                        "directory "
                         f"below {STEPS_DIRECTORY}/, or the link {LATEST} beside {STEPS_DIRECTORY}/")
     if checksum(path) != checksum(os.path.join(directory, STATE_FILE)):
-        raise UserError(f"{path}: differs from the state file in {directory}, which it names; give {directory}/{STATE_FILE}")
+        raise UserError(f"{path}: differs from the state file in {directory}, which it names; give "
+                        f"{directory}/{STATE_FILE}")
     return directory
 
 
@@ -203,7 +207,7 @@ def _load_manifest(directory: str) -> dict:
 
 def read_manifest(directory: str) -> Files:
     """The files of a checkpoint, after checking that each exists with the right size. Raises DamagedCheckpoint."""
-    entries = _load_manifest(directory).get("files")
+    entries: Any = _load_manifest(directory).get("files")
     try:
         # The manifest is not trusted either: no name in it may lead out of the directory.
         files = {str(name): (int(size), int(crc)) for name, (size, crc) in entries.items()}
@@ -235,7 +239,7 @@ def check_files(directory: str, files: Files) -> None:
 
 
 def checksum(path: str) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file. CRC-32 detects damage, not malice: no reader ever executes what a checkpoint contains."""
+    """(bytes, CRC-32) of a file. CRC-32 detects damage, not malice: no reader executes anything in a checkpoint."""
     size = crc = 0
     buffer = bytearray(2**20)
     with open(path, "rb", buffering=0) as file:

@@ -25,7 +25,8 @@ def read_safetensors(path: str) -> dict[str, Any]:
     try:
         import safetensors  # Only this format needs it.
     except ImportError:
-        raise UserError(f"{path}: the package safetensors is missing: pip install -r scripts/requirements.txt") from None
+        raise UserError(
+            f"{path}: the package safetensors is missing: pip install -r scripts/requirements.txt") from None
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; give a file of weights")
     try:
@@ -40,12 +41,13 @@ def read_safetensors(path: str) -> dict[str, Any]:
         if IDENTITIES_TENSOR in weights:
             content["identities"] = json.loads(weights.pop(IDENTITIES_TENSOR).numpy().tobytes())
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not a safetensors file, or is damaged ({error}); copy or download it again") from None
+        raise UserError(
+            f"{path}: is not a safetensors file, or is damaged ({error}); copy or download it again") from None
     return content
 
 
 def read_torch_file(path: str) -> object:
-    """What torch.load finds in a file, if that is tensors and plain values only. Raises UserError that names the cause."""
+    """The contents of a file of torch.save: tensors and plain values only. Raises UserError that names the cause."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a directory; give a checkpoint file")
     try:

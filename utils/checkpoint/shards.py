@@ -1,6 +1,7 @@
 """Sharded tensors on disk: each rank writes its own rows, and any process reads any rows.
 
-The files follow the format of torch.distributed.checkpoint, which can read them: blocks of rows in __<rank>_0.distcp, each
+The files follow the format of torch.distributed.checkpoint, which can read them: blocks of rows in __<rank>_0.distcp,
+each
 as torch.save writes a tensor, and .metadata, a pickle that says where each block lies. Neither torch's writer nor its
 reader is used. Its reader executes what the pickle asks for and loads whole blocks of other ranks. Its writer wraps the
 errors of a rank in collectives of its own. Here, reading and writing need no collective and raise plain errors.
@@ -56,10 +57,12 @@ def write_shard(directory: str, rank: int, tensors: dict[str, Tensor], start: in
     with open(os.path.join(directory, SHARDS_DIRECTORY, name), "wb") as file:
         for tensor_name, tensor in tensors.items():
             for first in range(0, len(tensor), BLOCK_CLASSES):
-                rows = tensor[first:first + BLOCK_CLASSES].detach().to("cpu", copy=True)  # torch.save writes whole storages
+                # torch.save writes whole storages
+                rows = tensor[first:first + BLOCK_CLASSES].detach().to("cpu", copy=True)
                 offset = file.tell()
                 torch.save(rows, file)
-                blocks.append(Block(tensor_name, start + first, tuple(rows.shape), rows.dtype, name, offset, file.tell() - offset))
+                shape, length = (len(rows), rows.shape[1]), file.tell() - offset
+                blocks.append(Block(tensor_name, start + first, shape, rows.dtype, name, offset, length))
         flush(file)
     return blocks
 
@@ -151,7 +154,8 @@ def open_shards(directory: str, names: Sequence[str], shape: tuple[int, int], fi
         places = {(index.fqn, index.offset): place for index, place in metadata.storage_data.items()}
         blocks = {name: _blocks(name, metadata.state_dict_metadata[name], places, shape, files) for name in names}
     except Exception:  # The values can be anything, too.
-        raise DamagedCheckpoint(f"{path}: does not describe {' and '.join(sorted(names))} of {shape[0]} classes") from None
+        raise DamagedCheckpoint(
+            f"{path}: does not describe {' and '.join(sorted(names))} of {shape[0]} classes") from None
     opened = {}
     for name in names:
         parts = []
@@ -159,7 +163,8 @@ def open_shards(directory: str, names: Sequence[str], shape: tuple[int, int], fi
             try:
                 parts.append((block.first, _map_rows(os.path.join(directory, SHARDS_DIRECTORY, block.file), block)))
             except Exception as error:  # The bytes of a damaged archive can be anything.
-                raise DamagedCheckpoint(f"{directory}/{SHARDS_DIRECTORY}/{block.file}: is damaged: {name} cannot be read "
+                raise DamagedCheckpoint(f"{directory}/{SHARDS_DIRECTORY}/{block.file}: is damaged: {name} cannot be "
+                                        "read "
                                         f"({error})") from None
         opened[name] = StoredRows(shape, blocks[name][0].dtype, parts)
     return opened
@@ -201,7 +206,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in ("Size", "float16", "bfloat16", "float32", "float64"):
             return getattr(torch, name)
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.serialization"):
+        prefix = "torch.distributed.checkpoint"
+        if module in (f"{prefix}.metadata", f"{prefix}.filesystem", "torch.serialization"):
             return _Inert
         raise DamagedCheckpoint(f"holds code ({module}.{name}) and was not loaded")
 
@@ -220,7 +226,7 @@ def _map_rows(path: str, block: Block) -> np.ndarray:
         raise ValueError(f"{entry.file_size} bytes instead of {size}")
     # A local header has 30 bytes. The last four are the lengths of the file name and the padding that follow it.
     header = entry.header_offset
-    start = header + 30 + sum(struct.unpack("<HH", archive[header + 26:header + 30]))
+    start = header + 30 + sum(struct.unpack("<HH", archive[header + 26:header + 30].tobytes()))
     return np.asarray(archive[start:start + size]).reshape(block.shape[0], -1)
 
 

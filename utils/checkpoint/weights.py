@@ -64,7 +64,7 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     """
     if arch is not None:
         check_arch(arch)
-    content = read_safetensors(path) if path.endswith(SAFETENSORS_EXTENSION) else read_torch_file(path)
+    content: Any = read_safetensors(path) if path.endswith(SAFETENSORS_EXTENSION) else read_torch_file(path)
     entries = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(entries, Mapping) or not entries or not all(isinstance(name, str) for name in entries):
         raise UserError(f"{path}: holds no state_dict; give a checkpoint, or the state dict of a published backbone")
@@ -75,8 +75,9 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     epoch = content["position"]["epoch"] if is_checkpoint else content.get("epoch")
     centers = identities = None
     if with_centers:
-        centers = _open_sharded(path, content) if is_checkpoint else _open_entry(path, entries, backbone.embedding_size)
-        identities = centers and _identities(path, content, centers.shape[0])
+        size: Any = backbone.embedding_size
+        centers = _open_sharded(path, content) if is_checkpoint else _open_entry(path, entries, size)
+        identities = _identities(path, content, centers.shape[0]) if centers is not None else None
     return Weights(path, backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities)
 
 
@@ -90,9 +91,11 @@ def _build(path: str, content: Mapping[str, Any], entries: Mapping[str, Any]) ->
     bias = weights.get("features.bias")  # of the last BatchNorm: d values
     embedding_size = len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 and len(bias) else 512
     # What the file says about itself must be true. An arch in another program's naming says nothing here.
-    for what, said, found in (("arch", content.get("arch"), arch), ("embedding size", content.get("embedding_size"), embedding_size)):
+    said_arch, said_size = content.get("arch"), content.get("embedding_size")
+    for what, said, found in (("arch", said_arch, arch), ("embedding size", said_size, embedding_size)):
         if (said in BACKBONES if isinstance(said, str) else isinstance(said, int)) and said != found:
-            raise UserError(f"{path}: says {what} {said}, but holds {found}; give a file that was put together correctly")
+            raise UserError(f"{path}: says {what} {said}, but holds {found}; give a file that was put together "
+                            "correctly")
     with torch.random.fork_rng(devices=[]):  # Initial values, which are overwritten, must not use up random numbers.
         backbone = build_backbone(arch, embedding_size)
     expected = backbone.state_dict()
@@ -154,7 +157,7 @@ def _open_entry(path: str, entries: Mapping[str, Any], embedding_size: int) -> S
     return None
 
 
-def _open_sharded(path: str, content: Mapping[str, Any]) -> StoredRows:
+def _open_sharded(path: str, content: dict[str, Any]) -> StoredRows:
     """The class centers in the shards of a checkpoint."""
     try:
         directory = step_directory(path, content)

@@ -66,7 +66,7 @@ class CheckpointWriter:
         self._failure: str | None = None  # why the newest save failed
         self._last_saved = ""
         if enabled:
-            self._group = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
+            self._group: Any = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
             if context.nodes > 1:
                 self._require_shared_output()
 
@@ -106,13 +106,13 @@ class CheckpointWriter:
             raise self._error
 
     def close(self) -> str:
-        """Collective. Wait; return the path of what was saved, or "nothing saved". Raises UserError if the last save failed."""
+        """Collective. Wait; return the path of what was saved. Raises UserError if the last save failed."""
         self.wait()
         if self._enabled:
             dist.destroy_process_group(self._group)
         if self._failure is not None:
-            raise UserError(f"--output {self._output}: the last checkpoint could not be written ({self._failure}); fix the cause, "
-                            f"then rerun with --resume {AUTO} to continue from "
+            raise UserError(f"--output {self._output}: the last checkpoint could not be written ({self._failure}); "
+                            f"fix the cause, then rerun with --resume {AUTO} to continue from "
                             + (self._last_saved or "the newest earlier checkpoint, if any"))
         return os.path.join(self._output, LATEST) if self._last_saved else "nothing saved"
 
@@ -124,7 +124,7 @@ class CheckpointWriter:
 
         def require_probe() -> None:
             if not os.path.exists(probe):
-                raise UserError(f"--output {self._output}: rank {self._context.rank} does not see the file that rank 0 created "
+                raise UserError(f"--output {self._output}: rank {self._context.rank} does not see what rank 0 created "
                                 "there; give a directory that all nodes share")
 
         try:
@@ -147,7 +147,7 @@ class CheckpointWriter:
 
     def _write(self, contents: dict[str, Any], tensors: dict[str, Tensor], start: int, step: int, is_best: bool,
                started: float, blocked: float | None) -> None:
-        """Collective over the group. Write and commit, or report why not. `blocked` is None if training waits for all of it."""
+        """Collective over the group. Write and commit, or report why not. `blocked` is None for a synchronous save."""
         is_main, group, directory = self._context.is_main, self._group, ""
         try:
             names = run_together(lambda: os.path.basename(layout.begin(self._output, step)) if is_main else "", group)
@@ -172,9 +172,10 @@ class CheckpointWriter:
                 shutil.rmtree(directory, ignore_errors=True)  # Free the space on a full disk.
             self._failure = str(failure)
             self._say(f"warning: the checkpoint of step {step} could not be written ({failure}); training continues; "
-                      + (f"the last checkpoint is still {self._last_saved}" if self._last_saved else "earlier checkpoints stay"))
+                      f"the last checkpoint is still {self._last_saved or 'the one from before this run'}")
             return
-        self._failure, self._fresh, self._last_saved = None, False, os.path.join(self._output, layout.final_name(directory))
+        self._failure, self._fresh = None, False
+        self._last_saved = os.path.join(self._output, layout.final_name(directory))
         seconds, mib = time.perf_counter() - started, sum(size for size, _ in files.values()) / 2**20
         self._say(f"saved {self._last_saved}: {mib:,.1f} MiB in {seconds:.2f} s, training blocked for "
                   f"{seconds if blocked is None else blocked:.2f} s")
@@ -186,17 +187,17 @@ class CheckpointWriter:
 
 
 def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Collective with ZeRO. This rank's part of shards/, and of state.pth.tar all but "directory"; nothing is copied."""
+    """Collective with ZeRO. This rank's part of shards/, and state.pth.tar without "directory". Nothing is copied."""
     optimizer = state.optimizers.state()
     weight = state.classifier.weight.detach()
     of_centers = optimizer.pop(CENTERS_PARAMETER, {})
-    # State with a row per class is sharded as the class centers are. Scalars, such as Adam's step, are the same everywhere.
-    tensors = {CENTERS: weight} | {
-        f"{OPTIMIZER}/{CENTERS_PARAMETER}/{name}": value for name, value in of_centers.items() if value.shape == weight.shape
-    }
     replicated = {parameter.removeprefix(BACKBONE_PREFIX): values for parameter, values in optimizer.items()}
-    if scalars := {name: value for name, value in of_centers.items() if value.shape != weight.shape}:
-        replicated[CENTERS_PARAMETER] = scalars
+    tensors = {CENTERS: weight}
+    for name, value in of_centers.items():
+        if value.shape == weight.shape:  # A row per class: sharded like the class centers.
+            tensors[f"{OPTIMIZER}/{CENTERS_PARAMETER}/{name}"] = value
+        else:  # A scalar such as Adam's step: the same on every rank.
+            replicated.setdefault(CENTERS_PARAMETER, {})[name] = value
     return tensors, {
         "format_version": FORMAT_VERSION,
         "arch": state.arch,

@@ -55,8 +55,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD}
 class Optimizers:
     """One optimizer for the replicated parameters (with ZeRO or without), and one for this rank's shard of classes.
 
-    The shard must not be in ZeroRedundancyOptimizer: it broadcasts every parameter from its owner after each step, so one
-    rank's classes would overwrite all others.
+    The shard must not be in ZeroRedundancyOptimizer. After each step, that broadcasts every parameter from its owner:
+    one rank's classes would overwrite all others.
 
     Args:
         model: its sharded parameters are registered (`utils.dist.sharding.register_parallel_dim`).
@@ -73,20 +73,20 @@ class Optimizers:
         replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
         sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]
         parameters = [parameter for _, parameter in replicated]
-        make = OPTIMIZERS[name]
+        make: Any = OPTIMIZERS[name]
         replicated_settings = {**settings, "fused": True} if skippable else settings
         # The names go with each optimizer: state is saved by name, whoever holds it.
         self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
-        self._zero: Any = None
         if zero:
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # Importing it takes seconds, and few runs use it.
+            # Importing it takes seconds, and few runs use it.
+            from torch.distributed.optim import ZeroRedundancyOptimizer
 
-            self._zero = ZeroRedundancyOptimizer(parameters, optimizer_class=make, **replicated_settings)
-            self._named.append((self._zero, replicated))
+            optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class=make, **replicated_settings)
+            self._named.append((optimizer, replicated))
         else:
             self._named.append((make(parameters, **replicated_settings), replicated))
         if sharded:
-            # Fused, because torch's other implementations copy the gradient to add the weight decay: as large as the shard.
+            # Fused: torch's other implementations copy the gradient, which is as large as the shard, for weight decay.
             self._named.append((make([parameter for _, parameter in sharded], **settings, fused=True), sharded))
         self.of_shard: Optimizer | None = self._named[-1][0] if sharded else None
 
@@ -104,17 +104,17 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Collective with ZeRO. {parameter: {state: tensor}}, such as {"backbone.conv1.weight": {"momentum_buffer": ...}}.
+        """Collective with ZeRO. {parameter: {state: tensor}}: {"backbone.conv1.weight": {"momentum_buffer": ...}, ...}.
 
         Replicated parameters are complete on rank 0, and with ZeRO absent on other ranks; a shard is on its own rank.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for optimizer, named in self._named:
-            if optimizer is self._zero:
-                self._zero.consolidate_state_dict(to=0)
+            if hasattr(optimizer, "consolidate_state_dict"):  # ZeRO
+                optimizer.consolidate_state_dict(to=0)
                 if dist.get_rank() != 0:
                     continue
-                by_index = self._zero.state_dict()["state"]
+                by_index = optimizer.state_dict()["state"]
                 states = [by_index.get(index, {}) for index in range(len(named))]
             else:
                 states = [optimizer.state[parameter] for _, parameter in named]
@@ -124,7 +124,7 @@ class Optimizers:
         return found
 
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take over state by parameter and state name. Every rank passes what it trains; absent parameters start fresh."""
+        """Load state by parameter and state name. Every rank passes all it trains; other parameters start without."""
         for optimizer, named in self._named:
             packed = Optimizer.state_dict(optimizer)  # ZeRO's own method would require a consolidation first.
             packed["state"] = {
@@ -137,7 +137,7 @@ class Optimizers:
 def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """The value in the parameter's memory layout, copied if it differs. Scalars stay as they are.
 
-    torch's fused optimizers walk both in memory order, and the checkpoint may come from a run with another --channels-last.
+    torch's fused optimizers walk both in memory order, and --channels-last may have changed since the save.
     """
     if value.shape != parameter.shape or value.stride() == parameter.stride() and value.device == parameter.device:
         return value
