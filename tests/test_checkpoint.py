@@ -1,7 +1,8 @@
-"""Checkpoints: whole at every instant, read at any world size and in any mode, refused in words when they are not what was saved."""
+"""Checkpoints: complete at every instant, read at any world size and in any mode, refused with a cause when damaged."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -36,6 +37,7 @@ from utils.training.optim import OPTIMIZERS, Optimizers
 
 SHORT = ["-b", "12", "-j", "0", "--epochs", "2", "--lr-milestones", "1"]
 SHARDED = ["--enable-model-parallel"]
+ELEVEN = ["--num-classes", "11", "-a", "mobilefacenet"]
 
 
 def train_in_small_blocks(rank: int, world_size: int, argv: list[str]) -> None:
@@ -45,7 +47,7 @@ def train_in_small_blocks(rank: int, world_size: int, argv: list[str]) -> None:
 
 
 def refusal(rank: int, world_size: int, argv: list[str]) -> str:
-    """What `train` says against it, and whether a code of the checkpoint was run."""
+    """The error of `train`, if any."""
     try:
         train(rank, world_size, argv)
     except UserError as error:
@@ -56,7 +58,8 @@ def refusal(rank: int, world_size: int, argv: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Other world sizes and modes. 9 classes: 9; 5, 4; 3, 3, 3; 3, 3, 3, 0
 
-MATRIX = ["-b", "12", "-j", "0", "--num-classes", "9", "--precision", "float64", "--sync-bn", "--lr", "0.05", "--epochs", "9"]
+MATRIX = ["-b", "12", "-j", "0", "--num-classes", "9", "--precision", "float64", "--sync-bn", "--lr", "0.05",
+          "--epochs", "9"]
 SAVED_IN = {1: "base", 2: "base, ZeRO", 3: "sharded, ZeRO", 4: "sharded"}
 
 
@@ -142,7 +145,8 @@ def test_a_checkpoint_of_format_2_resumes_with_the_same_losses(pools, tmp_path, 
     assert contents["format_version"] == 3 and "momentum" not in contents
     assert set(contents["optimizer"]["fc.weight"]) == {"momentum_buffer"}
     assert contents["shards"] == ["centers", "optimizer/classifier.weight/momentum_buffer"]
-    assert contents["loss"] == {"name": "arcface", "settings": {"scale": 16.0, "margin": 0.5, "easy_margin": True}, "state": {}}
+    settings = {"scale": 16.0, "margin": 0.5, "easy_margin": True}
+    assert contents["loss"] == {"name": "arcface", "settings": settings, "state": {}}
 
 
 class Statistics(torch.nn.Module):
@@ -175,7 +179,7 @@ def test_the_loss_is_saved_with_its_statistics(pools, tmp_path):
     pools(2).run(save_and_load, str(tmp_path), "", "adaface")
     path = tmp_path / "checkpoint.pth.tar"
     loss = torch.load(path, weights_only=True)["loss"]
-    assert (loss["name"], loss["settings"], loss["state"]) == ("adaface", {"scale": 64.0, "h": 0.333}, {"mean": torch.tensor(0.25)})
+    assert loss == {"name": "adaface", "settings": {"scale": 64.0, "h": 0.333}, "state": {"mean": torch.tensor(0.25)}}
     assert pools(3).run(save_and_load, str(tmp_path), str(path), "adaface") == [0.25] * 3
     for resume in (str(path), "auto"):
         with pytest.raises(UserError, match="--loss adaface.*--loss arcface.*--init-from"):
@@ -192,7 +196,7 @@ def step_of_adamw(rank: int, world_size: int) -> dict[str, dict[str, tuple[int, 
             optimizers = Optimizers(model, "adamw", {"lr": 0.1}, zero=world_size > 1)
             for step in range(4):
                 if step == 2 and interrupted:
-                    state = [{name: {key: value.clone() for key, value in values.items()} for name, values in optimizers.state().items()}]
+                    state = [copy.deepcopy(optimizers.state())]
                     torch.distributed.broadcast_object_list(state, src=0)
                     optimizers = Optimizers(model, "adamw", {"lr": 0.1}, zero=world_size > 1)
                     optimizers.load_state(state[0])
@@ -208,7 +212,9 @@ def step_of_adamw(rank: int, world_size: int) -> dict[str, dict[str, tuple[int, 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_state_of_another_optimizer(pools, world_size):
     assert pools(world_size).run(step_of_adamw)[0] == {
-        "weight": {"step": (), "exp_avg": (2, 3), "exp_avg_sq": (2, 3)}, "bias": {"step": (), "exp_avg": (2,), "exp_avg_sq": (2,)}}
+        "weight": {"step": (), "exp_avg": (2, 3), "exp_avg_sq": (2, 3)},
+        "bias": {"step": (), "exp_avg": (2,), "exp_avg_sq": (2,)},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +256,7 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints(tmp_path):
         for step in (1, 2):
             make_step(output, step)
 
-        def wrap(function):
+        def wrap(function, killed_at=killed_at):
             def killable(*args, **kwargs):
                 nonlocal calls
                 calls += 1
@@ -333,7 +339,8 @@ def train_with_full_disk(rank: int, world_size: int, argv: list[str], full_on: i
 @pytest.mark.parametrize("full_on", [0, 1])
 @pytest.mark.parametrize("at_step", [2, 3])
 def test_a_full_disk(pools, faces, tmp_path, full_on, at_step):
-    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "--save-freq", "1", "--max-steps", "3", "--output", str(tmp_path)]
+    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "--save-freq", "1", "--max-steps", "3",
+             "--output", str(tmp_path)]
     errors = pools(2).run(train_with_full_disk, flags, full_on, at_step)
     assert len(read_metrics(tmp_path)) == 3
     assert not list(tmp_path.glob("checkpoints/*.part"))
@@ -342,8 +349,8 @@ def test_a_full_disk(pools, faces, tmp_path, full_on, at_step):
     else:
         assert referred(tmp_path) == "step-00000002"
         for error in errors:
-            assert "the last checkpoint could not be written" in error and f"on rank {full_on}" in error and "step-00000002" in error
-            assert "File too large" in error, error
+            for words in (f"--output {tmp_path}", "File too large", f"rank {full_on}", "step-00000002"):
+                assert words in error, error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +358,7 @@ def test_a_full_disk(pools, faces, tmp_path, full_on, at_step):
 
 
 def save_while_training(rank: int, world_size: int, output: str, free_bytes: int) -> tuple[bool, bool]:
-    """Save, with a disk that does not answer before the weights have changed. Whether that was waited for, and a thread."""
+    """Save to a disk that blocks until the weights have changed. Returns (a thread wrote, `save` waited for it)."""
     options = parse_options(["unused", "--num-classes", "11", *SHARDED, "--output", output, "-a", "mobilefacenet"])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
@@ -450,21 +457,31 @@ def refer_outside(metadata) -> None:
 
 
 SHARD, METADATA = "shards/__1_0.distcp", "shards/.metadata"
-DAMAGES = {  # what is done to the step's directory (second argument: a path that no code may create), and words of the answer
+# What happens to the step's directory d (code that runs would create p), and a pattern of the error.
+DAMAGES = {
     "state truncated": (lambda d, _: cut(d / "state.pth.tar"), "checkpoint.pth.tar: .*truncated"),
     "state empty": (lambda d, _: (d / "state.pth.tar").write_bytes(b""), "checkpoint.pth.tar: .*empty"),
-    "state garbage": (lambda d, _: (d / "state.pth.tar").write_bytes(b"garbage" * 99), "checkpoint.pth.tar: .*not a checkpoint"),
+    "state garbage": (
+        lambda d, _: (d / "state.pth.tar").write_bytes(b"garbage" * 99), "checkpoint.pth.tar: .*not a checkpoint"),
     "state with a bit flipped": (lambda d, _: flip_a_bit(d / "state.pth.tar"), "state.pth.tar: is damaged.*checksum"),
-    "state that is code": (lambda d, p: (d / "state.pth.tar").write_bytes(pickle.dumps(Malicious(p), 2)), "checkpoint.pth.tar: .*code"),
-    "state with code in it": (lambda d, p: torch.save({"position": Malicious(p), "shards": 1}, d / "state.pth.tar"), "checkpoint.pth.tar: .*code"),
-    "state of weights alone": (lambda d, _: torch.save({"fc.weight": torch.ones(1)}, d / "state.pth.tar"), "no training state.*--init-from"),
+    "state that is code": (
+        lambda d, p: (d / "state.pth.tar").write_bytes(pickle.dumps(Malicious(p), 2)), "checkpoint.pth.tar: .*code"),
+    "state with code in it": (
+        lambda d, p: torch.save({"position": Malicious(p), "shards": 1}, d / "state.pth.tar"),
+        "checkpoint.pth.tar: .*code"),
+    "state of weights alone": (
+        lambda d, _: torch.save({"fc.weight": torch.ones(1)}, d / "state.pth.tar"), "no training state.*--init-from"),
     "state of another version": (lambda d, _: change_state(d, format_version=1), "format version 1"),
-    "state without an entry's type": (lambda d, _: change_state(d, position={"step": "x"}), "not the state of a training run"),
-    "state of other layers": (lambda d, _: change_state(d, state_dict={"a": torch.ones(1)}), "does not hold mobilefacenet"),
+    "state without an entry's type": (
+        lambda d, _: change_state(d, position={"step": "x"}), "not the state of a training run"),
+    "state of other layers": (
+        lambda d, _: change_state(d, state_dict={"a": torch.ones(1)}), "does not hold mobilefacenet"),
     "shard missing": (lambda d, _: (d / SHARD).unlink(), "__1_0.distcp.*missing"),
     "shard truncated": (lambda d, _: cut(d / SHARD), "__1_0.distcp.*damaged"),
     "shard with a bit flipped": (lambda d, _: flip_a_bit(d / SHARD), "__1_0.distcp.*damaged.*checksum"),
-    "shard that is code": (lambda d, p: forge(d, SHARD, pickle.dumps(Malicious(p), 2).ljust((d / SHARD).stat().st_size)), "__1_0.distcp.*damaged"),
+    "shard that is code": (
+        lambda d, p: forge(d, SHARD, pickle.dumps(Malicious(p), 2).ljust((d / SHARD).stat().st_size)),
+        "__1_0.distcp.*damaged"),
     "metadata missing": (lambda d, _: (d / METADATA).unlink(), ".metadata.*missing"),
     "metadata garbage": (lambda d, _: forge(d, METADATA, b"garbage"), ".metadata.*damaged"),
     "metadata that is code": (lambda d, p: forge(d, METADATA, pickle.dumps(Malicious(p))), ".metadata.*holds code"),
@@ -472,9 +489,11 @@ DAMAGES = {  # what is done to the step's directory (second argument: a path tha
     "metadata that leads outside": (lambda d, _: forge_metadata(d, refer_outside), ".metadata.*does not describe"),
     "manifest missing": (lambda d, _: (d / "manifest.json").unlink(), "manifest.json.*missing"),
     "manifest garbage": (lambda d, _: (d / "manifest.json").write_text("{"), "manifest.json.*damaged"),
-    "manifest foreign": (lambda d, _: (d / "manifest.json").write_text('{"files": {"a": 1}}'), "manifest.json.*not the manifest"),
+    "manifest foreign": (
+        lambda d, _: (d / "manifest.json").write_text('{"files": {"a": 1}}'), "manifest.json.*not the manifest"),
     "manifest that leads outside": (
-        lambda d, _: (d / "manifest.json").write_text(json.dumps({"files": {"state.pth.tar": [1, 1], METADATA: [1, 1], "shards/../../x": [1, 1]}})),
+        lambda d, _: (d / "manifest.json").write_text(
+            json.dumps({"files": {name: [1, 1] for name in ("state.pth.tar", METADATA, "shards/../../x")}})),
         "manifest.json.*not the manifest"),
 }
 
@@ -482,8 +501,8 @@ DAMAGES = {  # what is done to the step's directory (second argument: a path tha
 @pytest.fixture(scope="module")
 def sound(pools, faces, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("sound")
-    pools(2).run(train, [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "-a", "mobilefacenet", "--seed", "1", "--save-freq", "1",
-                         "--max-steps", "2", "--output", str(output)])
+    pools(2).run(train, [str(faces), *SHORT, *SHARDED, *ELEVEN, "--seed", "1", "--save-freq", "1", "--max-steps", "2",
+                         "--output", str(output)])
     return output
 
 
@@ -493,7 +512,7 @@ def test_damaged_foreign_and_malicious_files(pools, faces, tmp_path, sound, dama
     shutil.copytree(sound, output, symlinks=True)
     do, words = DAMAGES[damage]
     do(output / "checkpoints/step-00000002", mark)
-    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "-a", "mobilefacenet", "--output", str(output), "--max-steps", "3"]
+    flags = [str(faces), *SHORT, *SHARDED, *ELEVEN, "--output", str(output), "--max-steps", "3"]
     before = sorted(output.rglob("*"))
     errors = pools(2).run(refusal, [*flags, "--resume", str(output / "checkpoint.pth.tar")])
     for error in errors:
@@ -509,14 +528,14 @@ def test_damaged_foreign_and_malicious_files(pools, faces, tmp_path, sound, dama
 @pytest.mark.parametrize("how", ["checkpoint.pth.tar", "auto"])
 def test_a_whole_checkpoint_of_another_run(faces, sound, flags, words, how):
     resume = how if how == "auto" else str(sound / how)
-    given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", *flags, "--output", str(sound), "--resume", resume])
+    given = parse_options([str(faces), *SHORT, *ELEVEN, *flags, "--output", str(sound), "--resume", resume])
     with pytest.raises(UserError, match=words):
         read_resumable(main.what_to_resume(given))
 
 
 def test_a_copy_elsewhere_cannot_be_resumed(faces, sound, tmp_path):
-    copy = shutil.copy(sound / "checkpoint.pth.tar", tmp_path / "copy.pth.tar")
-    given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", "--resume", str(copy)])
+    path = shutil.copy(sound / "checkpoint.pth.tar", tmp_path / "copy.pth.tar")
+    given = parse_options([str(faces), *SHORT, "--num-classes", "11", "-a", "mobilefacenet", "--resume", str(path)])
     with pytest.raises(UserError, match="copy of a state file without its class centers"):
         read_resumable(main.what_to_resume(given))
 
@@ -526,7 +545,8 @@ def test_a_copy_elsewhere_cannot_be_resumed(faces, sound, tmp_path):
 
 
 def test_auto_goes_back_to_the_last_whole_checkpoint(pools, faces, tmp_path):
-    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "--seed", "1", "--resume", "auto", "--save-freq", "1", "--keep", "3"]
+    flags = [str(faces), *SHORT, *SHARDED, "--num-classes", "11", "--seed", "1", "--resume", "auto", "--save-freq", "1",
+             "--keep", "3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pools(2).run(train, [*flags, "--output", str(whole)])
     pools(2).run(train, [*flags, "--output", str(parts), "--max-steps", "5"])

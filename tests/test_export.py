@@ -96,7 +96,7 @@ def data_bytes() -> int:
 
 
 def test_no_process_holds_the_classifier(pools, tmp_path):
-    """A classifier of 117 MiB is exported, and a third of it read, by a process that may take 48 MiB more than it has."""
+    """A process that may allocate 48 MiB exports a classifier of 117 MiB, and reads a third of it."""
     num_classes = 60_000
     pools(2).run(save, str(tmp_path), num_classes, [], SHARDED)
     checkpoint = tmp_path / "checkpoint.pth.tar"
@@ -149,5 +149,6 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
 
 
 def test_export_as_a_program(checkpoint, tmp_path):
-    output = run("scripts/export.py", "--resume", checkpoint, "--format", "torchshard", "--output", tmp_path / "x.pth.tar")
+    output = run("scripts/export.py", "--resume", checkpoint, "--format", "torchshard",
+                 "--output", tmp_path / "x.pth.tar")
     assert "mobilefacenet of" in output and "backbone and 11 class centers" in output

@@ -129,7 +129,8 @@ def start_and_train(rank: int, world_size: int, argv: list[str]) -> None:
 
 def test_a_run_starts_from_another_run(pools, faces, tmp_path):
     """Through main.py's own loop: the weights are those of the file, everything else is as at the start of a run."""
-    flags = [str(faces), "-a", "mobilefacenet", "-b", "4", "--num-classes", "9", "--max-steps", "1", "-j", "0", "--seed", "4", *SHARDED]
+    flags = [str(faces), "-a", "mobilefacenet", "-b", "4", "--num-classes", "9", "--max-steps", "1", "-j", "0",
+             "--seed", "4", *SHARDED]
     pools(2).run(start_and_train, [*flags, "--output", str(tmp_path / "first")])
     first = torch.load(tmp_path / "first" / "checkpoint.pth.tar", weights_only=True)
     assert first["identities"] == sorted(path.name for path in (faces / "train").iterdir())
@@ -143,7 +144,8 @@ def test_a_run_starts_from_another_run(pools, faces, tmp_path):
     before, after = (saved_training(tmp_path / name)["centers"] for name in ("first", "second"))
     assert torch.equal(before, after)
     # A job that is requeued: the same command goes on from its own checkpoint, whatever became of the other one.
-    again = [*flags, "--lr", "0", "--init-from", str(tmp_path / "gone"), "--output", str(tmp_path / "second"), "--resume", "auto"]
+    again = [*flags, "--lr", "0", "--init-from", str(tmp_path / "gone"), "--output", str(tmp_path / "second"),
+             "--resume", "auto"]
     pools(2).run(start_and_train, [*again, "--max-steps", "2"])
     assert torch.load(tmp_path / "second" / "checkpoint.pth.tar", weights_only=True)["position"]["step"] == 2
 
@@ -174,7 +176,8 @@ def test_files_that_cannot_be_a_start(checkpoint, torchshard_file, tmp_path):
     contents = torch.load(torchshard_file, weights_only=True)
     for damage, words in (
         ({"identities": NAMES * 2}, "list of identities"),
-        ({"state_dict": {**contents["state_dict"], "module.arcface_linear.weight": torch.zeros(11, 5)}}, "not a matrix of class centers"),
+        ({"state_dict": {**contents["state_dict"], "module.arcface_linear.weight": torch.zeros(11, 5)}},
+         "not a matrix of class centers"),
     ):
         torch.save({**contents, **damage}, tmp_path / "damaged.pth.tar")
         with pytest.raises(UserError, match=words):
@@ -201,8 +204,9 @@ def test_class_centers_that_are_damaged(checkpoint, tmp_path, damage, monkeypatc
     else:
         metadata = step / "shards" / ".metadata"
         forged = pickle.dumps(Code())
-        metadata.write_bytes(forged + bytes(metadata.stat().st_size - len(forged)))  # a pickle ends before its file does
-    with pytest.raises(UserError, match=f"--init-from {step}.*class centers are.*damaged.*{'code' if damage == 'code' else ''}"):
+        metadata.write_bytes(forged.ljust(metadata.stat().st_size))  # A pickle may end before its file does.
+    cause = "code" if damage == "code" else ""
+    with pytest.raises(UserError, match=f"--init-from {step}.*class centers are.*damaged.*{cause}"):
         check_init_from(str(step / "state.pth.tar"), "mobilefacenet", 512)
     assert not (tmp_path / "executed").exists()
 

@@ -1,4 +1,4 @@
-"""Backbones in files: published ones, this program's checkpoints, and what is neither. No code in a file is executed."""
+"""Backbones in files: published ones, checkpoints of this program, and others. No code in a file is executed."""
 
 from __future__ import annotations
 

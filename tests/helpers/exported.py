@@ -25,7 +25,8 @@ export = load_script("export")
 
 def build(rank: int, world_size: int, num_classes: int, seed: int, identities: list[str], flags: list[str]):
     """The state of a mobilefacenet run that has not begun."""
-    options = parse_options(["unused", "-a", "mobilefacenet", "--num-classes", str(num_classes), "--batch-size", "12", *flags])
+    options = parse_options(
+        ["unused", "-a", "mobilefacenet", "--num-classes", str(num_classes), "--batch-size", "12", *flags])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     state, _ = main.build_training(context, options, seed, 48, 12, identities)
     return state, options, context
@@ -53,7 +54,8 @@ def export_to(source: Path, format: str, output: Path, *flags: str) -> Path:
         export.main()
     finally:
         sys.argv = before
-    assert not [path for path in output.parent.iterdir() if path.name.endswith(".part") or path.name.startswith(".centers")]
+    names = [path.name for path in output.parent.iterdir()]
+    assert not [name for name in names if name.endswith(".part") or name.startswith(".centers")]
     return output
 
 

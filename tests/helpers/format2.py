@@ -17,11 +17,12 @@ from utils.options import parse_options
 
 STATE = Path(__file__).resolve().parent.parent / "data/format-2/step-00000003/state.pth.tar"
 EMBEDDING_SIZE = 8
-FLAGS = ["-b", "8", "-j", "0", "--num-classes", "5", "--enable-model-parallel", "--precision", "float64", "--epochs", "2",
-         "--lr-milestones", "1", "--lr", "0.05", "--margin", "0.5", "--scale", "16", "-p", "1", "--sync-bn"]
+FLAGS = ["-b", "8", "-j", "0", "--num-classes", "5", "--enable-model-parallel", "--precision", "float64",
+         "--epochs", "2", "--lr-milestones", "1", "--lr", "0.05", "--margin", "0.5", "--scale", "16",
+         "-p", "1", "--sync-bn"]
 # Of steps 1 to 10, seed 1. The checkpoint is of step 3.
-LOSSES = [7.245673076040976, 9.30014505579855, 11.347105092519127, 13.03489724885905, 9.15885987122599, 8.705296488369346,
-          8.486215762234265, 13.217753103153317, 8.560934730298674, 7.730406391321415]
+LOSSES = [7.245673076040976, 9.30014505579855, 11.347105092519127, 13.03489724885905, 9.15885987122599,
+          8.705296488369346, 8.486215762234265, 13.217753103153317, 8.560934730298674, 7.730406391321415]
 
 
 class Mean(nn.Module):
