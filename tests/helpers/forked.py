@@ -1,9 +1,9 @@
-"""Whole runs in forked processes, which cost no start of a program: killed runs, and eight processes. Run by test_checkpoint.py:
+"""Whole runs in forked processes, which start at once: killed runs, and eight processes. Run by test_checkpoint.py:
 
     python3 tests/helpers/forked.py FACES DIRECTORY KILLS
 
-It is a program of its own because a process that has done arithmetic (threads!) cannot be forked. A run is a process with a
-group of its own that holds the lock of --output and waits for its ranks, as main.py does. Prints what came out as JSON.
+This is a program of its own because a process that has computed has threads, and cannot be forked. A run is a process
+in its own group that holds the lock of --output and waits for its ranks, like main.py. Prints the results as JSON.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint  # noqa: E402, F401 (a save imports it: once here, not in every run)
 
 from helpers.commands import read_metrics  # noqa: E402
 from helpers.saved import assert_same_training  # noqa: E402
@@ -32,7 +34,7 @@ locks = []
 
 
 def start(world_size: int, argv: list[str], output: Path) -> int:
-    """A run of `world_size` ranks; its process number, which is its process group's too."""
+    """Start a run of `world_size` ranks. Returns its process ID, which is its process group's, too."""
     store = os.path.join(tempfile.mkdtemp(), "store")
     process = os.fork()
     if process:
@@ -69,7 +71,7 @@ def finish(process: int) -> None:
 
 
 def unfinished(output: Path) -> set[tuple[str, int]]:
-    """Saves under way, and the rest of one that was killed, which stays as it is until the next one begins."""
+    """Saves in progress, and the remains of a killed one, which do not change until the next one begins."""
     found = set()
     for path in output.glob("checkpoints/*.part"):
         with contextlib.suppress(FileNotFoundError):
@@ -78,7 +80,7 @@ def unfinished(output: Path) -> set[tuple[str, int]]:
 
 
 def kill_again_and_again(argv: list[str], output: Path, kills: int) -> dict[str, int]:
-    """Start the run `kills` times and kill it at random moments, two of three times inside a save; then let it end."""
+    """Start the run `kills` times, kill it at random, two of three times inside a save, then let it finish."""
     moments, inside, done = random.Random(0), 0, 0
     for life in range(kills):
         rest = unfinished(output)
@@ -94,7 +96,7 @@ def kill_again_and_again(argv: list[str], output: Path, kills: int) -> dict[str,
             time.sleep(0.001)
         else:
             if time.monotonic() < deadline:
-                break  # it has come to its end
+                break  # it has finished
         os.killpg(process, signal.SIGKILL)
         os.waitpid(process, 0)
         done, inside = done + 1, inside + bool(unfinished(output) - rest)
@@ -104,20 +106,21 @@ def kill_again_and_again(argv: list[str], output: Path, kills: int) -> dict[str,
 
 def main(faces: str, directory: Path, kills: int) -> None:
     torch.set_num_threads(1)
-    argv = [faces, "-b", "12", "-j", "0", "--num-classes", "11", "--enable-model-parallel", "--seed", "1", "--epochs", "99",
-            "--max-steps", "40"]
+    argv = [faces, "-b", "12", "-j", "0", "--num-classes", "11", "--enable-model-parallel", "--seed", "1",
+            "--epochs", "99", "--max-steps", "40"]
     finish(start(2, argv, directory / "whole"))
     result = kill_again_and_again([*argv, "--save-freq", "1", "--resume", "auto"], directory / "killed", kills)
 
-    argv = [faces, "-b", "24", "-j", "0", "--num-classes", "9", "--sync-bn", "--precision", "float64", "--seed", "3", "--epochs", "9",
-            "--enable-model-parallel"]
+    argv = [faces, "-b", "24", "-j", "0", "--num-classes", "9", "--sync-bn", "--precision", "float64", "--seed", "3",
+            "--epochs", "9", "--enable-model-parallel"]
     finish(start(1, [*argv, "--max-steps", "4"], directory / "one"))
     finish(start(4, [*argv, "--max-steps", "3"], directory / "four"))
     resume = ["--resume", str(directory / "four/checkpoint.pth.tar")]
     finish(start(8, [*argv, *resume, "--enable-zero-optim", "--max-steps", "4"], directory / "eight"))
 
     assert_same_training(directory / "killed", directory / "whole")
-    assert [line["loss"] for line in read_metrics(directory / "killed")] == [line["loss"] for line in read_metrics(directory / "whole")]
+    killed, whole = ([line["loss"] for line in read_metrics(directory / name)] for name in ("killed", "whole"))
+    assert killed == whole
     assert_same_training(directory / "eight", directory / "one", tolerance=1e-9)
     print(json.dumps(result))
 
