@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.checkpoint import layout
-from utils.checkpoint.agreement import run_together
+from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.layout import LATEST, STATE_FILE, DamagedCheckpoint
 from utils.checkpoint.safe_load import read_torch_file
 from utils.checkpoint.shards import open_shards
@@ -128,7 +128,7 @@ def _read(path: str, resume: Resume) -> Checkpoint:
     try:
         contents = _from_format_2(contents) if version == 2 else contents
         well_formed = _is_well_formed(contents)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, LookupError, TypeError):
         well_formed = False
     if not well_formed:
         raise DamagedCheckpoint(f"{flag}: {path}: is not the state of a training run, or is damaged")
@@ -262,7 +262,10 @@ def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
     Raises UserError on every rank.
     """
     contents = checkpoint.contents
-    run_together(lambda: _load_tensors(state, checkpoint))
+    try:
+        run_together(lambda: _load_tensors(state, checkpoint))
+    except RankFailed as error:
+        raise UserError(f"{checkpoint.flag}: {checkpoint.directory} cannot be loaded ({error})") from error
     if contents["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(contents["scaler"])
     position, sampler = contents["position"], contents["sampler"]
