@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A training run of two processes is killed with SIGKILL again and again, every other time while it saves, and started again
-# with the same command, --resume auto. At last its weights and momentum must be those of a run that nobody killed, to the bit.
+# Kill a training run of two processes with SIGKILL again and again, every other time while it saves, and restart it
+# with the same command, --resume auto. In the end, weights and momentum must equal those of an uninterrupted run, bit for bit.
 #     bash scripts/kill_test.sh                # 20 kills, some minutes
 #     KILLS=3 bash scripts/kill_test.sh
 set -euo pipefail
