@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader
 from data.augment import prepare_batch
 from data.folder import FaceFolder
 from data.loader import DeviceBatches, GlobalBatchSampler, build_train_loader
-from data.pairs import PairImages, PairList, PairSet, check_images, open_pair_sets
 from data.recordio import RecordIODataset, is_recordio, require_no_package
 from losses.fused import margin_softmax
 from losses.softmax import margin_softmax_torchshard
@@ -50,21 +49,21 @@ from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.dist.stop import StopSignal
 from utils.errors import UserError, exit_on_user_error
-from utils.evaluation.embed import buffers_of_rank_0, embed_images_together
-from utils.evaluation.lfw import format_result, squared_distance
+from utils.evaluation.protocol import EvalSet
+from utils.evaluation.sets import Source, check_images, evaluate_set, open_sets
 from utils.files import OutputLock, lock_output
 from utils.launch.fingerprint import program_fingerprint
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
 from utils.launch.spawn import launch
 from utils.options import AUTO, EMBEDDING_SIZE, Options, parse_options
 from utils.signals import EXIT_SAVED
+from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
 from utils.training.optim import Optimizers
 from utils.training.scaler import SharedGradScaler, amp_dtype
 from utils.training.schedules import learning_rate
 from utils.training.state import Position, TrainState
-from valid import evaluate_pairs, validate
 
 TrainingImages = FaceFolder | RecordIODataset
 
@@ -119,10 +118,10 @@ def train(
     context: DistContext,
     options: Options,
     dataset: TrainingImages,
-    sets: dict[str, PairSet] | None = None,
+    sets: Sequence[EvalSet] = (),
     lock: OutputLock | None = None,
 ) -> int:
-    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on, by name. `lock`, of --output,
+    """Runs in every process, all of them together. `sets`: what to evaluate the backbone on. `lock`, of --output,
     is only to be held.
 
     Returns the exit status: not 0 if a signal stopped it.
@@ -165,18 +164,20 @@ def train(
     log.say(f"seed {seed}{origin}")
     writer = CheckpointWriter(options, context, log.say, fresh=checkpoint is None)
 
-    evaluation = Evaluation(context, options, state, sets or {}, log)
+    evaluator = Evaluator(context, sets, freq=options.val_freq, workers=options.workers, batch_size=max(
+        options.batch_size // context.processes_per_node // options.accumulation_steps, 32))
+    guard = StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
     stop, stopped_by = StopSignal(context.world_size, timeout=options.dist_timeout), None
     try:
         while position.step < last_step and not stopped_by:
             sampler.set_position(position.epoch, position.step_in_epoch)
             steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
-            stopped_by = train_one_epoch(context, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluation, stop)
+            stopped_by = train_one_epoch(context, options, state, model, loader, steps, steps_per_epoch, log, writer, evaluator, stop, guard)
             if position.step_in_epoch == steps_per_epoch:
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
             # After a signal there may be little time left: what counts then is that the checkpoint gets written.
-            due = position.step == last_step or not stopped_by and (options.val_freq is None or evaluation.is_due(position.step))
-            save(state, log, writer, is_best=due and evaluation.run())
+            due = position.step == last_step or not stopped_by and (options.val_freq is None or evaluator.is_due(position.step))
+            save(state, log, guard, writer, is_best=due and evaluate_and_note(state, log, guard, evaluator))
     except NotFinite:  # on all ranks: what is being saved just now is from before, and good
         writer.wait()
         raise
@@ -191,9 +192,9 @@ def train(
     return 0
 
 
-def save(state: TrainState, log: TrainingLog, writer: CheckpointWriter, *, is_best: bool) -> None:
+def save(state: TrainState, log: TrainingLog, guard: StepGuard, writer: CheckpointWriter, *, is_best: bool) -> None:
     """Collective. Losses and weights are looked at first: what is not finite is never saved. Raises NotFinite on all ranks."""
-    log.flush()  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
+    guard.check(log.flush())  # before the checkpoint also because metrics.jsonl must know the steps that a checkpoint has
     require_finite_weights(state.backbone, state.classifier.weight, state.position.step)
     log.pause(writer.save(state, is_best=is_best))
 
@@ -208,25 +209,26 @@ def train_one_epoch(
     steps_per_epoch: int,
     log: TrainingLog,
     writer: CheckpointWriter | None = None,
-    evaluation: Evaluation | None = None,
+    evaluator: Evaluator | None = None,
     stop: StopSignal | None = None,
+    guard: StepGuard | None = None,
 ) -> signal.Signals | None:
     """Collective. The next `steps` steps of the epoch that the loader's sampler stands in, or up to the signal returned.
 
-    Between them `stop` tells of signals, `evaluation` looks at the backbone and `writer` saves.
+    Between them `stop` tells of signals, `evaluator` looks at the backbone and `writer` saves.
     """
     model.train()
     dtype = getattr(torch, options.precision)
     position, optimizers, micro_batches = state.position, state.optimizers, options.accumulation_steps
     skipped_images, stopped_by = 0, None
-    guard = StepGuard(state.backbone, enabled=options.on_nonfinite == "skip")
+    guard = guard or StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
     batches = iter(DeviceBatches(loader, context.device))
     for steps_left in reversed(range(steps)):
         lr = learning_rate(position.epoch * steps_per_epoch + position.step_in_epoch, steps_per_epoch, base=options.lr,
                            milestones=options.lr_milestones, warmup_epochs=options.warmup_epochs)
         optimizers.set_learning_rate(lr)
         losses, closer, finite = [], [], []
-        guard.remember()
+        guard.snapshot()
         for micro_batch, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch, indices=indices)
             last = micro_batch == micro_batches - 1
@@ -240,77 +242,41 @@ def train_one_epoch(
             skipped_images += skipped
         nonfinite = guard.nonfinite(losses)
         state.scaler.step_all(optimizers.all, nonfinite)
-        guard.take_back(nonfinite)
+        guard.rollback(nonfinite)
         optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
-        log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                num_closer=torch.cat(closer), finite=torch.stack(finite).all())
+        guard.check(log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
+                            num_closer=torch.cat(closer), finite=torch.stack(finite).all()))
         stopped_by = stop.poll() if stop is not None else None
         if stopped_by:
             break
         if steps_left:  # after the last one the caller does both
-            is_best = evaluation is not None and evaluation.is_due(position.step) and evaluation.run()
+            is_best = (evaluator is not None and evaluator.is_due(position.step)
+                       and evaluate_and_note(state, log, guard, evaluator))
             if writer is not None and (is_best or writer.is_due(position.step)):
-                save(state, log, writer, is_best=is_best)
+                save(state, log, guard, writer, is_best=is_best)
     log.count_skipped(skipped_images)
     return stopped_by
 
 
-class Evaluation:
-    """The pair accuracy of the backbone while it trains, on the sets by name; without sets, nothing."""
+def evaluate_and_note(state: TrainState, log: TrainingLog, guard: StepGuard, evaluator: Evaluator) -> bool:
+    """Collective. Evaluate the backbone, if there are sets; log the result, and note it if it is the best so far.
 
-    def __init__(
-        self, context: DistContext, options: Options, state: TrainState, sets: dict[str, PairSet], log: TrainingLog
-    ) -> None:
-        self.context, self.options, self.state, self.sets, self.log = context, options, state, sets, log
-
-    def is_due(self, step: int) -> bool:
-        """Whether --val-freq asks for an evaluation after this step."""
-        return self.options.val_freq is not None and step % self.options.val_freq == 0
-
-    def run(self) -> bool:
-        """Collective. Embed and evaluate each set with the backbone as a checkpoint would hold it; nothing else changes.
-
-        Returns whether the mean accuracy over the sets is the best so far, which the position then holds.
-        """
-        if not self.sets:
-            return False
-        started = time.perf_counter()
-        context, options, log, position = self.context, self.options, self.log, self.state.position
-        log.flush()
-        results = {}
-        images_at_a_time = max(options.batch_size // context.processes_per_node // options.accumulation_steps, 32)
-        # The bare backbone: DistributedDataParallel would synchronise, and a rank may have fewer batches than another.
-        with buffers_of_rank_0(context, self.state.backbone):
-            for name, pairs in self.sets.items():
-                embeddings = embed_images_together(
-                    context, self.state.backbone, PairImages(pairs), batch_size=images_at_a_time,
-                    workers=-(-options.workers // context.processes_per_node), progress=False,
-                )
-                if context.is_main:
-                    distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
-                    results[name] = evaluate_pairs(pairs, embeddings, distance)
-        score = torch.tensor([result.accuracy for result in results.values()] or [0.0], dtype=torch.float64,
-                             device=context.device).mean()
-        dist.broadcast(score, src=0)
-        is_best = position.best_score is None or float(score) > position.best_score
-        if is_best:
-            position.best_score = float(score)
-        if context.is_main:
-            epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
-            log.add_evaluation(step=position.step, epoch=epoch, results={
-                name: {
-                    **{key: value for key, value in vars(result).items() if isinstance(value, (int, float))},
-                    **{f"tar_at_far_{far}": tar for far, tar in result.tar_at_far.items()},
-                }
-                for name, result in results.items()
-            })
-        figures = "  ".join(f"{name} {100 * r.accuracy:.2f}% +- {100 * r.accuracy_std:.2f}" for name, r in results.items())
-        log.say(f"validation at step {position.step}: {figures}  mean {100 * float(score):.2f}% "
-                f"({'the best so far' if is_best else f'best {100 * position.best_score:.2f}%'})  "
-                f"in {time.perf_counter() - started:.1f} s")
-        log.pause(time.perf_counter() - started)
-        return is_best
+    Returns whether it is.
+    """
+    if not evaluator.sets:
+        return False
+    guard.check(log.flush())
+    position = state.position
+    evaluation = evaluator.run(state.backbone)
+    epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may stand behind its epoch
+    log.add_evaluation(step=position.step, epoch=epoch, metrics=evaluation.metrics)
+    log.say(f"validation at step {position.step}: {evaluation.describe(position.best_score)}")
+    log.pause(evaluation.seconds)
+    is_best = position.best_score is None or evaluation.score > position.best_score
+    if is_best:
+        position.best_score = evaluation.score
+    return is_best
 
 
 def build_training(
@@ -367,7 +333,7 @@ def classifier_loss(
     )
 
 
-def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, PairSet] | None) -> dict[str, object]:
+def shared_facts(options: Options, dataset: TrainingImages, sets: Sequence[EvalSet]) -> dict[str, object]:
     """What must be the same on all nodes: program, data, and every flag but those that are about one node alone."""
     own = {"data", "index", "rank", "world_size", "dist_url", "gpu", "workers", "output", "resume", "init_from", "imgs_root",
            "pair_list", "val_pairs", "val_bin"}
@@ -376,7 +342,7 @@ def shared_facts(options: Options, dataset: TrainingImages, sets: dict[str, Pair
             "--init-from given": bool(options.init_from), "number of images": len(dataset),
             "number of identities": len(dataset.identities),
             "training data (hash of identity names and labels)": data_fingerprint(dataset),
-            "pairs and images to evaluate": {name: (len(pairs), pairs.num_images) for name, pairs in (sets or {}).items()}}
+            "evaluation sets": {eval_set.name: (eval_set.size, len(eval_set.images)) for eval_set in sets}}
 
 
 def data_fingerprint(dataset: TrainingImages) -> str:
@@ -428,12 +394,11 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "are; use --amp-dtype bf16 where the GPU has it, or drop one of them")
 
 
-def open_validation_sets(options: Options) -> dict[str, PairSet]:
-    """The sets of --val-pairs and --val-bin by name, every image decoded once: not after an epoch. Raises UserError."""
-    lists = [(options.imgs_root, path) for path in options.val_pairs]
-    sets = open_pair_sets(lists, list(options.val_bin), list_flag="--val-pairs", bin_flag="--val-bin")
-    for pairs in sets.values():
-        check_images(pairs, progress=is_first_process())
+def open_validation_sets(options: Options) -> list[EvalSet]:
+    """The sets of --val-pairs and --val-bin, every image decoded once: not after an epoch. Raises UserError."""
+    sets = open_sets([Source("pairs", path, "--val-pairs", options.imgs_root) for path in options.val_pairs]
+                     + [Source("bin", path, "--val-bin") for path in options.val_bin])
+    check_images(sets, progress=is_first_process())
     return sets
 
 
@@ -472,7 +437,7 @@ def make_output(options: Options) -> None:
         raise UserError(f"--output {options.output}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: dict[str, PairSet]) -> str:
+def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets: Sequence[EvalSet]) -> str:
     """What is about to run, a line each."""
     backbone_parameters = sum(
         parameter.numel() for parameter in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters()
@@ -516,7 +481,7 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
     }
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
-        rows["evaluation"] = (", ".join(f"{name} ({len(pairs):,} pairs)" for name, pairs in sets.items()) + f", {when}"
+        rows["evaluation"] = (", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}"
                               + ("" if options.no_save else f"; the best: {BEST}"))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
@@ -524,15 +489,13 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingImages, sets
 
 def evaluate(options: Options, plan: ProcessPlan) -> None:
     """--evaluate: the pair accuracy of the model of --resume, in this one process."""
-    pairs = PairList(options.imgs_root, options.pair_list)
+    eval_set, = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root)])
     backbone, arch = load_backbone(options.resume, options.arch)
-    print(f"{arch} of {options.resume}, {len(pairs.is_same)} pairs of {options.pair_list}", flush=True)
-    result = validate(
-        backbone, pairs, batch_size=options.batch_size, workers=options.workers,
-        device=torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu"),
-        flip=False, print_freq=options.print_freq,
-    )
-    print(format_result(result))
+    print(f"{arch} of {options.resume}, {eval_set.size} of {eval_set.source}", flush=True)
+    device = torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu")
+    result = evaluate_set(backbone, eval_set, DistContext(0, 1, 1, device), batch_size=options.batch_size,
+                          workers=options.workers, print_freq=options.print_freq)
+    print(result.report)
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ class RecordingLog:
     def __init__(self) -> None:
         self.steps: list[dict] = []
 
-    def add(self, **values) -> None:
+    def add(self, **values) -> list:
         self.steps.append(values)
+        return []
 
     def count_skipped(self, images: int) -> None:
         assert images == 0

@@ -1,9 +1,9 @@
 """Face verification by the LFW protocol: numpy in, numbers out.
 
-Shapes: P pairs, d embedding size, K folds, T thresholds.
+Huang et al., "Labeled Faces in the Wild", 2007: ten folds, each with the threshold chosen on the other nine. The
+validation rate is that of Schroff et al., "FaceNet", 2015, section 4, as commonly used evaluation scripts compute it.
 
-Protocol: Huang et al., "Labeled Faces in the Wild", 2007 (ten folds, the threshold from the other nine), with the
-validation rate of Schroff et al., "FaceNet", 2015 (section 4), as computed by the evaluation scripts in common use.
+Shapes: P pairs, d embedding size, K folds, T thresholds.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ import numpy as np
 
 from utils.errors import UserError
 
-THRESHOLD_STEP = 0.01  # of the accuracy and the ROC; squared L2 distances of unit vectors lie in 0..4
+THRESHOLD_STEP = 0.01  # for accuracy and ROC; squared L2 distances of unit vectors are in [0, 4]
 VAL_THRESHOLD_STEP = 0.001
 TARGET_FAR = 1e-3
-FAR_EXPONENTS = range(1, 7)  # TAR is told at FAR = 1e-1 ... 1e-6, as far as there are pairs
+FAR_EXPONENTS = range(1, 7)  # TAR is reported at FAR = 1e-1 ... 1e-6, as far as there are enough pairs
 
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What `evaluate` finds. Rates and accuracies are fractions, 0..1; all numbers are finite."""
+    """What `evaluate` returns. Rates and accuracies are fractions in [0, 1]; all numbers are finite."""
 
     accuracy: float  # mean over the folds
     accuracy_std: float  # population standard deviation over the folds
-    val: float  # validation rate: share of the same pairs accepted at the threshold of FAR = 1e-3, mean over the folds
+    val: float  # validation rate: share of same pairs accepted at the threshold for FAR = 1e-3, mean over the folds
     val_std: float
-    far: float  # the false accept rate measured there: where it is far above 1e-3, val means little
+    far: float  # the false accept rate measured at that threshold; far above 1e-3 `val` means little
     auc: float
     eer: float
-    thresholds: np.ndarray  # (T,) squared L2 distance, 0, 0.01, ..., 3.99
+    thresholds: np.ndarray  # (T,) squared L2 distance: 0, 0.01, ..., 3.99
     tpr: np.ndarray  # (T,) true positive rate at each threshold, mean over the folds
     fpr: np.ndarray  # (T,) false positive rate
-    exact_accuracy: float  # as `accuracy`, the threshold not from a grid: any number between two distances
+    exact_accuracy: float  # like `accuracy`, but with thresholds between any two distances instead of a grid
     exact_accuracy_std: float
-    threshold: float  # the first of `thresholds` that decides the most of all pairs rightly
-    tar_at_far: dict[str, float]  # "1e-3": share of the same pairs accepted where that share of the different ones is
-    undecidable_pairs: int  # with an embedding that is zero, NaN or infinite
+    threshold: float  # the first of `thresholds` with the best accuracy over all pairs
+    tar_at_far: dict[str, float]  # "1e-3": share of same pairs accepted where that share of different pairs is
+    undecidable_pairs: int  # pairs with an embedding that is zero, NaN or infinite
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The attributes by name, arrays as lists: only what strict JSON can hold."""
+        """The attributes by name, with arrays as lists: strict JSON."""
         return {
             name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
         }
@@ -54,25 +54,25 @@ def evaluate(
     """For each fold: t = first argmax over 0, 0.01, ..., 3.99 of the accuracy of (distance < t) on the other folds;
     accuracy = share of the fold's pairs with (distance < t) == is_same; distance = |e1/|e1| - e2/|e2||^2.
 
-    embeddings1, embeddings2: (P, d) floats, the two images of each pair, of any length. is_same: (P,) bool or 0/1.
+    embeddings1, embeddings2: (P, d) floats of any length, the two images of each pair. is_same: (P,) bool or 0/1.
 
     Folds: the pairs of each label are split, in their order, into `folds` contiguous parts whose sizes differ by at
-    most one (the first parts are the longer ones). Lists in the official order (fold by fold) and lists sorted by label
-    thus give the same folds. Where a label has fewer pairs than `folds`, there are as many folds as it has pairs.
+    most one, longer parts first. A list in the official order (fold by fold) and one sorted by label give the same
+    folds. A label with fewer pairs than `folds` reduces the number of folds to its pairs.
 
     val: per fold, the threshold at which the false accept rate on the other folds reaches 1e-3, interpolated linearly
-    on the grid 0, 0.001, ..., 3.999 (on a flat stretch of exactly 1e-3: its last grid point; 0 if it is never reached);
+    on the grid 0, 0.001, ..., 3.999 (the last grid point of a flat stretch at exactly 1e-3; 0 if it is never reached).
     val and far are the shares of the fold's same and different pairs below it.
     auc: trapezoids under the points (fpr, tpr) of the grid, as published: nothing is added beyond the last point.
-    eer: the false positive rate where fpr = 1 - tpr, on straight lines between these points, continued to (1, 1).
-    exact_accuracy: per fold, the threshold with the best accuracy on the other folds, of all there are: below their
-    smallest distance, midway between two neighbours (the first of equally good ones), or above their greatest.
-    tar_at_far: at FAR = 1e-k, for k from 1 to 6 as far as 10^k <= D, the different pairs: over all pairs, without folds,
-    at the greatest threshold that accepts at most D // 10^k of the different ones.
+    eer: the false positive rate where fpr = 1 - tpr, on straight lines between these points, extended to (1, 1).
+    exact_accuracy: per fold, the threshold with the best accuracy on the other folds, among: below their smallest
+    distance, midway between two neighbours (the first of equally good ones), above their largest.
+    tar_at_far: at FAR = 1e-k, for k from 1 to 6 while 10^k <= D, the number of different pairs: over all pairs, without
+    folds, at the largest threshold that accepts at most D // 10^k different pairs.
 
-    A pair with an embedding that has no direction (zero, NaN or infinite) counts as decided wrongly at every threshold.
+    A pair with an embedding that has no direction (zero, NaN or infinite) counts as an error at every threshold.
 
-    Raises UserError where there are fewer than two same or two different pairs; ValueError for arrays that do not fit.
+    Raises UserError for fewer than two same or two different pairs, ValueError for arrays of the wrong shape.
     """
     embeddings1, embeddings2 = np.asarray(embeddings1), np.asarray(embeddings2)
     is_same = _as_bool(is_same)
@@ -85,14 +85,14 @@ def evaluate(
 
 
 def evaluate_distances(distance: np.ndarray, is_same: np.ndarray, folds: int = 10) -> VerificationResult:
-    """`evaluate` of what `squared_distance` returned: float64 (P,), NaN for a pair that counts as decided wrongly."""
+    """`evaluate` from the output of `squared_distance`: float64 (P,), NaN for a pair that counts as an error."""
     is_same = _as_bool(is_same)
     folds = usable_folds(is_same, folds)
     undecidable = np.isnan(distance)
     distance = distance.copy()
     distance[undecidable] = np.where(is_same[undecidable], np.inf, -np.inf)  # never accepted, always accepted
 
-    # The sorted distances of each fold: how many are below a threshold is then a binary search.
+    # With each fold's distances sorted, counting those below a threshold is a binary search.
     same = [np.sort(part) for part in np.array_split(distance[is_same], folds)]
     different = [np.sort(part) for part in np.array_split(distance[~is_same], folds)]
     same_size, different_size = _sizes(same), _sizes(different)
@@ -129,8 +129,10 @@ def evaluate_distances(distance: np.ndarray, is_same: np.ndarray, folds: int = 1
 def worst_errors(
     distance: np.ndarray, is_same: np.ndarray, threshold: float, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs most on the wrong side of `threshold`, int64 (<= count,) each, the worst ones first: false accepts, the
-    different pairs of the smallest distances, and false rejects, the same pairs of the greatest. NaN is on no side."""
+    """(false accepts, false rejects) at `threshold`: indices of pairs, int64 (<= count,) each, the worst ones first.
+
+    distance: float64 (P,); pairs without a distance (NaN) are in neither.
+    """
     accepts = np.flatnonzero(~is_same & (distance < threshold))
     rejects = np.flatnonzero(is_same & (distance >= threshold))
     return (accepts[np.argsort(distance[accepts], kind="stable")][:count],
@@ -138,12 +140,12 @@ def worst_errors(
 
 
 def usable_folds(is_same: np.ndarray, folds: int = 10) -> int:
-    """min(folds, same pairs, different pairs): each fold needs one pair of each label.
+    """min(folds, same pairs, different pairs): each fold needs a pair of each label.
 
-    Raises UserError where that is less than two: a threshold cannot be chosen on other folds then.
+    Raises UserError if that is less than two, because then there are no other folds to choose a threshold on.
     """
     if folds < 2:
-        raise ValueError(f"folds is {folds}: at least 2 are needed, to choose the threshold on the others")
+        raise ValueError(f"folds is {folds}: at least 2 are needed, because each threshold is chosen on the others")
     same = int(np.count_nonzero(is_same))
     different = len(is_same) - same
     if min(same, different) < 2:
@@ -154,12 +156,12 @@ def usable_folds(is_same: np.ndarray, folds: int = 10) -> int:
 
 
 def format_result(result: VerificationResult) -> str:
-    """The four lines that the published validation script prints."""
+    """The four lines of the published validation script."""
     return "\n".join((
-        "Accuracy: %2.5f+-%2.5f" % (result.accuracy, result.accuracy_std),
-        "Validation rate: %2.5f+-%2.5f @ FAR=%2.5f" % (result.val, result.val_std, result.far),
-        "Area Under Curve (AUC): %1.3f" % result.auc,
-        "Equal Error Rate (EER): %1.3f" % result.eer,
+        f"Accuracy: {result.accuracy:.5f}+-{result.accuracy_std:.5f}",
+        f"Validation rate: {result.val:.5f}+-{result.val_std:.5f} @ FAR={result.far:.5f}",
+        f"Area Under Curve (AUC): {result.auc:.3f}",
+        f"Equal Error Rate (EER): {result.eer:.3f}",
     ))
 
 
@@ -171,9 +173,9 @@ def _as_bool(is_same: np.ndarray) -> np.ndarray:
 
 
 def squared_distance(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
-    """|e1/|e1| - e2/|e2||^2: float64 (P,), NaN where an embedding has no direction."""
+    """|e1/|e1| - e2/|e2||^2: (P, d), (P, d) -> float64 (P,), NaN where an embedding has no direction."""
     distance = np.empty(len(embeddings1))
-    # In blocks that stay in the cache: half the time of whole arrays, and no float64 copies of them.
+    # Blocks that stay in the cache take half the time of whole arrays, and need no float64 copies of them.
     rows = max(1, 2**16 // max(1, embeddings1.shape[1]))
     for start in range(0, len(distance), rows):
         block = slice(start, start + rows)
@@ -196,7 +198,7 @@ def _sizes(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _counts_below(parts: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
-    """int64 (K, T): how many of each fold's sorted distances are < each threshold."""
+    """int64 (K, T): the number of each fold's sorted distances below each threshold."""
     return np.stack([np.searchsorted(part, thresholds, side="left") for part in parts])
 
 
@@ -217,9 +219,10 @@ def _exact_accuracy(same: list[np.ndarray], different: list[np.ndarray]) -> np.n
     folds = len(same)
     distance = np.concatenate(same + different)
     fold = np.concatenate([np.full(len(part), k % folds) for k, part in enumerate(same + different)])
-    gain = np.concatenate([np.ones(sum(map(len, same))), -np.ones(sum(map(len, different)))])  # of accepting a pair
+    # The change in correct decisions when a pair is accepted.
+    gain = np.concatenate([np.ones(sum(map(len, same))), -np.ones(sum(map(len, different)))])
     order = np.argsort(distance, kind="stable")
-    order = order[np.isfinite(distance[order])]  # what is wrong at every threshold does not choose one
+    order = order[np.isfinite(distance[order])]  # pairs that are wrong at every threshold
     accuracy = np.empty(folds)
     for k in range(folds):
         others = order[fold[order] != k]
@@ -230,7 +233,7 @@ def _exact_accuracy(same: list[np.ndarray], different: list[np.ndarray]) -> np.n
 
 
 def _best_threshold(distance: np.ndarray, gain: np.ndarray) -> float:
-    """The threshold t with the greatest sum of `gain` over `distance` < t, both (P,), the distances sorted."""
+    """The threshold t that maximizes the sum of `gain` over `distance` < t; both (P,), distances sorted."""
     if len(distance) == 0:
         return 0.0
     ends = np.flatnonzero(np.append(distance[1:] > distance[:-1], True))  # the last of each run of equal distances
@@ -241,7 +244,7 @@ def _best_threshold(distance: np.ndarray, gain: np.ndarray) -> float:
     if best == len(ends):
         return np.inf
     below, above = distance[ends[best - 1]], distance[ends[best - 1] + 1]
-    return float(max((below + above) / 2, np.nextafter(below, np.inf)))  # rounding must not make it `below` itself
+    return float(max((below + above) / 2, np.nextafter(below, np.inf)))  # never rounds down to `below`
 
 
 def _tar_at_far(same: np.ndarray, different: np.ndarray) -> dict[str, float]:
@@ -253,11 +256,11 @@ def _tar_at_far(same: np.ndarray, different: np.ndarray) -> dict[str, float]:
 
 
 def _equal_error_rate(tpr: np.ndarray, fpr: np.ndarray) -> float:
-    """The fpr at which fpr + tpr = 1; both rise along the curve, which ends in (1, 1)."""
+    """The fpr at which fpr + tpr = 1. Both rise along the curve, which ends in (1, 1)."""
     tpr, fpr = np.append(tpr, 1.0), np.append(fpr, 1.0)
     excess = fpr + tpr - 1
     after = int(np.argmax(excess >= 0))
-    if after == 0:  # decided at threshold 0 already: every different pair is undecidable
+    if after == 0:  # every different pair is undecidable
         return float(fpr[0])
     step = -excess[after - 1] / (excess[after] - excess[after - 1])
     return float(fpr[after - 1] + step * (fpr[after] - fpr[after - 1]))

@@ -1,0 +1,115 @@
+"""Pairs of images scored by the LFW protocol: a pair list, or one of insightface's .bin files.
+
+Shapes: U images, P pairs, d embedding size.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+
+from data.insightface_bin import PairBin
+from data.pairs import PairImages, PairList, PairSet
+from utils.errors import UserError
+from utils.evaluation.lfw import (
+    TARGET_FAR,
+    evaluate_distances,
+    format_result,
+    squared_distance,
+    usable_folds,
+    worst_errors,
+)
+from utils.evaluation.plots import MONTAGE_COLUMNS
+from utils.evaluation.protocol import MontageSection, Result, RocCurve
+
+FOLDS = 10
+MONTAGE_PAIRS = 2 * MONTAGE_COLUMNS  # of each kind of error
+
+
+class PairEvalSet:
+    """An EvalSet (see protocol.py) of image pairs. Raises UserError if a label has fewer than two."""
+
+    def __init__(self, name: str, pairs: PairSet) -> None:
+        self.name, self.source, self.pairs, self.images = name, pairs.path, pairs, PairImages(pairs)
+        try:
+            self.folds = usable_folds(pairs.is_same, FOLDS)
+        except UserError as error:
+            raise UserError(f"{pairs.path}: {error}") from None
+        self.size = f"{len(pairs):,} pairs"
+        self.contents = (f"{len(pairs)} pairs of {pairs.path}, {np.count_nonzero(pairs.is_same)} of them same, "
+                         f"{pairs.num_images} images")
+
+    def score(self, embeddings: np.ndarray) -> Result:
+        """Apply the LFW protocol to (U, d) embeddings."""
+        pairs = self.pairs
+        distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
+        result = evaluate_distances(distance, pairs.is_same, FOLDS)
+        self._warn(embeddings, result.far)
+        rates = ", ".join(f"{far} {tar:.5f}" for far, tar in result.tar_at_far.items())
+        return Result(
+            headline=result.accuracy,
+            summary=f"{100 * result.accuracy:.2f}% +- {100 * result.accuracy_std:.2f}",
+            metrics={**{name: value for name, value in vars(result).items() if isinstance(value, (int, float))},
+                     **{f"tar_at_far_{far}": tar for far, tar in result.tar_at_far.items()}},
+            report=format_result(result),
+            details=f"accuracy at exact thresholds {result.exact_accuracy:.5f}+-{result.exact_accuracy_std:.5f}; "
+                    + (f"TAR at FAR {rates}" if rates else "too few different pairs for a TAR at FAR 1e-1"),
+            json=result.to_json_dict(),
+            curves=[RocCurve(self.name, result.fpr, result.tpr, result.accuracy, result.auc)],
+            montage=lambda: self.montage(distance, result.threshold),
+        )
+
+    def _warn(self, embeddings: np.ndarray, far: float) -> None:
+        """Print what makes the numbers doubtful to stderr."""
+        pairs = self.pairs
+        if self.folds < FOLDS:
+            print(f"warning: too few pairs of a label for {FOLDS} folds; using {self.folds}", file=sys.stderr)
+        unusable = np.logical_not(embeddings.any(axis=1))
+        if unusable.any():
+            affected = np.count_nonzero(unusable[pairs.index1] | unusable[pairs.index2])
+            print(f"warning: {affected} of {len(pairs)} pairs lack a usable embedding and count as errors; "
+                  f"the first such image: {pairs.image_name(int(np.argmax(unusable)))}", file=sys.stderr)
+        # With few pairs the measured FAR is coarse, and a few false accepts are no sign of trouble.
+        if far > 10 * TARGET_FAR and far * np.count_nonzero(~pairs.is_same) > 10:
+            print(f"warning: the validation rate means little: the false accept rate is {far:.5f}, "
+                  f"not {TARGET_FAR:g} (do many distances coincide?)", file=sys.stderr)
+
+    def montage(self, distance: np.ndarray, threshold: float) -> list[MontageSection]:
+        """The worst false accepts and false rejects. distance: float64 (P,), NaN where a pair has none."""
+        is_same, sections = self.pairs.is_same, []
+        for kind, meaning, label, worst in zip(
+            ("false accepts", "false rejects"), ("different people, distance below", "one person, distance at least"),
+            (False, True), worst_errors(distance, is_same, threshold, MONTAGE_PAIRS),
+        ):
+            of_label = distance[is_same if label else ~is_same]
+            decided = of_label[~np.isnan(of_label)]
+            count, undecidable = np.count_nonzero((decided < threshold) != label), len(of_label) - len(decided)
+            title = (f"{self.name}: {count} {kind} of {len(of_label)} pairs ({meaning} {threshold:.2f})"
+                     + ("; the worst ones" if count > len(worst) else "")
+                     + (f"; {undecidable} without a distance" if undecidable else ""))
+            tiles = [(self.images[self.pairs.index1[p]][0].numpy(), self.images[self.pairs.index2[p]][0].numpy(),
+                      f"pair {p + 1}: distance {distance[p]:.3f}") for p in worst]
+            sections.append(MontageSection(title, tiles))
+        return sections
+
+
+def open_pair_list(name: str, path: str, imgs_root: str | None, flag: str) -> PairEvalSet:
+    """Open a pair list: lines of `path1 path2 0|1`. The images are in imgs_root, or in imgs/ beside the list.
+
+    Raises UserError.
+    """
+    if imgs_root is None:
+        if not os.path.isfile(path):
+            raise UserError(f"{flag} {path}: no such file")
+        imgs_root = os.path.join(os.path.dirname(path), "imgs")
+        if not os.path.isdir(imgs_root):
+            raise UserError(f"{flag} {path}: its images should be in {imgs_root}, which does not exist; "
+                            "give their directory with --imgs-root")
+    return PairEvalSet(name, PairList(imgs_root, path, flag=flag))
+
+
+def open_bin(name: str, path: str, imgs_root: str | None, flag: str) -> PairEvalSet:
+    """Open one of insightface's .bin files, such as lfw.bin, which hold images and labels. Raises UserError."""
+    return PairEvalSet(name, PairBin(path))

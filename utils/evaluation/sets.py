@@ -1,0 +1,104 @@
+"""The kinds of evaluation set; opening sets, checking their images, evaluating a backbone on them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import nn
+from tqdm import tqdm
+
+from utils.dist.context import DistContext
+from utils.errors import UserError
+from utils.evaluation.embed import embed_images
+from utils.evaluation.pairs import open_bin, open_pair_list
+from utils.evaluation.protocol import EvalSet, Images, Result
+
+# Each opener takes the set's name, its path, the directory of its images or None, and the flag to name in errors.
+# It raises UserError.
+EVAL_SETS: dict[str, Callable[[str, str, str | None, str], EvalSet]] = {"pairs": open_pair_list, "bin": open_bin}
+
+_DECODING_THREADS = 8  # the decoders release the GIL
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where to find an evaluation set."""
+
+    kind: str  # a key of EVAL_SETS
+    path: str
+    flag: str  # the user's, for messages
+    imgs_root: str | None = None  # its images, if they are elsewhere
+
+
+def open_sets(sources: Sequence[Source]) -> list[EvalSet]:
+    """Open the sets, in this order. Raises UserError.
+
+    A set takes its file's name without the extension, or its directory's name if the file is called pair.list, or the
+    whole path where two sets would share a name.
+    """
+    names, paths = [_short_name(source.path) for source in sources], [source.path for source in sources]
+    for number, source in enumerate(sources):
+        if source.path in paths[:number]:
+            raise UserError(f"{source.flag} {source.path}: given twice; drop one")
+    return [EVAL_SETS[source.kind](name if names.count(name) == 1 else source.path, source.path, source.imgs_root,
+                                   source.flag) for name, source in zip(names, sources)]
+
+
+def _short_name(path: str) -> str:
+    directory, file = os.path.split(os.path.abspath(path))
+    return os.path.basename(directory) if file == "pair.list" else os.path.splitext(file)[0]
+
+
+def check_images(sets: Iterable[EvalSet], progress: bool) -> None:
+    """Decode every image once, so that a bad one is reported before hours of work. Raises its UserError.
+
+    progress: show a bar on stderr if that is a terminal and the check takes longer than a second.
+    """
+    for eval_set in sets:
+        images = eval_set.images
+        first_error = functools.partial(_first_error, images)
+        chunks = [range(start, min(start + 64, len(images))) for start in range(0, len(images), 64)]
+        with (
+            ThreadPoolExecutor(_DECODING_THREADS) as threads,
+            tqdm(total=len(images), desc=f"checking {eval_set.name}", delay=1.0, leave=False,
+                 disable=not (progress and sys.stderr.isatty())) as bar,
+        ):
+            for chunk, error in zip(chunks, threads.map(first_error, chunks)):
+                if error is not None:
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    raise error
+                bar.update(len(chunk))
+
+
+def _first_error(images: Images, chunk: range) -> UserError | None:
+    for i in chunk:
+        try:
+            images[i]
+        except UserError as error:
+            return error
+    return None
+
+
+def evaluate_set(
+    backbone: nn.Module,
+    eval_set: EvalSet,
+    context: DistContext,
+    *,
+    batch_size: int,
+    workers: int,
+    flip: bool = False,
+    progress: bool = True,
+    print_freq: int = 100,
+) -> Result | None:
+    """Collective. Embed the set's images on all ranks and score them on rank 0; the other ranks return None.
+
+    See embed_images for the arguments. Raises UserError for an image that cannot be read.
+    """
+    embeddings = embed_images(backbone, eval_set.images, context, batch_size=batch_size, workers=workers, flip=flip,
+                              progress=progress, print_freq=print_freq)
+    return eval_set.score(embeddings) if context.is_main else None
