@@ -1,4 +1,4 @@
-"""A loss that is inf or NaN: found, told, left out, and never saved."""
+"""Losses and weights that are inf or NaN: reported, skipped or the end of the run, and never saved."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers.commands import load_script, read_metrics
+from helpers.commands import read_metrics
 from helpers.tiny import TinyBackbone
 from helpers.training import RESUME, RandomFaces, RecordingLog, train
 
 import main
+from scripts import plot
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
-from utils.training.guard import nonfinite_step
+from utils.training.guard import StepGuard, StepLoss
 from utils.training.metrics import TrainingLog
 
 BATCH, CLASSES = 8, 5
@@ -35,7 +36,7 @@ MODES = {
 
 
 class NotFiniteImages:
-    """In the place of main.prepare_batch: NaN images on one rank at some of its calls."""
+    """Replaces main.prepare_batch and returns NaN images in some of its calls."""
 
     def __init__(self, calls: set[int]) -> None:
         self._calls, self._count, self._prepare = calls, itertools.count(), main.prepare_batch
@@ -45,10 +46,12 @@ class NotFiniteImages:
         return images.fill_(float("nan")) if next(self._count) in self._calls else images
 
 
-def steps_on_batches(rank: int, world_size: int, batches: list[int], spoiled: list[int], flags: list[str]) -> dict[str, np.ndarray]:
-    """Steps of main.py's loop on these batches, of which the last rank has NaN in the `spoiled`; all that has changed after them."""
-    options = parse_options(["unused", "--num-classes", str(CLASSES), "--batch-size", str(BATCH), "--augment", "none", "--wd", "1e-3",
-                             *flags])
+def steps_on_batches(
+    rank: int, world_size: int, batches: list[int], spoiled: list[int], flags: list[str]
+) -> dict[str, np.ndarray]:
+    """The training state after main.py's loop over these batches; the `spoiled` ones are NaN on the last rank."""
+    options = parse_options(["unused", "--num-classes", str(CLASSES), "--batch-size", str(BATCH), "--augment", "none",
+                             "--wd", "1e-3", *flags])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     dataset, parts = RandomFaces(CLASSES), world_size * options.accumulation_steps
     loader = []
@@ -63,13 +66,14 @@ def steps_on_batches(rank: int, world_size: int, batches: list[int], spoiled: li
         main.train_one_epoch(context, options, state, model, loader, len(batches), 1000, RecordingLog())
     momentum = {f"momentum of {name}": tensor for name, tensor in state.optimizers.momentum().items()}
     scaler = {"scale": torch.tensor(state.scaler.get_scale())}
-    return {name: tensor.detach().numpy().copy() for name, tensor in {**model.module.state_dict(), **momentum, **scaler}.items()}
+    tensors = {**model.module.state_dict(), **momentum, **scaler}
+    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_that_is_left_out_did_not_happen(pools, mode, world_size):
-    """The first step and one in the middle, on one rank only: afterwards all is as in a run without these two."""
+def test_a_skipped_step_did_not_happen(pools, mode, world_size):
+    """NaN in the first step and in one in the middle, on one rank: the same as a run without these two steps."""
     flags = [*MODES[mode], "--on-nonfinite", "skip"]
     with_nan = pools(world_size).run(steps_on_batches, [0, 1, 2, 3, 4], [0, 3], flags)
     without = pools(world_size).run(steps_on_batches, [1, 2, 4], [], flags)
@@ -97,9 +101,9 @@ def test_without_skip_the_weights_are_lost(pools):
 
 
 def scaler_decisions(rank: int, world_size: int) -> list[tuple[float, bool]]:
-    """The fp16 scale after three steps, and whether the weights moved: an overflow, a loss that is not finite, neither."""
-    options = parse_options(["unused", "--num-classes", "5", "--batch-size", "8", "--enable-model-parallel", "--enable-amp-mode",
-                             "--amp-dtype", "fp16", "--on-nonfinite", "skip"])
+    """(fp16 scale, whether the weights moved) after an overflow, after a NaN loss, and after a good step."""
+    options = parse_options(["unused", "--num-classes", "5", "--batch-size", "8", "--enable-model-parallel",
+                             "--enable-amp-mode", "--amp-dtype", "fp16", "--on-nonfinite", "skip"])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
         state, model = main.build_training(context, options, 5, 80, 8)
@@ -125,8 +129,8 @@ def test_only_an_overflow_of_the_gradients_lowers_the_scale(pools):
 
 def first_step_after_an_overflow(rank: int, world_size: int) -> float:
     """The classifier's momentum after a first step that the fp16 scaler skips and a second one with gradient 1."""
-    options = parse_options(["unused", "--num-classes", "40", "--batch-size", "8", "--enable-model-parallel", "--enable-amp-mode",
-                             "--amp-dtype", "fp16", "--wd", "0"])
+    options = parse_options(["unused", "--num-classes", "40", "--batch-size", "8", "--enable-model-parallel",
+                             "--enable-amp-mode", "--amp-dtype", "fp16", "--wd", "0"])
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
         state, model = main.build_training(context, options, 5, 80, 8)
@@ -135,7 +139,7 @@ def first_step_after_an_overflow(rank: int, world_size: int) -> float:
     for gradient in (float("inf"), 32768.0):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
-        # What torch's fused SGD would take for momentum after a skipped first step is whatever this memory holds.
+        # torch's fused SGD would take its momentum from this uninitialised memory after a skipped first step.
         with mock.patch.object(torch, "empty_like", lambda tensor, *args, **settings: torch.full_like(tensor, 1e3)):
             state.scaler.step_all(state.optimizers.all)
     return float((state.optimizers.of_shard.state[weight]["momentum_buffer"] - 1).abs().max())
@@ -150,7 +154,7 @@ def test_the_momentum_of_a_shard_whose_first_step_overflowed(pools):
 
 
 def train_with_nan(rank: int, world_size: int, argv: list[str], bad_rank: int, bad_steps: list[int]) -> str:
-    """What `main.py <argv>` does where rank `bad_rank` has NaN images in these steps (from 1); its error, if any."""
+    """The error of `main.py <argv>`, if any, where rank `bad_rank` gets NaN images in these steps (from 1)."""
     images = NotFiniteImages({step - 1 for step in bad_steps} if rank == bad_rank else set())
     try:
         with mock.patch.object(main, "prepare_batch", images):
@@ -165,20 +169,23 @@ def test_stop_names_step_and_rank_and_saves_nothing(pools, faces, tmp_path, mode
     flags = [str(faces), *RESUME, *MODES[mode], "--seed", "5", "--output", str(tmp_path), "-p", "10"]  # epochs of 4 steps
     errors = pools(2).run(train_with_nan, flags, 1, [6])
     assert errors[0] == errors[1]
-    assert errors[0].startswith("step 6: the loss is nan (embeddings of rank 1); training stopped, no checkpoint was written over")
+    assert errors[0].startswith("step 6: the loss is nan (embeddings of rank 1)")
     assert "--on-nonfinite skip" in errors[0] and "\n" not in errors[0]
     saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert saved["position"]["step"] == 4
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [line["step"] for line in lines] == list(range(1, 9))
-    assert [line["loss"] is None for line in lines] == [line.get("nonfinite", False) for line in lines] == 5 * [False] + 3 * [True]
-    # A resumed run goes on from what was saved.
-    assert pools(2).run(train_with_nan, [*flags[:-6], *flags[-4:], "--resume", str(tmp_path / "checkpoint.pth.tar")], 1, []) == ["", ""]
+    assert [line["loss"] is None for line in lines] == 5 * [False] + 3 * [True]
+    assert [line.get("nonfinite", False) for line in lines] == 5 * [False] + 3 * [True]
+    # A resumed run continues from what was saved.
+    resume = [*flags[:-6], *flags[-4:], "--resume", str(tmp_path / "checkpoint.pth.tar")]
+    assert pools(2).run(train_with_nan, resume, 1, []) == ["", ""]
     assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path))
 
 
-def test_skip_counts_and_reports(pools, faces, tmp_path):
+def test_skipped_steps_are_counted_and_plotted(pools, faces, tmp_path):
     flags = [str(faces), *RESUME, *MODES["sharded"], "--output", str(tmp_path), "-p", "2", "--on-nonfinite", "skip"]
     assert pools(2).run(train_with_nan, flags, 0, [2, 5]) == ["", ""]
     lines = read_metrics(tmp_path)
@@ -187,10 +194,10 @@ def test_skip_counts_and_reports(pools, faces, tmp_path):
     assert all(line["top1"] is not None for line in lines if "top1" in line)
     saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert saved["position"]["step"] == 8 and all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
-    plot = load_script("plot")
     loss = [row["loss"] for row in plot.read_metrics(str(tmp_path / "metrics.jsonl"))[0]]
     assert [step for step, value in enumerate(loss, 1) if np.isnan(value)] == [2, 5]
-    np.testing.assert_allclose(plot.smoothed(np.array(loss[:4]), 3)[[0, 1, 3]], [loss[0], (loss[0] + loss[2]) / 2, sum(loss[2:4]) / 2])
+    means = plot.smooth(np.array(loss[:4]), 3)
+    np.testing.assert_allclose(means[[0, 1, 3]], [loss[0], (loss[0] + loss[2]) / 2, sum(loss[2:4]) / 2])
     plot.plot_metrics(str(tmp_path / "metrics.jsonl"), str(tmp_path / "curve.svg"))
 
 
@@ -200,33 +207,54 @@ def test_weights_that_are_not_finite_are_not_saved(pools, faces, tmp_path, mode)
     flags = [str(faces), *RESUME, *MODES[mode], "--output", str(tmp_path), "--max-steps", "1", "--lr", "1e38", "--wd", "1e30"]
     errors = pools(2).run(train_with_nan, flags, 0, [])
     assert errors[0] == errors[1]
-    assert errors[0].startswith("after step 1 the weights are not finite (the backbone of all ranks, the class centers of all ranks)")
+    assert "step 1 " in errors[0] and "(the backbone of all ranks, the class centers of all ranks)" in errors[0]
     assert np.isfinite(read_metrics(tmp_path)[0]["loss"])
     assert not (tmp_path / "checkpoint.pth.tar").exists()
 
 
 def many_nonfinite_steps(rank: int, world_size: int, output: str, steps: int) -> tuple[int, str]:
-    log = TrainingLog(DistContext(rank, world_size, world_size, torch.device("cpu")), output, fresh=True, step=0, total_steps=1000,
-                      epochs=1, global_batch=8, print_freq=10, skip_nonfinite=True)
+    """(last step, error) of a log and a guard that meet losses of inf, except in step 5."""
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+    log = TrainingLog(context, output, fresh=True, step=0, total_steps=1000, epochs=1, global_batch=8, print_freq=10,
+                      skip_nonfinite=True)
+    guard = StepGuard(torch.nn.Identity(), skip=True)
     for step in range(1, steps + 1):
         try:
-            log.add(step=step, epoch=0, lr=0.1, loss=torch.tensor(1.0 if step == 5 else float("inf")),
-                    num_closer=torch.zeros(4), finite=torch.tensor(True))
+            guard.check(log.add(step=step, epoch=0, lr=0.1, loss=torch.tensor(1.0 if step == 5 else float("inf")),
+                                num_closer=torch.zeros(4), finite=torch.tensor(True)))
         except UserError as error:
             return step, str(error)
     return steps, ""
 
 
-def test_skip_gives_up_where_no_step_is_left(pools, tmp_path):
+def test_skip_gives_up_after_a_hundred_steps_in_a_row(pools, tmp_path):
     ((step, error),) = pools(1).run(many_nonfinite_steps, str(tmp_path), 200)
     assert step == 110
-    assert error.startswith("step 110: the loss is inf (loss of rank 0, though all embeddings were finite: the class centers")
+    assert error.startswith("step 110: the loss is inf (loss of rank 0; all embeddings were finite")
     assert "105 steps in a row" in error
 
 
-def test_the_cause_is_told():
-    nan = float("nan")
-    assert "embeddings of ranks 1, 3)" in nonfinite_step(7, nan, [(False, True), (True, True), (False, True), (True, True)])
-    assert "embeddings of all ranks)" in nonfinite_step(7, nan, [(True, True)] * 4)
-    assert "loss of rank 2, though all embeddings were finite" in nonfinite_step(7, nan, [(False, False)] * 2 + [(False, True)])
-    assert "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more" in nonfinite_step(7, nan, [(True, True)] * 10 + [(False, True)])
+def describe(*ranks: tuple[bool, bool]) -> str:
+    return StepLoss(7, float("nan"), ranks).describe()
+
+
+def test_the_message_names_the_ranks():
+    both, loss, neither = (True, True), (False, True), (False, False)
+    assert describe(both, both).startswith("step 7: the loss is nan")
+    assert "embeddings of ranks 1, 3)" in describe(loss, both, loss, both)
+    assert "embeddings of all ranks)" in describe(*[both] * 4)
+    assert "loss of rank 2; all embeddings were finite" in describe(neither, neither, loss)
+    assert "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more" in describe(*[both] * 10, loss)
+
+
+def test_the_guard_counts_steps_in_a_row_over_calls():
+    """Also over epochs, as long as the run has one guard."""
+    bad, good = StepLoss(1, float("inf"), [(True, True)]), StepLoss(2, 1.0)
+    guard = StepGuard(torch.nn.Identity(), skip=True)
+    guard.check([bad] * 99)
+    guard.check([good])
+    guard.check([bad] * 50)
+    with pytest.raises(UserError, match="100 steps in a row"):
+        guard.check([bad] * 50)
+    with pytest.raises(UserError, match="step 1: .*--on-nonfinite skip"):
+        StepGuard(torch.nn.Identity(), skip=False).check([good, bad])
