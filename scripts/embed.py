@@ -34,15 +34,18 @@ class Options:
     """The arguments of embed.py."""
 
     images: tuple[str, ...]
-    resume: str | None = flag("--resume", metavar="PATH", help="checkpoint.pth.tar, or the weights of a published backbone")
+    resume: str = flag("--resume", default="", metavar="PATH",
+                       help="checkpoint.pth.tar, or the weights of a published backbone")
     arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="that of the checkpoint", help="architecture")
     output: str | None = flag(
-        "--output", metavar="FILE.npy", help="float32 (images, d) go there, and the images' paths to FILE.txt beside it; "
-                                             "without it, give two images and their similarity is printed")
+        "--output", metavar="FILE.npy",
+        help="float32 (images, d) go there, and the images' paths to FILE.txt beside it; without it, give two images "
+             "and their similarity is printed")
     batch_size: int = flag("-b", "--batch-size", default=256, metavar="N", at_least=1, help="images at a time")
     workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0,
                         help="image reading processes; 0 reads in the main process")
-    device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: the GPU if there is one")
+    device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"),
+                       help="auto: the GPU if there is one")
     flip: bool = flag("--flip", default=False, help="sum the embeddings of each image and of its mirror image")
     print_freq: int = flag("-p", "--print-freq", default=100, metavar="N", at_least=1,
                            help="batches between reports if the output is not a terminal")

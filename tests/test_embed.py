@@ -29,7 +29,9 @@ from utils.evaluation.embed import buffers_of_rank_0, embed_images
 def test_embed_images(flip: bool, batch_size: int, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     images, backbone = Colours(20), Pixels().train()
     backbone.frozen.eval()
-    embeddings = embed_images(backbone, images, ALONE, batch_size=batch_size, workers=workers, flip=flip, progress=False)
+    embeddings = embed_images(
+        backbone, images, ALONE, batch_size=batch_size, workers=workers, flip=flip, progress=False
+    )
     assert embeddings.dtype == np.float32 and embeddings.shape == (20, 6)
     np.testing.assert_allclose(embeddings, images.expected(flip), atol=1e-6)
     assert sum(backbone.batches) == 20 * (1 + flip) and max(backbone.batches) == min(batch_size, 20)

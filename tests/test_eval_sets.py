@@ -42,7 +42,7 @@ def test_names_of_sets(faces: Path, tmp_path: Path) -> None:
     sets = open_sets([Source("pairs", str(faces / "pair.list"), "--val-pairs"),
                       Source("bin", str(pack(faces, tmp_path / "lfw.bin")), "--val-bin")])
     assert [eval_set.name for eval_set in sets] == [faces.name, "lfw"]
-    assert [eval_set.size for eval_set in sets] == ["20 pairs", "20 pairs"] and [len(s.images) for s in sets] == [24, 24]
+    assert [(eval_set.size, len(eval_set.images)) for eval_set in sets] == 2 * [("20 pairs", 24)]
     paths = [str(tmp_path / "lfw.bin"), str(pack(faces, tmp_path / "lfw" / "lfw.bin"))]
     assert [eval_set.name for eval_set in open_sets([Source("bin", path, "--bin") for path in paths])] == paths
     with pytest.raises(UserError, match="--bin .*lfw.bin: given twice"):
@@ -118,7 +118,7 @@ def test_unusable_embeddings_are_warned_of_and_count_as_errors(
     result = evaluate_list(Broken(), faces, (faces / "pair.list").read_text().splitlines(), tmp_path / "pair.list")
     errors = capsys.readouterr().err
     assert "24 of 24 embeddings are unusable (24 NaN or infinite, 0 zero)" in errors
-    assert f"20 of 20 pairs lack a usable embedding and count as errors; the first such image: {faces}/imgs/0/0." in errors
+    assert "20 of 20 pairs lack a usable embedding" in errors and f"{faces}/imgs/0/0." in errors
     assert [result.metrics[name] for name in ("accuracy", "val", "auc", "eer")] == [0, 0, 0, 1]
 
 
@@ -133,7 +133,8 @@ def test_the_montage_shows_the_worst_pairs(tmp_path: Path) -> None:
     distance[3], distance[7], distance[15], distance[12], distance[5] = 1.9, 1.5, 0.2, 0.1, np.nan
     accepts, rejects = PairEvalSet("lfw", PairList(tmp_path, tmp_path / "pair.list")).montage(distance, 1.0)
     assert accepts.title == "lfw: 2 false accepts of 10 pairs (different people, distance below 1.00)"
-    assert rejects.title == "lfw: 2 false rejects of 10 pairs (one person, distance at least 1.00); 1 without a distance"
+    assert rejects.title == ("lfw: 2 false rejects of 10 pairs (one person, distance at least 1.00); "
+                             "1 without a distance")
     assert [caption for _, _, caption in accepts.pairs] == ["pair 13: distance 0.100", "pair 16: distance 0.200"]
     assert [caption for _, _, caption in rejects.pairs] == ["pair 4: distance 1.900", "pair 8: distance 1.500"]
     draw_montage([accepts, rejects], str(tmp_path / "worst.png"))

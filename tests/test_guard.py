@@ -59,7 +59,7 @@ def steps_on_batches(
         micro_batches = torch.arange(batch * BATCH, (batch + 1) * BATCH).chunk(parts)
         loader += [(dataset.images[indices], torch.from_numpy(dataset.labels[indices.numpy()]), indices, 0)
                    for indices in micro_batches[rank::world_size]]
-    calls = {batches.index(batch) * options.accumulation_steps for batch in spoiled} if rank == world_size - 1 else set()
+    calls = {batches.index(batch) * options.accumulation_steps for batch in spoiled if rank == world_size - 1}
     with mock.patch.object(main, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         state, model = main.build_training(context, options, 5, len(dataset), BATCH)
     with mock.patch.object(main, "prepare_batch", NotFiniteImages(calls)):
@@ -166,7 +166,8 @@ def train_with_nan(rank: int, world_size: int, argv: list[str], bad_rank: int, b
 
 @pytest.mark.parametrize("mode", ["base", "sharded"])
 def test_stop_names_step_and_rank_and_saves_nothing(pools, faces, tmp_path, mode):
-    flags = [str(faces), *RESUME, *MODES[mode], "--seed", "5", "--output", str(tmp_path), "-p", "10"]  # epochs of 4 steps
+    # An epoch has 4 steps.
+    flags = [str(faces), *RESUME, *MODES[mode], "--seed", "5", "--output", str(tmp_path), "-p", "10"]
     errors = pools(2).run(train_with_nan, flags, 1, [6])
     assert errors[0] == errors[1]
     assert errors[0].startswith("step 6: the loss is nan (embeddings of rank 1)")
@@ -204,7 +205,8 @@ def test_skipped_steps_are_counted_and_plotted(pools, faces, tmp_path):
 @pytest.mark.parametrize("mode", ["base", "sharded, fused update"])
 def test_weights_that_are_not_finite_are_not_saved(pools, faces, tmp_path, mode):
     """The loss of the one step is finite, the weights after it are not."""
-    flags = [str(faces), *RESUME, *MODES[mode], "--output", str(tmp_path), "--max-steps", "1", "--lr", "1e38", "--wd", "1e30"]
+    flags = [str(faces), *RESUME, *MODES[mode], "--output", str(tmp_path), "--max-steps", "1",
+             "--lr", "1e38", "--wd", "1e30"]
     errors = pools(2).run(train_with_nan, flags, 0, [])
     assert errors[0] == errors[1]
     assert "step 1 " in errors[0] and "(the backbone of all ranks, the class centers of all ranks)" in errors[0]

@@ -1,4 +1,4 @@
-"""evaluate against a literal, loop-by-loop reading of the protocol, and what it does with hopeless input."""
+"""The LFW protocol against a literal implementation with loops, and on degenerate input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CURVES = ("thresholds", "tpr", "fpr")
 
 
 def literal_protocol(embeddings1: np.ndarray, embeddings2: np.ndarray, is_same: np.ndarray, folds: int = 10) -> dict:
-    """The protocol as it is written down, one pair and one threshold at a time."""
+    """The protocol as published, one pair and one threshold at a time."""
     fold_of = [0] * len(is_same)
     for label in (True, False):
         of_label = [p for p in range(len(is_same)) if bool(is_same[p]) == label]
@@ -105,7 +105,7 @@ def literal_protocol(embeddings1: np.ndarray, embeddings2: np.ndarray, is_same: 
 
 
 def tar_at_far(distance: list[float | None], is_same: np.ndarray) -> dict[str, float]:
-    """Of all thresholds that distances of different pairs are, the one with the most true accepts among those allowed."""
+    """Among the distances of different pairs, the allowed threshold with the most true accepts."""
     different = [-math.inf if d is None else d for d, label in zip(distance, is_same) if not label]
     same = [math.inf if d is None else d for d, label in zip(distance, is_same) if label]
     rates = {}
@@ -139,7 +139,7 @@ def official_order(pairs: int, folds: int = 10) -> np.ndarray:
 
 
 def faces(rng: np.random.Generator, is_same: np.ndarray, size: int = 16, noise: float = 1.0):
-    """Embeddings of which the same pairs are the closer ones, but not always."""
+    """Embeddings where most same pairs are closer than different ones."""
     first = rng.standard_normal((len(is_same), size))
     second = rng.standard_normal((len(is_same), size))
     second[is_same] = second[is_same] * noise + first[is_same]
@@ -147,7 +147,7 @@ def faces(rng: np.random.Generator, is_same: np.ndarray, size: int = 16, noise: 
 
 
 def coarse(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Four entries of ±1 among eight: unit vectors and distances (multiples of 0.5) are exact, and mostly repeated."""
+    """Four entries of ±1 among eight: distances are exact multiples of 0.5, and many are equal."""
     signs = rng.choice([-1.0, 1.0], (count, 8))
     chosen = np.argsort(rng.random((count, 8)), axis=1)[:, :4]
     embeddings = np.zeros((count, 8))
@@ -188,7 +188,7 @@ def test_equals_the_literal_protocol(noise: float) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_the_literal_protocol_with_ties_on_the_grid(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    is_same = rng.random(116) < 0.4  # any order, other numbers of each label, not divisible by ten
+    is_same = rng.random(116) < 0.4  # any order, unequal numbers of each label, not divisible by ten
     first, second = coarse(rng, 116), coarse(rng, 116)
     second = np.where((is_same & (rng.random(116) < 0.5))[:, None], first, second)
     assert len(np.unique(np.round(((first - second) ** 2).sum(1), 9))) < 20
@@ -196,7 +196,7 @@ def test_equals_the_literal_protocol_with_ties_on_the_grid(seed: int) -> None:
 
 
 def test_equals_the_literal_protocol_where_the_false_accept_rate_is_exactly_reached() -> None:
-    """1,000 different pairs outside each of two folds: 1e-3 is one pair, a flat stretch of the curve."""
+    """Each of two folds has 1,000 different pairs outside, so 1e-3 is one pair and a flat stretch of the curve."""
     rng = np.random.default_rng(5)
     is_same = np.arange(2004) < 4
     assert_equals_literal(*faces(rng, is_same, size=4), is_same, folds=2)
@@ -278,12 +278,12 @@ def test_equal_embeddings_are_never_good(value: float) -> None:
     assert result.accuracy == (0.5 if usable else 0)
     assert result.auc == (0.5 if usable else 0)
     assert result.eer == (0.5 if usable else 1)
-    # The published interpolation accepts all of them: the rate of false accepts beside it says so.
+    # The published interpolation accepts all of them, as the false accept rate beside it shows.
     assert (result.val, result.far) == ((1, 1) if usable else (0, 1))
 
 
 def test_opposite_embeddings_beyond_the_grid() -> None:
-    """All distances are 4: no threshold of the grid accepts a pair."""
+    """All distances are 4, so no threshold of the grid accepts a pair."""
     is_same = official_order(200)
     first = np.tile([1.0, 0.0], (200, 1))
     result = evaluate(first, -first, is_same)
@@ -355,13 +355,13 @@ def test_the_result_as_json() -> None:
 
 
 @pytest.mark.parametrize(("different", "rates"), [(9, 0), (10, 1), (99, 1), (100, 2), (1000, 3), (3000, 3), (10**6, 6)])
-def test_tar_is_told_where_there_are_pairs_enough(different: int, rates: int) -> None:
-    """The same pairs lie at 0, 1, ..., 9, the different ones at 5 and at 0.5, 1.5, ... beyond: known rates."""
+def test_tar_is_reported_as_far_as_there_are_pairs(different: int, rates: int) -> None:
+    """Same pairs have distances 0.25, 1.25, ..., 9.25 and different ones are beyond 1000, or moved to 3 and 7."""
     distance = np.concatenate([np.arange(10) + 0.25, 1000 + np.arange(different)])
     allowed = {f"1e-{k}": different // 10**k for k in range(1, rates + 1)}
     for count, far in [(count, far) for far, count in allowed.items()]:
         shifted = distance.copy()
-        shifted[10 : 10 + count] = 3  # as many false accepts as the rate allows, and one more further on
+        shifted[10 : 10 + count] = 3  # as many false accepts as the rate allows; one more is at 7
         shifted[10 + count] = 7
         result = evaluate_distances(shifted, np.arange(len(distance)) < 10, folds=2)
         assert list(result.tar_at_far) == list(allowed)
@@ -371,12 +371,12 @@ def test_tar_is_told_where_there_are_pairs_enough(different: int, rates: int) ->
 
 
 def test_the_exact_threshold_separates_what_the_grid_cannot() -> None:
-    """All distances lie between two points of the grid."""
+    """All distances are between two points of the grid."""
     is_same = official_order(200)
     distance = np.where(is_same, 1.0012, 1.0049) + np.linspace(0, 1e-3, 200)
     result = evaluate_distances(distance, is_same)
     assert (result.exact_accuracy, result.exact_accuracy_std) == (1, 0) and result.accuracy == 0.5
-    one, next_to_it = 1.0, float(np.nextafter(1.0, 2))  # no number lies between them
+    one, next_to_it = 1.0, float(np.nextafter(1.0, 2))  # no float64 is between them
     assert evaluate_distances(np.where(is_same, one, next_to_it), is_same).exact_accuracy == 1
     assert evaluate_distances(np.where(is_same, next_to_it, one), is_same).exact_accuracy == 0.5
 

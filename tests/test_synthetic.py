@@ -1,8 +1,7 @@
-"""Drawn faces, their pair lists, the command line around them, and the pictures of plot.py."""
+"""Drawn faces, their pair lists and the command line around them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from helpers.commands import run
 from PIL import Image
 
-from scripts import plot
 from scripts.synthetic import draw_face, sample_pairs, write_identity_set, write_pairs
 from utils.errors import UserError
 
@@ -106,49 +104,3 @@ def test_synthesize_touches_no_other_directory(tmp_path: Path) -> None:
     message = run("scripts/synthesize.py", tmp_path, *SMALL, "--force", status=2)
     assert message.count("\n") == 1 and str(tmp_path) in message
     assert contents(tmp_path) == {"mine.txt": b"mine"}
-
-
-def test_plot_training_curve_with_a_torn_last_line(tmp_path: Path) -> None:
-    rows = [{"step": step, "epoch": 0, "loss": 10 / step, "lr": 0.1} for step in range(1, 60)]
-    rows[9] |= {"top1": 1.0, "top5": 4.0}
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 60, "lo')
-    run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.width > 600
-        plain = picture.height
-
-    with metrics.open("a") as file:
-        file.write('ss": 1.0, "epoch": 0, "lr": 0.1}\n')  # the line that was torn
-        for step, accuracy in ((20, 0.6), (60, 0.7)):
-            file.write(json.dumps({"step": step, "epoch": 0, "val": {"lfw": {"accuracy": accuracy}, "agedb": {"accuracy": 0.5}}}) + "\n")
-    run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.height > plain + 200  # a panel more
-
-    metrics.write_text("no\n" + json.dumps(rows[0]) + "\n")
-    message = run("scripts/plot.py", "--metrics", metrics, "--output", tmp_path / "other.png", status=2)
-    assert message.count("\n") == 1 and "line 1" in message
-
-
-def test_plot_roc_of_two_results(tmp_path: Path) -> None:
-    rates = np.linspace(0, 1, 50)
-    for name, power in (("good", 0.2), ("poor", 0.9)):
-        result = {"accuracy": 0.8, "auc": 0.9, "fpr": rates.tolist(), "tpr": (rates**power).tolist()}
-        (tmp_path / f"{name}.json").write_text(json.dumps(result if name == "good" else {"sets": {"lfw": result, "agedb": result}}))
-    run("scripts/plot.py", "--roc", f"{tmp_path / 'good.json'}=trained", "--roc", tmp_path / "poor.json",
-        "--output", tmp_path / "roc.png")
-    with Image.open(tmp_path / "roc.png") as picture:
-        assert picture.width > 600
-    assert [curve.label for curve in plot.read_roc(str(tmp_path / "poor.json"))] == ["poor, lfw", "poor, agedb"]
-    assert [curve.label for curve in plot.read_roc(f"{tmp_path / 'good.json'}=trained")] == ["trained"]
-
-
-@pytest.mark.parametrize("arguments", [
-    ("--output", "x.png"), ("--metrics", "absent.jsonl", "--output", "x.png"), ("--roc", "absent.json", "--output", "x.png"),
-    ("--metrics", "a", "--roc", "b", "--output", "x.png"), ("--metrics", "a", "--output", "x.exe"),
-])
-def test_plot_explains_mistakes_in_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    message = run("scripts/plot.py", *arguments, status=2, cwd=tmp_path)
-    assert message.startswith("error:") and message.count("\n") == 1
-    assert not list(tmp_path.iterdir())

@@ -5,14 +5,9 @@ With a tiny backbone: PyTorch's float64 convolutions on a CPU are a hundred time
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
-import pickle
-import shutil
 import signal
-import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -22,20 +17,14 @@ from helpers.commands import read_metrics
 from helpers.saved import assert_same_training
 from helpers.tiny import TinyBackbone
 from helpers.training import MODES, RESUME, losses, train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-import valid
 from data.augment import prepare_batch
 from data.folder import FaceFolder
-from data.pairs import PairImages, PairList, PairSet
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.dist.ddp import fix_gradient_buckets
 from utils.errors import UserError
-from utils.evaluation.embed import embed_images
-from utils.evaluation.lfw import VerificationResult, squared_distance
 from utils.options import parse_options
-from utils.training.metrics import TrainingLog
 from utils.training.optim import Optimizers
 
 TRACE = ["-b", "12", "--num-classes", "11", "--max-steps", "20", "--precision", "float64", "--sync-bn",
@@ -285,133 +274,3 @@ def sync_batch_norm_in_half(rank: int, world_size: int) -> float:
 
 def test_synchronised_batch_norm_does_not_overflow_in_half(pools):
     assert max(pools(2).run(sync_batch_norm_in_half)) < 0.01
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation during training
-
-
-def train_and_keep_distances(rank: int, world_size: int, argv: list[str]) -> list[np.ndarray]:
-    """`train`; returns the distances of each evaluation's pairs (rank 0)."""
-    kept = []
-
-    def evaluate_pairs(pairs: PairSet, embeddings: np.ndarray, distance: np.ndarray) -> VerificationResult:
-        kept.append(distance)
-        return valid.evaluate_pairs(pairs, embeddings, distance)
-
-    with mock.patch.object(main, "evaluate_pairs", evaluate_pairs):
-        train(rank, world_size, argv)
-    return kept
-
-
-def train_with_accuracies(rank: int, world_size: int, argv: list[str], accuracies: list[float], seconds: float = 0) -> float:
-    """`train`, its evaluations giving `accuracies`, one after the other (rank 0), and taking `seconds` each; returns how
-    many seconds were left out of the images per second."""
-    answers, paused = iter(accuracies), []
-
-    def evaluate_pairs(pairs: PairSet, embeddings: np.ndarray, distance: np.ndarray) -> VerificationResult:
-        time.sleep(seconds)
-        return dataclasses.replace(valid.evaluate_pairs(pairs, embeddings, distance), accuracy=next(answers))
-
-    with (
-        mock.patch.object(main, "evaluate_pairs", evaluate_pairs),
-        mock.patch.object(TrainingLog, "pause", lambda self, seconds: paused.append(seconds)),
-    ):
-        train(rank, world_size, argv)
-    assert rank != 0 or next(answers, None) is None, "fewer evaluations than expected"
-    return sum(paused)
-
-
-def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
-    contents = torch.load(path, weights_only=True)
-    return {**contents["state_dict"], **{f"momentum of {name}": tensor for name, tensor in contents["momentum"].items()}}
-
-
-@pytest.mark.parametrize(("world_size", "mode"), [(1, "base"), (2, "base"), (3, "sharded, ZeRO")])
-def test_evaluation_changes_nothing(pools, faces, tmp_path, world_size, mode):
-    """The same losses and weights to the bit, and what is evaluated is what the checkpoint of that step holds."""
-    flags = [str(faces), *RESUME, *MODES[mode], "--seed", "5"]
-    sets = ["--val-pairs", str(faces / "lfw" / "pair.list"), "--val-freq", "3"]
-    alone, evaluated = tmp_path / "alone", tmp_path / "evaluated"
-    pools(world_size).run(train, [*flags, "--output", str(alone)])
-    distances = pools(world_size).run(train_and_keep_distances, [*flags, *sets, "--output", str(evaluated)])
-    lines = read_metrics(evaluated)
-    assert [line["step"] for line in lines if "val" in line] == [3, 6, 8]  # every three steps, and at the end
-    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
-    assert [line["epoch"] for line in lines] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
-    keys = ("step", "epoch", "loss", "lr")
-    assert [[line[key] for key in keys] for line in lines if "val" not in line] == [
-        [line[key] for key in keys] for line in read_metrics(alone)]
-    saved = [saved_tensors(output / "checkpoint.pth.tar") for output in (alone, evaluated)]
-    assert saved[0].keys() == saved[1].keys()
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-
-    pairs, backbone = PairList(faces / "lfw/imgs", faces / "lfw/pair.list"), TinyBackbone(batch_norm=True)
-    backbone.load_state_dict(torch.load(evaluated / "checkpoint.pth.tar", weights_only=True)["state_dict"])
-    embeddings = embed_images(backbone, PairImages(pairs), batch_size=60, workers=0, device=torch.device("cpu"), progress=False)
-    distance = squared_distance(embeddings[pairs.index1], embeddings[pairs.index2])
-    assert [len(kept) for kept in distances] == [3, *[0] * (world_size - 1)]
-    assert distances[0][-1] == pytest.approx(distance, abs=2e-6)
-    assert distances[0][1] != pytest.approx(distance, abs=1e-4)
-    numbers = valid.evaluate_pairs(pairs, embeddings, distances[0][-1])
-    written = lines[-1]["val"]["lfw"]
-    assert (written["accuracy"], written["auc"]) == (numbers.accuracy, numbers.auc) and "thresholds" not in written
-
-
-def test_the_best_checkpoint_is_kept_with_its_shards(pools, faces, tmp_path):
-    flags = [str(faces), *RESUME, "--enable-model-parallel", "--val-pairs", str(faces / "lfw" / "pair.list"),
-             "--output", str(tmp_path)]
-    checkpoint, best = tmp_path / "checkpoint.pth.tar", tmp_path / "model_best.pth.tar"
-
-    def state(path: Path) -> tuple[int, float]:
-        position = torch.load(path, weights_only=True)["position"]
-        return position["step"], position["best_score"]
-
-    pools(2).run(train_with_accuracies, [*flags, "--seed", "5", "--val-freq", "1", "--max-steps", "3"], [0.6, 0.8, 0.7])
-    assert state(checkpoint) == (3, 0.8) and state(best) == (2, 0.8)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000002", "step-00000003"}
-    # It is whole: a run goes on from it. What it writes elsewhere it has from here.
-    other = tmp_path / "other"
-    pools(2).run(train, [str(faces), *RESUME, "--enable-model-parallel", "--resume", str(best), "--output", str(other),
-                         "--no-save"])
-    assert [line["step"] for line in read_metrics(other)] == [3, 4, 5, 6, 7, 8]
-    assert read_metrics(other)[0]["loss"] == read_metrics(tmp_path)[4]["loss"] and read_metrics(tmp_path)[4]["step"] == 3
-
-    # The best score is known after a resume, after epochs, and in a run that began with other sets it is not.
-    pools(2).run(train_with_accuracies, [*flags, "--resume", str(checkpoint)], [0.75, 0.79])
-    assert state(checkpoint) == (8, 0.8) and state(best) == (2, 0.8)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {f"step-0000000{step}" for step in (2, 4, 8)}
-    assert [(line["step"], line["val"]["lfw"]["accuracy"]) for line in read_metrics(tmp_path) if "val" in line] == [
-        (1, 0.6), (2, 0.8), (3, 0.7), (4, 0.75), (8, 0.79)]
-    pools(2).run(train_with_accuracies, [*flags, "--resume", str(best), "--epochs", "1"], [0.81])
-    assert state(checkpoint) == state(best) == (4, 0.81)
-    assert [line["step"] for line in read_metrics(tmp_path) if "val" in line] == [1, 2, 4]
-    copy = shutil.copytree(faces / "lfw", tmp_path / "lfw")
-    pools(2).run(train_with_accuracies, [*flags, "--val-pairs", str(copy / "pair.list"), "--resume", str(best)], [0.5])
-    assert state(best) == (8, 0.5)
-
-
-def test_evaluation_without_checkpoints(pools, faces, tmp_path):
-    """Two sets, of which one is a file: their mean counts, and nothing is saved."""
-    images = [open(path, "rb").read() for path in sorted((faces / "lfw/imgs").rglob("*.jpg"))[:8]]
-    (tmp_path / "small.bin").write_bytes(pickle.dumps((images, [True, False] * 2)))
-    paused, = pools(1).run(train_with_accuracies, [
-        str(faces), *RESUME, "--val-pairs", str(faces / "lfw" / "pair.list"), "--val-bin", str(tmp_path / "small.bin"),
-        "--no-save", "--output", str(tmp_path / "run"),
-    ], [0.9, 0.5, 0.6, 0.6], 0.1)
-    assert paused >= 4 * 0.1  # its time is not the training's
-    assert [{name: result["accuracy"] for name, result in line["val"].items()} for line in read_metrics(tmp_path / "run")
-            if "val" in line] == [{"lfw": 0.9, "small": 0.5}, {"lfw": 0.6, "small": 0.6}]
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [(event.step, round(event.value, 6)) for event in events.Scalars("val/lfw/accuracy")] == [(4, 0.9), (8, 0.6)]
-    assert not list((tmp_path / "run").glob("*.tar")) and not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_sets_are_checked_before_training(faces, tmp_path):
-    images = [open(path, "rb").read() for path in sorted((faces / "lfw/imgs").rglob("*.jpg"))[:8]]
-    images[5] = images[5][:700]
-    (tmp_path / "bad.bin").write_bytes(pickle.dumps((images, [True, False] * 2)))
-    with pytest.raises(UserError, match="bad.bin, image 5: the image is damaged"):
-        main.open_validation_sets(parse_options([str(faces), "--val-bin", str(tmp_path / "bad.bin")]))
-    with pytest.raises(UserError, match="--val-pairs .*none.list: cannot be read"):
-        main.open_validation_sets(parse_options([str(faces), "--val-pairs", "none.list", "--imgs-root", str(faces)]))

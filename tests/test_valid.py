@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers.commands import ROOT
@@ -102,7 +101,7 @@ def test_untrained_baseline(
 ) -> None:
     """The seed decides; seed 3 is what the checkpoint of these tests holds."""
     written = []
-    for i, source in enumerate((["--untrained", "-a", "mobilefacenet", "--seed", "3"],
+    for i, source in enumerate(([*MODEL, "--seed", "3"],
                                 ["--resume", str(faces / "checkpoint.pth.tar")])):
         output = tmp_path / f"{i}.json"
         out, _ = run(capsys, monkeypatch, *arguments(faces, "--workers", "1", *source, "--json", str(output)))
@@ -155,28 +154,30 @@ def test_a_bin_alone_gives_the_numbers_of_its_pairs(
 ) -> None:
     pack(faces, tmp_path / "packed.bin")
     model = ("--resume", str(faces / "checkpoint.pth.tar"), "--device", "cpu", "-j", "0")
-    outputs = [run(capsys, monkeypatch, *source, *model, "--json", str(tmp_path / f"{i}.json"))[0] for i, source in enumerate((
-        ["--bin", str(tmp_path / "packed.bin")], ["--imgs-root", str(faces / "imgs"), "--pair-list", str(faces / "pair.list")],
-    ))]
+    sources = (["--bin", str(tmp_path / "packed.bin")], arguments(faces))
+    outputs = [run(capsys, monkeypatch, *source, *model, "--json", str(tmp_path / f"{i}.json"))[0]
+               for i, source in enumerate(sources)]
     results = [re.search(FOUR_LINES, output) for output in outputs]
     assert results[0] and results[1] and results[0].group() == results[1].group()
     assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
-    assert re.search(r"=> packed: accuracy at exact thresholds \d\.\d{5}\+-\d\.\d{5}; TAR at FAR 1e-1 \d\.\d{5}\n", outputs[0])
+    details = r"=> packed: accuracy at exact thresholds \d\.\d{5}\+-\d\.\d{5}; TAR at FAR 1e-1 \d\.\d{5}\n"
+    assert re.search(details, outputs[0])
 
 
+MODEL = ["--untrained", "-a", "mobilefacenet"]
 MISTAKES = [
-    (["--untrained", "-a", "mobilefacenet", "--bin", "none.bin"], "none.bin: "),
-    (["--untrained", "-a", "mobilefacenet", "--bin", "a/x.bin,a/x.bin"], "--bin a/x.bin: given twice"),
-    (["--untrained", "-a", "mobilefacenet", "--json", "a", "--plot", "a"], "--plot a: .*--json"),
-    (["--untrained", "-a", "mobilefacenet", "--bin", "a.bin,"], "--bin: 'a.bin,'"),
-    (["--untrained", "-a", "mobilefacenet", "--bin", "{faces}/pair.list"], "pair.list: "),
-    (["--untrained", "-a", "mobilefacenet", "--bin", "a.bin", "--pair-list", ""], "--pair-list is missing"),
-    (["--untrained", "-a", "mobilefacenet", "--nproc-per-node", "2"], "--nproc-per-node 2: .*--multiprocessing-distributed"),
-    (["--untrained", "-a", "mobilefacenet", "--nproc-per-node", "0"], "--nproc-per-node 0: .*at least 1"),
-    (["--untrained", "-a", "mobilefacenet", "--plot", "roc.gif"], "--plot roc.gif: .*.png, .svg or .pdf"),
-    (["--untrained", "-a", "mobilefacenet", "--montage", "x.svg"], "--montage x.svg: .*.png or .jpg"),
-    (["--untrained", "-a", "mobilefacenet", "--plot", "/nowhere/x.png"], "--plot /nowhere/x.png: there is no directory"),
-    (["--untrained", "-a", "mobilefacenet", "--montage", "/nowhere/x.png"], "--montage /nowhere/x.png: there is no dir"),
+    ([*MODEL, "--bin", "none.bin"], "none.bin: "),
+    ([*MODEL, "--bin", "a/x.bin,a/x.bin"], "--bin a/x.bin: given twice"),
+    ([*MODEL, "--json", "a", "--plot", "a"], "--plot a: .*--json"),
+    ([*MODEL, "--bin", "a.bin,"], "--bin: 'a.bin,'"),
+    ([*MODEL, "--bin", "{faces}/pair.list"], "pair.list: "),
+    ([*MODEL, "--bin", "a.bin", "--pair-list", ""], "--pair-list is missing"),
+    ([*MODEL, "--nproc-per-node", "2"], "--nproc-per-node 2: .*--multiprocessing-distributed"),
+    ([*MODEL, "--nproc-per-node", "0"], "--nproc-per-node 0: .*at least 1"),
+    ([*MODEL, "--plot", "roc.gif"], "--plot roc.gif: .*.png, .svg or .pdf"),
+    ([*MODEL, "--montage", "x.svg"], "--montage x.svg: .*.png or .jpg"),
+    ([*MODEL, "--plot", "/nowhere/x.png"], "--plot /nowhere/x.png: there is no directory"),
+    ([*MODEL, "--montage", "/nowhere/x.png"], "--montage /nowhere/x.png: there is no dir"),
     (["--resume", ""], "--resume is missing"),
     ([], "--resume is missing: .* --untrained"),
     (["--resume", "nothing.pth.tar"], "--resume nothing.pth.tar: no such file"),
@@ -186,23 +187,23 @@ MISTAKES = [
     (["--resume", "{faces}/checkpoint.pth.tar", "-a", "iresnet18"], "iresnet18"),
     (["--resume", "{faces}/pair.list"], "pair.list"),
     (["--resume", "{faces}"], "directory"),
-    (["--untrained", "-a", "mobilefacenet", "-b", "0"], "--batch-size 0: .*at least 1"),
-    (["--untrained", "-a", "mobilefacenet", "-j", "-1"], "--workers -1: .*at least 0"),
-    (["--untrained", "-a", "mobilefacenet", "-p", "0"], "--print-freq 0"),
-    (["--untrained", "-a", "mobilefacenet", "--seed", "-1"], "--seed -1"),
-    (["--untrained", "-a", "mobilefacenet", "--seed", str(2**63)], "--seed 9223372036854775808"),
-    (["--untrained", "-a", "mobilefacenet", "-b", "many"], "-b/--batch-size: invalid int value: 'many'"),
-    (["--untrained", "-a", "mobilefacenet", "--batch", "8"], "unrecognized arguments: --batch 8"),
-    (["--untrained", "-a", "mobilefacenet", "--json", "{faces}/none/result.json"], "--json .*: there is no directory"),
-    (["--untrained", "-a", "mobilefacenet", "--json", "{faces}"], "--json .*: is not a file"),
-    (["--untrained", "-a", "mobilefacenet", "--json", "/dev/null"], "--json /dev/null: is not a file"),
-    (["--untrained", "-a", "mobilefacenet", "--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
-    (["--untrained", "-a", "mobilefacenet", "--device", "tpu"], "--device.*tpu"),
-    (["--untrained", "-a", "mobilefacenet", "--imgs-root", ""], "--imgs-root is missing"),
-    (["--untrained", "-a", "mobilefacenet", "--pair-list", ""], "--pair-list is missing"),
-    (["--untrained", "-a", "mobilefacenet", "--imgs-root", "/nowhere"], "--imgs-root /nowhere: no such directory"),
-    (["--untrained", "-a", "mobilefacenet", "--pair-list", "/nowhere"], "--pair-list /nowhere: "),
-    (["--untrained", "-a", "mobilefacenet", "--imgs-root", "{faces}"], r"pair\.list:1: "),
+    ([*MODEL, "-b", "0"], "--batch-size 0: .*at least 1"),
+    ([*MODEL, "-j", "-1"], "--workers -1: .*at least 0"),
+    ([*MODEL, "-p", "0"], "--print-freq 0"),
+    ([*MODEL, "--seed", "-1"], "--seed -1"),
+    ([*MODEL, "--seed", str(2**63)], "--seed 9223372036854775808"),
+    ([*MODEL, "-b", "many"], "-b/--batch-size: invalid int value: 'many'"),
+    ([*MODEL, "--batch", "8"], "unrecognized arguments: --batch 8"),
+    ([*MODEL, "--json", "{faces}/none/result.json"], "--json .*: there is no directory"),
+    ([*MODEL, "--json", "{faces}"], "--json .*: is not a file"),
+    ([*MODEL, "--json", "/dev/null"], "--json /dev/null: is not a file"),
+    ([*MODEL, "--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
+    ([*MODEL, "--device", "tpu"], "--device.*tpu"),
+    ([*MODEL, "--imgs-root", ""], "--imgs-root is missing"),
+    ([*MODEL, "--pair-list", ""], "--pair-list is missing"),
+    ([*MODEL, "--imgs-root", "/nowhere"], "--imgs-root /nowhere: no such directory"),
+    ([*MODEL, "--pair-list", "/nowhere"], "--pair-list /nowhere: "),
+    ([*MODEL, "--imgs-root", "{faces}"], r"pair\.list:1: "),
 ]
 
 
