@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What an evaluation costs beside the embeddings: opening a set of one file, and the LFW protocol's arithmetic.
+"""The cost of an evaluation without its embeddings: opening a .bin, and the arithmetic of the LFW protocol.
 
     python3 scripts/bench_verification.py --csv scripts/results/verification_cpu.csv
 
-The arithmetic takes turns with the same protocol written out threshold by threshold, as the published scripts have it; both
+The arithmetic takes turns with the same protocol computed threshold by threshold, as in the published scripts. Both
 must give the same numbers before they are timed. One process, one thread.
 """
 
@@ -15,39 +15,45 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
-# The script's own directory is on sys.path, the repository's root is not.
+# Python puts the script's own directory on sys.path instead of the repository's root.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.insightface_bin import PairBin  # noqa: E402
 from scripts.measure import aligned, append_csv, check_csv, describe_machine, percentiles  # noqa: E402
-from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation.lfw import TARGET_FAR, evaluate  # noqa: E402
+from utils.flags import flag, parse_flags  # noqa: E402
+from utils.memory import keep_freed_memory  # noqa: E402
 
-CPU = torch.device("cpu")
-CSV_COLUMNS = ("date", "device", "torch", "pairs", "embedding_size", "image_bytes", "repeat", "what", "p20_s", "p50_s", "p80_s")
+CSV_COLUMNS = ("date", "device", "torch", "pairs", "embedding_size", "image_bytes", "repeat", "what",
+               "p20_s", "p50_s", "p80_s")
 FOLDS = 10
 
 
+@dataclass(frozen=True)
+class Options:
+    """The flags of bench_verification.py."""
+
+    pairs: int = flag("--pairs", default=6000, metavar="P", at_least=4 * FOLDS, help="pairs, a multiple of 20")
+    embedding_size: int = flag("--embedding-size", default=512, metavar="D", at_least=1, help="numbers per embedding")
+    image_bytes: int = flag("--image-bytes", default=6000, metavar="B", at_least=1,
+                            help="size of each of the 2·P different images in the file")
+    repeat: int = flag("--repeat", default=7, metavar="K", at_least=1, help="how often each is timed")
+    csv: str | None = flag("--csv", metavar="FILE", help="append a row for each figure")
+
+
 def main() -> None:
-    parser = Parser("bench_verification.py", "Seconds of opening a .bin, and of the evaluation's arithmetic.")
-    parser.add_argument("--pairs", type=int, default=6000, metavar="P", help="a multiple of 20 (default: %(default)s)")
-    parser.add_argument("--embedding-size", type=int, default=512, metavar="D", help="default: %(default)s")
-    parser.add_argument("--image-bytes", type=int, default=6000, metavar="B",
-                        help="of each of the 2·P images in the file, all different (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=7, metavar="K", help="how often each is timed (default: %(default)s)")
-    parser.add_argument("--csv", metavar="FILE", help="append a row for each figure")
-    options = parser.parse_args()
-    for flag in ("pairs", "embedding_size", "image_bytes", "repeat"):
-        if getattr(options, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: give a number of at least 1")
-    if options.pairs % (2 * FOLDS) or options.pairs < 4 * FOLDS:
-        raise UserError(f"--pairs {options.pairs}: give a multiple of {2 * FOLDS}, at least {4 * FOLDS}")
+    options = parse_flags(Options, "bench_verification.py", "Seconds to open a .bin and to compute the LFW protocol.")
+    if options.pairs % (2 * FOLDS):
+        raise UserError(f"--pairs {options.pairs}: give a multiple of {2 * FOLDS}")
     if options.csv is not None:
         check_csv(options.csv, CSV_COLUMNS)
+    keep_freed_memory()
     torch.set_num_threads(1)
 
     rng = np.random.default_rng(0)
@@ -55,8 +61,7 @@ def main() -> None:
     first, second = rng.standard_normal((2, options.pairs, options.embedding_size), dtype=np.float32)
     second[is_same] = 2 * second[is_same] + first[is_same]
     ours = evaluate(first, second, is_same)
-    written_out = threshold_by_threshold(first, second, is_same)
-    for name, value in written_out.items():
+    for name, value in threshold_by_threshold(first, second, is_same).items():
         assert abs(getattr(ours, name) - value) < 1e-9, f"{name}: {getattr(ours, name)} and {value}"
 
     with tempfile.TemporaryDirectory() as directory:
@@ -76,10 +81,9 @@ def main() -> None:
     rows = [(what, *(f"{value:.4f} s" for value in values)) for what, values in spread.items()]
     print(aligned([("", "p20", "p50", "p80"), *rows]))
     if options.csv is not None:
-        common = {**describe_machine(CPU), **vars(options)}
+        machine = describe_machine(torch.device("cpu"))
         append_csv(options.csv, CSV_COLUMNS, [
-            {**{name: common[name] for name in CSV_COLUMNS if name in common}, "what": what,
-             "p20_s": values[0], "p50_s": values[1], "p80_s": values[2]}
+            {**machine, **asdict(options), "what": what, **dict(zip(("p20_s", "p50_s", "p80_s"), values))}
             for what, values in spread.items()
         ])
 
@@ -91,7 +95,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def threshold_by_threshold(first: np.ndarray, second: np.ndarray, is_same: np.ndarray) -> dict[str, float]:
-    """Accuracy and validation rate by counting all pairs anew for each fold and each threshold of the grids."""
+    """Accuracy and validation rate by counting all pairs again for each fold and each threshold of the grids."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     first, second = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (first, second))
     distance = ((first - second) ** 2).sum(axis=1)
