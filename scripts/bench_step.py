@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Images per second and memory of a whole training step: main.py's beside that of torchshard's published ArcFace script.
+"""Images per second and memory of a training step: main.py compared with torchshard's published ArcFace script.
 
     python3 scripts/bench_step.py -a iresnet50 --classes 85744 --batch 128 --precision bf16 --channels-last
 
-ours: `main.build_training` and `main.train_one_epoch` as they are, always with --enable-model-parallel.
-published: that script's way of doing the same (projects/arcface of torchshard 0.1), in `PublishedTraining`: images in NCHW and
-float, fp16 autocast with a GradScaler or none, a margin on all logits and a one-hot matrix to choose the targets', the full
+ours: `main.build_training` and `main.train_one_epoch`, always with --enable-model-parallel.
+published: the step of that script (projects/arcface of torchshard 0.1), in `PublishedTraining`: float images in NCHW,
+fp16 autocast with a GradScaler or none, the margin on all logits, a one-hot matrix that selects the targets, the full
 softmax, top-5 over the full logits, and three values read from the device in every step. With several processes its full
-head would need all logits on every GPU: there it is given torchshard's parallel cross entropy instead.
+head would need all logits on every GPU, so it gets torchshard's parallel cross entropy instead.
 
-The images are drawn once and lie on the device: reading them is not measured. Both start from the same weights and take turns,
-a block of steps each. Peak memory is that of a process, after the first steps.
+Random images are on the device from the start, so reading them is not measured. Both start from the same weights and
+take turns, a block of steps each. Peak memory is that of one process, after the first steps.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +69,12 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 OWN_FLAGS = ("--channels-last", "--compile", "--fuse-classifier-update")
 SEED = 0
 LEARNING_RATE = 0.01
-WARM_UP_STEPS = 2  # the first one makes momentum and chooses convolutions, after it DDP rebuilds its buckets
-ENDLESS_EPOCH = 10**9  # steps: no milestone is reached
+WARM_UP_STEPS = 2  # the first creates momentum and chooses convolutions; then DDP rebuilds its buckets
+ENDLESS_EPOCH = 10**9  # steps; no milestone is reached
 
 CSV_COLUMNS = (
-    "date", "device", "torch", "threads", "world_size", "arch", "classes", "batch", "precision", "flags", "steps", "impl",
-    "p20_images_s", "p50_images_s", "p80_images_s", "peak_mib", "first_loss", "speedup_to_published",
+    "date", "device", "torch", "threads", "world_size", "arch", "classes", "batch", "precision", "flags", "steps",
+    "impl", "p20_images_s", "p50_images_s", "p80_images_s", "peak_mib", "first_loss", "speedup_to_published",
 )
 
 
@@ -103,7 +104,7 @@ def main() -> None:
 
 
 def measure(context: DistContext, options: Options, training_options: TrainingOptions) -> None:
-    """Runs in every process, all of them together. Rank 0 reports."""
+    """Collective. Measure the implementations; rank 0 reports."""
     device = context.device
     warm_up_libraries(options.arch, device)
     images, labels = draw_batch(context, options)
@@ -118,15 +119,15 @@ def measure(context: DistContext, options: Options, training_options: TrainingOp
         ready[name] = builders[name]()
         ready[name].run(WARM_UP_STEPS)
 
-    # Alone at first: only so the peak of each is its own.
+    # Each runs alone first, so that the peak is its own.
     for name in options.impl:
         if name == "published" and published_will_not_fit(context, options):
             continue
         memory = PeakMemory(device)
-        fits = fits_in_memory(lambda: build(name), device)
+        fits = fits_in_memory(partial(build, name), device)
         if fits:
             memory.restart()
-            fits = fits_in_memory(lambda: ready[name].run(1), device)
+            fits = fits_in_memory(partial(ready[name].run, 1), device)
         if fits:
             peak = memory.bytes()
             figures[name] = {"peak_mib": None if peak is None else of_slowest_rank([peak], device)[0] / MIB,
@@ -140,7 +141,7 @@ def measure(context: DistContext, options: Options, training_options: TrainingOp
         for name in figures:
             if name not in ready:
                 build(name)
-            seconds = of_slowest_rank([timed(lambda: ready[name].run(options.block), device)], device)[0]
+            seconds = of_slowest_rank([timed(partial(ready[name].run, options.block), device)], device)[0]
             rates[name].append(options.batch * options.block / seconds)
             if not together:
                 del ready[name]
@@ -161,7 +162,7 @@ def measure(context: DistContext, options: Options, training_options: TrainingOp
 
 
 class OurTraining:
-    """Collective. The model, optimizers and loop of main.py, on one batch again and again."""
+    """Collective. The model, optimizers and loop of main.py, repeatedly on one batch."""
 
     def __init__(self, context: DistContext, options: TrainingOptions, images: Tensor, labels: Tensor) -> None:
         self._context, self._options = context, options
@@ -173,30 +174,30 @@ class OurTraining:
         self._log = _FirstLoss()
 
     def run(self, steps: int) -> None:
-        training.train_one_epoch(
-            self._context, self._options, self._state, self._model, [self._batch] * steps, steps, ENDLESS_EPOCH, self._log
-        )
+        training.train_one_epoch(self._context, self._options, self._state, self._model, [self._batch] * steps, steps,
+                                 ENDLESS_EPOCH, self._log)
 
     def first_loss(self) -> float:
         return self._log.loss.item()
 
 
 class _FirstLoss:
-    """In the place of utils.meters.TrainingLog: writes nothing and reads nothing from the device."""
+    """Replaces TrainingLog. It writes nothing and reads nothing from the device."""
 
     loss: Tensor | None = None
 
-    def add(self, *, loss: Tensor, **others: object) -> None:
+    def add(self, *, loss: Tensor, **others: object) -> list:
         self.loss = loss if self.loss is None else self.loss
+        return []
 
     def count_skipped(self, images: int) -> None:
         pass
 
 
 class FullHead(nn.Module):
-    """The classifier as published, of one process that has all classes: the margin on every logit, a one-hot choice.
+    """The published classifier of a single process: the margin on every logit, then a one-hot selection.
 
-    forward: embedding (n, d), label (n,) -> loss, and (n, 5) bool, whether the k-th best class is the target.
+    forward: embedding (n, d), label (n,) -> loss, and bool (n, 5), whether the k-th best class is the target.
     """
 
     scale, margin = 64.0, 0.5
@@ -217,7 +218,7 @@ class FullHead(nn.Module):
 
 
 class ParallelHead(ArcFaceClassifier):
-    """Collective. The same from torchshard's parallel cross entropy, each process with its share of the classes."""
+    """Collective. The same with torchshard's parallel cross entropy and the classes sharded over the processes."""
 
     def __init__(self, context: DistContext, num_classes: int) -> None:
         super().__init__(
@@ -241,7 +242,7 @@ class PublishedModel(nn.Module):
 
 
 class PublishedTraining:
-    """Collective. Model and step of the published script, on one batch again and again."""
+    """Collective. Model and step of the published script, repeatedly on one batch."""
 
     def __init__(self, context: DistContext, options: Options, images: Tensor, labels: Tensor) -> None:
         device = context.device
@@ -254,7 +255,7 @@ class PublishedTraining:
             let_ddp_ignore_shards(model)
             model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         self._model = model
-        # Its mixed precision is fp16 on GPUs; it has none on the CPU, and gets there what ours has.
+        # Its mixed precision is fp16 on GPUs. It has none on the CPU, so it gets ours there.
         dtype = PRECISIONS[options.precision]
         if dtype is not None and device.type == "cuda":
             dtype = torch.float16
@@ -296,9 +297,9 @@ def draw_batch(context: DistContext, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def warm_up_libraries(arch: str, device: torch.device) -> None:
-    """What a process loads in its first step and keeps must not count as the memory of who comes first.
+    """Load what a process keeps after its first step, so that it does not count as memory of the first implementation.
 
-    The first optimizer alone imports modules of 150 MB.
+    The first optimizer alone imports 150 MB of modules.
     """
     backbone = build_backbone(arch, EMBEDDING_SIZE).to(device).train()
     backbone(torch.zeros(2, 3, 112, 112, device=device)).sum().backward()
@@ -306,7 +307,7 @@ def warm_up_libraries(arch: str, device: torch.device) -> None:
 
 
 def published_will_not_fit(context: DistContext, options: Options) -> bool:
-    """Collective. True on the CPU for a head that would not fit: there nothing is refused, but processes are killed."""
+    """Collective. Whether the published head exceeds the memory of a CPU, where the system would kill processes."""
     if context.device.type == "cuda":
         return False
     classes = ClassShard(options.classes, 0, context.world_size).size
@@ -316,7 +317,7 @@ def published_will_not_fit(context: DistContext, options: Options) -> bool:
 
 
 def fit_together(figures: dict[str, dict[str, float | None]], context: DistContext) -> bool:
-    """Collective. Whether all can stay in memory while they take turns; if not, each is built again for its turn."""
+    """Collective. Whether all fit into memory while they take turns. If not, each is rebuilt for its turn."""
     peaks = [figure["peak_mib"] for figure in figures.values()]
     if None in peaks:
         return True
@@ -325,7 +326,7 @@ def fit_together(figures: dict[str, dict[str, float | None]], context: DistConte
 
 
 def report(context: DistContext, options: Options, impl: dict[str, dict]) -> None:
-    """Rank 0: print the object or the table, and append to the file."""
+    """Print the JSON object or the table, and append to the CSV file. Call on rank 0."""
     result = {
         **describe_machine(context.device),
         "arch": options.arch, "classes": options.classes, "batch": options.batch, "world_size": options.world_size,
@@ -333,10 +334,10 @@ def report(context: DistContext, options: Options, impl: dict[str, dict]) -> Non
     }
     print(json.dumps(result) if options.json else as_text(result), flush=True)
     if options.csv is not None:
-        common = {name: result[name] for name in CSV_COLUMNS if name in result}
-        rows = [{**common, "impl": name, **{key: value for key, value in figures.items() if key in CSV_COLUMNS},
-                 "speedup_to_published": speedup(impl, name)} for name, figures in impl.items()]
-        append_csv(options.csv, CSV_COLUMNS, rows)
+        append_csv(options.csv, CSV_COLUMNS, [
+            {**result, "impl": name, **figures, "speedup_to_published": speedup(impl, name)}
+            for name, figures in impl.items()
+        ])
 
 
 def speedup(impl: dict[str, dict], name: str) -> float | None:
@@ -345,7 +346,7 @@ def speedup(impl: dict[str, dict], name: str) -> float | None:
 
 
 def as_text(result: dict) -> str:
-    """The table, and the ratio in words."""
+    """The table and a sentence with the ratio."""
     rows = [("images/s", "p20", "p50", "p80", "peak memory", "first loss")]
     for name, figures in result["impl"].items():
         if figures["p50_images_s"] is None:
@@ -355,8 +356,9 @@ def as_text(result: dict) -> str:
         rows.append((name, *(f"{figures[key]:,.1f}" for key in ("p20_images_s", "p50_images_s", "p80_images_s")),
                      "unknown" if peak is None else f"{peak:,.0f} MiB", f"{figures['first_loss']:.3f}"))
     lines = [
-        f"{result['arch']}, {result['classes']:,} classes, batch {result['batch']}, {result['world_size']} processes with "
-        f"{result['threads']} threads, {result['precision']}" + (f", ours with {result['flags']}" if result["flags"] else ""),
+        f"{result['arch']}, {result['classes']:,} classes, batch {result['batch']}, {result['world_size']} processes "
+        f"with {result['threads']} threads, {result['precision']}"
+        + (f", ours with {result['flags']}" if result["flags"] else ""),
         f"{result['device']}, torch {result['torch']}",
         "", aligned(rows),
     ]
