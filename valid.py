@@ -28,6 +28,7 @@ from utils.files import require_writable
 from utils.flags import flag, parse_flags
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
 from utils.launch.spawn import launch
+from utils.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def main() -> None:
 
 def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> None:
     """Collective. Embed and score the sets; rank 0 prints the results and writes the files."""
+    if context.device.type == "cpu":
+        keep_freed_memory()
     backbone, source = load(options)
     if context.is_main:
         processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""

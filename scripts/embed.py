@@ -27,6 +27,7 @@ from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation.embed import choose_device, embed_images  # noqa: E402
 from utils.files import atomic_write, require_writable  # noqa: E402
 from utils.flags import add_flags, check_ranges, flag, flags_of  # noqa: E402
+from utils.memory import keep_freed_memory  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class ImageFiles:
 def main() -> None:
     options = parse_options()
     context = DistContext(0, 1, 1, choose_device(options.device))
+    if context.device.type == "cpu":
+        keep_freed_memory()
     paths = find_images(options.images)
     if options.output is not None:
         check_output(options.output)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What a machine with an NVIDIA GPU is to be checked for, in under 8 minutes: the CUDA tests, the two benchmarks at sizes that
-# fill the chip, 200 steps of IResNet-50 in each precision, and the largest number of classes that trains on one GPU.
+# Check a machine with an NVIDIA GPU in under 8 minutes: run the CUDA tests, both benchmarks at sizes that fill the chip,
+# 200 steps of IResNet-50 in each precision, and the largest number of classes that trains on one GPU.
 #     bash scripts/gpu_check.sh                      # rows and logs go to scripts/results/
 #     bash scripts/gpu_check.sh --out DIR
-# Runs with $PYTHON, else with a python3 that has torch and torchshard, else in a virtual environment that it makes.
-# A part that fails does not stop the others; the exit status tells that one did.
+# It uses $PYTHON, or a python3 that has torch and torchshard, or creates a virtual environment. If a part fails, the others
+# still run and the exit status is 1.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,7 +31,7 @@ trap 'rm -rf "$scratch"' EXIT
 started=$SECONDS
 failed=()
 
-# part NAME SECONDS COMMAND...: its output goes to the screen and to NAME.log
+# part NAME SECONDS COMMAND...: run it within SECONDS; its output goes to the screen and to NAME.log
 part() {
     local name="$1" limit="$2"
     shift 2
@@ -47,7 +47,7 @@ print(p.name, f"{p.total_memory / 2**30:.0f} GiB, L2 {p.L2_cache_size / 2**20:.0
 
 part cuda-tests 200 env ARCFACE_TEST_CUDA=1 "$PYTHON" -m pytest -q tests/test_cuda.py --maxfail=5
 
-# The classifier. torchshard's form takes part where its ten (N, C) matrices fit; the benchmark says where they do not.
+# The classifier. The benchmark reports torchshard's form as out of memory where its ten (N, C) matrices do not fit.
 for size in "85744 512" "85744 1024" "1000000 512" "1000000 1024" "4000000 1024"; do
     read -r classes batch <<< "$size"
     part "bench-classifier-$classes-$batch" 60 "$PYTHON" scripts/bench_classifier.py --classes "$classes" --batch "$batch" \
@@ -56,18 +56,18 @@ done
 part bench-classifier-1000000-1024-recompute 60 "$PYTHON" scripts/bench_classifier.py --classes 1000000 --batch 1024 --steps 10 \
     --operands bf16 --impl fused --classifier-memory-mib 0 --csv "$out/classifier_cuda.csv"
 
-# The largest that fits: centers and momentum, 4096 bytes a class, in nine tenths of the memory.
+# The most classes whose centers and momentum, 4096 bytes per class, fit into nine tenths of the memory.
 largest="$("$PYTHON" -c 'import torch; print(int(torch.cuda.mem_get_info()[0] * 0.9) // 4096 // 1000000 * 1000000)')"
 part "bench-classifier-largest" 60 "$PYTHON" scripts/bench_classifier.py --classes "$largest" --batch 512 --steps 3 \
     --operands bf16 --impl fused --update --csv "$out/classifier_cuda.csv"
 
-# The whole step, beside the published script's way.
+# The whole step, compared with that of the published script.
 part bench-step-bf16 90 "$PYTHON" scripts/bench_step.py -a iresnet50 --classes 85744 --batch 256 --precision bf16 --channels-last \
     --steps 20 --csv "$out/step_cuda.csv"
 part bench-step-fp32 90 "$PYTHON" scripts/bench_step.py -a iresnet50 --classes 85744 --batch 256 --precision fp32 \
     --steps 12 --csv "$out/step_cuda.csv"
 
-# Training, from images on disk: images/s and loss are in the logs.
+# Training from images on disk. The logs have images/s and losses.
 "$PYTHON" scripts/synthesize.py "$scratch/faces" --identities 128 --images 16 --pairs 20 --pair-identities 4 > /dev/null
 train=("$PYTHON" main.py "$scratch/faces" -a iresnet50 --enable-model-parallel --num-classes 85744 -b 256 -j 8 --max-steps 200 \
     --epochs 100 --lr 0.02 --print-freq 50 --no-save --seed 0 --device cuda)

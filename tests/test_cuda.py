@@ -1,4 +1,4 @@
-"""What only a GPU can show. Run with ARCFACE_TEST_CUDA=1 (scripts/gpu_check.sh does); skipped where there is no GPU."""
+"""Tests that need a GPU. They run with ARCFACE_TEST_CUDA=1, as scripts/gpu_check.sh sets it, and are skipped without one."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_float64_equals_the_truth(seed):
     )
     got.backward()
     assert got.item() == pytest.approx(loss, rel=1e-10)
-    for mine, true in ((embedding.grad, embedding_grad), (centers.grad, centers_grad)):
-        assert (mine.cpu() - true).norm() <= 1e-10 * true.norm() + 1e-15 * case["scale"] * slope
+    for result, true in ((embedding.grad, embedding_grad), (centers.grad, centers_grad)):
+        assert (result.cpu() - true).norm() <= 1e-10 * true.norm() + 1e-15 * case["scale"] * slope
 
 
 def large_case(classes: int = 50_000, rows: int = 256) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,8 +55,8 @@ def test_operand_types_are_near_float64(operands, tolerance, memory_mib):
         loss, _ = margin_softmax(x, label, w, shard=ClassShard(len(w), 0, 1), operands=kind, memory_mib=memory_mib, **SETTINGS)
         loss.backward()
         results[dtype] = loss.detach(), x.grad, w.grad
-    for mine, true in zip(results[torch.float32], results[torch.float64]):
-        assert mine.dtype == torch.float32 and (mine - true).norm() <= tolerance * true.norm()
+    for result, true in zip(results[torch.float32], results[torch.float64]):
+        assert result.dtype == torch.float32 and (result - true).norm() <= tolerance * true.norm()
 
 
 @pytest.mark.parametrize("update", [False, True])
