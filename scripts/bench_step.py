@@ -6,8 +6,8 @@
 ours: `main.build_training` and `main.train_one_epoch`, always with --enable-model-parallel.
 published: the step of that script (projects/arcface of torchshard 0.1), in `PublishedTraining`: float images in NCHW,
 fp16 autocast with a GradScaler or none, the margin on all logits, a one-hot matrix that selects the targets, the full
-softmax, top-5 over the full logits, and three values read from the device in every step. With several processes its full
-head would need all logits on every GPU, so it gets torchshard's parallel cross entropy instead.
+softmax, top-5 over the full logits, and three values read from the device in every step. With several processes its
+full head would need all logits on every GPU, so it gets torchshard's parallel cross entropy instead.
 
 Random images are on the device from the start, so reading them is not measured. Both start from the same weights and
 take turns, a block of steps each. Peak memory is that of one process, after the first steps.
@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +148,7 @@ def measure(context: DistContext, options: Options, training_options: TrainingOp
                 del ready[name]
                 release_memory(device)
     if context.is_main:
-        impl = {}
+        impl: dict[str, dict[str, Any]] = {}
         for name in options.impl:
             keys = ("p20_images_s", "p50_images_s", "p80_images_s")
             if name in figures:
@@ -171,11 +172,12 @@ class OurTraining:
         )
         indices = torch.arange(len(images)) + context.rank * len(images)
         self._batch = (images, labels, indices, 0)
-        self._log = _FirstLoss()
+        self._log: Any = _FirstLoss()
 
     def run(self, steps: int) -> None:
-        training.train_one_epoch(self._context, self._options, self._state, self._model, [self._batch] * steps, steps,
-                                 ENDLESS_EPOCH, self._log)
+        loader: Any = [self._batch] * steps
+        training.train_one_epoch(self._context, self._options, self._state, self._model, loader, steps, ENDLESS_EPOCH,
+                                 self._log)
 
     def first_loss(self) -> float:
         return self._log.loss.item()
@@ -264,7 +266,7 @@ class PublishedTraining:
         self._optimizer = SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._images, self._labels = images.float().div_(255), labels
-        self._first_loss: float | None = None
+        self._first_loss = float("nan")  # until the first step
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -273,7 +275,7 @@ class PublishedTraining:
                 loss, hits = self._model(images, self._labels)
             for metric in (loss, hits[:, 0].float().mean(), hits.any(dim=1).float().mean()):
                 value = metric.item()
-                self._first_loss = value if self._first_loss is None else self._first_loss
+                self._first_loss = value if math.isnan(self._first_loss) else self._first_loss
             self._scaler.scale(loss).backward()
             self._scaler.step(self._optimizer)
             self._scaler.update()
@@ -318,9 +320,7 @@ def published_will_not_fit(context: DistContext, options: Options) -> bool:
 
 def fit_together(figures: dict[str, dict[str, float | None]], context: DistContext) -> bool:
     """Collective. Whether all fit into memory while they take turns. If not, each is rebuilt for its turn."""
-    peaks = [figure["peak_mib"] for figure in figures.values()]
-    if None in peaks:
-        return True
+    peaks = [peak for figure in figures.values() if (peak := figure["peak_mib"]) is not None]
     missing = sum(peaks) * MIB - 0.9 * available_bytes(context.device, context.world_size)
     return of_slowest_rank([missing], context.device)[0] <= 0
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Check a machine with an NVIDIA GPU in under 8 minutes: run the CUDA tests, both benchmarks at sizes that fill the chip,
-# 200 steps of IResNet-50 in each precision, and the largest number of classes that trains on one GPU.
+# Check a machine with an NVIDIA GPU in under 8 minutes: run the CUDA tests, both benchmarks at sizes that fill the
+# chip, 200 steps of IResNet-50 in each precision, and the largest number of classes that trains on one GPU.
 #     bash scripts/gpu_check.sh                      # rows and logs go to scripts/results/
 #     bash scripts/gpu_check.sh --out DIR
-# It uses $PYTHON, or a python3 that has torch and torchshard, or creates a virtual environment. If a part fails, the others
-# still run and the exit status is 1.
+# It uses $PYTHON, or a python3 that has torch and torchshard, or creates a virtual environment. If a part fails, the
+# others still run and the exit status is 1.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

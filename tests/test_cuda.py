@@ -1,4 +1,4 @@
-"""Tests that need a GPU. They run with ARCFACE_TEST_CUDA=1, as scripts/gpu_check.sh sets it, and are skipped without one."""
+"""Tests that need a GPU. scripts/gpu_check.sh runs them with ARCFACE_TEST_CUDA=1; otherwise they are skipped."""
 
 from __future__ import annotations
 
@@ -86,15 +86,18 @@ def test_initial_centers_do_not_depend_on_the_device():
 
 @pytest.mark.parametrize("flags", [
     [], ["--enable-model-parallel"], ["--enable-model-parallel", "--fuse-classifier-update", "--channels-last"],
-    ["--enable-model-parallel", "--enable-amp-mode"], ["--enable-model-parallel", "--enable-amp-mode", "--amp-dtype", "fp16"],
+    ["--enable-model-parallel", "--enable-amp-mode"],
+    ["--enable-model-parallel", "--enable-amp-mode", "--amp-dtype", "fp16"],
     ["--enable-model-parallel", "--enable-zero-optim"], ["--enable-model-parallel", "--sync-bn"],
     ["--enable-model-parallel", "--enable-amp-mode", "--compile", "--channels-last"],
 ], ids=lambda flags: " ".join(flags) or "base")
 def test_training_resuming_and_validating(faces, tmp_path, flags):
-    command = ["main.py", faces, *SHORT, *flags, "--multiprocessing-distributed", "--nproc-per-node", 1, "--output", tmp_path]
+    command = ["main.py", faces, *SHORT, *flags, "--output", tmp_path,
+               "--multiprocessing-distributed", "--nproc-per-node", 1]
     assert "nccl" in run(*command, "--seed", 3)
     resume = ["--resume", tmp_path / "checkpoint.pth.tar"]
     run(*command, *resume, "--max-steps", 5)
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5] and all(line["loss"] == line["loss"] for line in steps)
-    assert "Accuracy" in run("valid.py", "--imgs-root", faces / "lfw/imgs", "--pair-list", faces / "lfw/pair.list", *resume)
+    pairs = ["--imgs-root", faces / "lfw/imgs", "--pair-list", faces / "lfw/pair.list"]
+    assert "Accuracy" in run("valid.py", *pairs, *resume)
