@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from dataclasses import dataclass
 
@@ -26,14 +25,14 @@ from utils.evaluation.report import write_json, write_montage, write_roc
 from utils.evaluation.sets import Source, check_images, evaluate_set, open_sets
 from utils.files import require_writable
 from utils.flags import flag, parse_flags
-from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
+from utils.launch.plan import NodeFlags, is_first_process, plan_node
 from utils.launch.spawn import launch
 from utils.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
-class Options:
-    """The flags of valid.py."""
+class Options(NodeFlags):
+    """The flags of valid.py, beside those that decide processes and devices."""
 
     imgs_root: str | None = flag("--imgs-root", metavar="DIR", section="evaluation sets",
                                  help="the images of the pairs, aligned, 112x112")
@@ -53,15 +52,8 @@ class Options:
                            help="images that a process embeds at a time")
     workers: int = flag("-j", "--workers", "-workers", default=4, metavar="N", at_least=0, section="evaluation",
                         help="image reading processes; 0 reads in the main process")
-    device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"), section="evaluation",
-                       help="auto: GPUs if there are any")
     flip: bool = flag("--flip", default=False, section="evaluation",
                       help="sum the embeddings of each image and of its mirror image")
-    multiprocessing_distributed: bool = flag("--multiprocessing-distributed", default=False, section="evaluation",
-                                             help="start one process per GPU; they share the images")
-    nproc_per_node: int | None = flag(
-        "--nproc-per-node", metavar="N", at_least=1, default_text="the visible GPUs, or 1", section="evaluation",
-        help="with --multiprocessing-distributed: processes, on the CPU too")
     json: str | None = flag("--json", metavar="FILE", section="output", help="write the results with their ROC curves; "
                             'for several sets as {"sets": {name: result}}')
     plot: str | None = flag("--plot", metavar="FILE", section="output",
@@ -141,19 +133,6 @@ def output_files(options: Options) -> dict[str, str]:
     """{flag: path} of the files to write."""
     paths = {"--json": options.json, "--plot": options.plot, "--montage": options.montage}
     return {name: path for name, path in paths.items() if path is not None}
-
-
-def plan_node(options: Options) -> ProcessPlan:
-    """One process, or those of --multiprocessing-distributed on this node, which meet at a free port."""
-    from utils.options import parse_options as parse_training_options
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--device", options.device, "--dist-url", f"tcp://127.0.0.1:{port}"]
-    flags += ["--multiprocessing-distributed"] if options.multiprocessing_distributed else []
-    flags += ["--nproc-per-node", str(options.nproc_per_node)] if options.nproc_per_node else []
-    return plan_processes(parse_training_options([".", *flags]))
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

@@ -22,11 +22,11 @@ from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS  # noqa: E402
 from models import check_arch  # noqa: E402
 from utils.checkpoint.weights import load_backbone  # noqa: E402
-from utils.dist.context import DistContext  # noqa: E402
+from utils.dist.context import DistContext, choose_device  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.evaluation.embed import choose_device, embed_images  # noqa: E402
+from utils.evaluation.embed import embed_images  # noqa: E402
 from utils.files import atomic_write, require_writable  # noqa: E402
-from utils.flags import add_flags, check_ranges, flag, flags_of  # noqa: E402
+from utils.flags import add_flags, check_values, flag, flags_of  # noqa: E402
 from utils.memory import keep_freed_memory  # noqa: E402
 
 
@@ -158,7 +158,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
                         help="aligned 112x112 images, or directories, which are searched at any depth")
     add_flags(parser, flags_of(Options))
     options = Options(**vars(parser.parse_args(argv)))
-    check_ranges(options)
+    check_values(options)
     if not options.resume:
         raise UserError("--resume is missing: give the checkpoint, or the weights of a published backbone")
     if not os.path.exists(options.resume):

@@ -6,24 +6,19 @@ Shapes: n images in a batch, N images in all, d embedding size.
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.augment import prepare_batch
-from data.loader import start_loader_worker
+from data.loader import read_images
 from utils.dist.collectives import all_gather_rows
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -62,7 +57,12 @@ def embed_images(
         raise ValueError("there are no images to embed")
     share = -(-total // context.world_size)
     own = [min(i, total - 1) for i in range(context.rank * share, (context.rank + 1) * share)]
-    batches = _uint8_batches(images, own, batch_size, -(-workers // context.processes_per_node))
+    # Loading processes ignore SIGINT, and SIGTERM and SIGUSR1 only if this process handles them. Otherwise Python sends
+    # SIGTERM to its children at exit and would wait forever for one that ignores it.
+    ignored = [number for number in STOP_SIGNALS
+               if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_DFL]
+    batches = read_images(images, own, batch_size=batch_size, workers=-(-workers // context.processes_per_node),
+                          ignored=ignored)
     backbone.to(context.device)
     dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
     modes = {module: module.training for module in backbone.modules()}
@@ -154,55 +154,3 @@ class _Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-class _BatchReader(Dataset):
-    """Whole batches, uint8 (n, 3, 112, 112), or the UserError that one of the images raised.
-
-    The batches are numpy arrays because tensors would travel through /dev/shm, where a container has 64 MB by default:
-    less than two batches of 1,024. The error is a value because an exception in a worker arrives with its traceback.
-    """
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitems__(self, indices: list[int]) -> np.ndarray | UserError:
-        """DataLoader calls this for a whole batch."""
-        try:
-            return np.stack([np.asarray(self.images[i][0]) for i in indices])
-        except UserError as error:
-            return error
-
-
-def _uint8_batches(images: Images, indices: list[int], batch_size: int, workers: int) -> Iterator[torch.Tensor]:
-    """Batches of images[i] for i in `indices`, uint8 (n, 3, 112, 112). Raises UserError."""
-    # Loading processes ignore SIGINT, and SIGTERM and SIGUSR1 only if this process handles them. Otherwise Python sends
-    # SIGTERM to its children at exit and would wait forever for one that ignores it.
-    ignored = [number for number in STOP_SIGNALS
-               if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_DFL]
-    with warnings.catch_warnings():
-        # More workers than cores are the user's choice: they help on network disks.
-        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes in total")
-        batches = iter(DataLoader(
-            _BatchReader(images), batch_size=batch_size, sampler=indices,
-            num_workers=min(workers, -(-len(indices) // batch_size)),
-            collate_fn=_identity, worker_init_fn=functools.partial(start_loader_worker, os.getpid(), ignored=ignored),
-            multiprocessing_context="fork" if workers > 0 else None,  # a spawned worker imports everything again
-            generator=torch.Generator(),  # leaves the global generator alone, which training may use
-        ))
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield torch.from_numpy(batch)
-
-
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of `--device auto|cuda|cpu`. Raises UserError if PyTorch sees no GPU for "cuda"."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU on this machine; "
-                        "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

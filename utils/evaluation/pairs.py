@@ -36,7 +36,7 @@ class PairEvalSet:
         try:
             self.folds = usable_folds(pairs.is_same, FOLDS)
         except UserError as error:
-            raise UserError(f"{pairs.path}: {error}") from None
+            raise UserError(f"{pairs.flag} {pairs.path}: {error}") from None
         self.size = f"{len(pairs):,} pairs"
         self.contents = (f"{len(pairs)} pairs of {pairs.path}, {np.count_nonzero(pairs.is_same)} of them same, "
                          f"{pairs.num_images} images")
@@ -112,4 +112,4 @@ def open_pair_list(name: str, path: str, imgs_root: str | None, flag: str) -> Pa
 
 def open_bin(name: str, path: str, imgs_root: str | None, flag: str) -> PairEvalSet:
     """Open one of insightface's .bin files, such as lfw.bin, which hold images and labels. Raises UserError."""
-    return PairEvalSet(name, PairBin(path))
+    return PairEvalSet(name, PairBin(path, flag=flag))
