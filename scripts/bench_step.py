@@ -35,6 +35,7 @@ from torch.optim import SGD
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import main as training  # noqa: E402
+from data.loader import TrainBatch  # noqa: E402
 from losses.margins import ArcFace  # noqa: E402
 from losses.softmax import margin_softmax_torchshard  # noqa: E402
 from models import build_backbone, check_arch  # noqa: E402
@@ -173,7 +174,7 @@ class OurTraining:
             context, options, SEED, num_images=options.batch_size, global_batch=options.batch_size
         )
         indices = torch.arange(len(images)) + context.rank * len(images)
-        self._batch = (images, labels, indices, 0)
+        self._batch = TrainBatch(images, labels, indices, 0)
         self._log: Any = _FirstLoss()
         guard = StepGuard(state.backbone, skip=False)
         self._run = training.Run(context, options, state, model, ENDLESS_EPOCH, self._log, guard)

@@ -18,6 +18,7 @@ from helpers.tiny import TinyBackbone
 from data.augment import AUGMENTS
 from scripts import bench_classifier, bench_data, bench_step
 from scripts.measure import MIB, PeakMemory, check_csv, percentiles
+from utils import build
 from utils.dist.context import DistContext
 from utils.errors import UserError, exit_on_user_error
 
@@ -146,7 +147,7 @@ def step_in_this_process(rank: int, world_size: int, table: str) -> str:
     printed = io.StringIO()
     with (
         mock.patch.object(bench_step, "build_backbone", tiny), contextlib.redirect_stdout(printed),
-        mock.patch.object(bench_step.training, "build_backbone", tiny),
+        mock.patch.object(build, "build_backbone", tiny),
     ):
         bench_step.measure(DistContext(rank, world_size, world_size, CPU), options, training)
     return printed.getvalue()
@@ -176,7 +177,7 @@ def first_losses(rank: int, world_size: int) -> tuple[float, float]:
     tiny = mock.Mock(side_effect=lambda arch, embedding_size: TinyBackbone(batch_norm=True))
     with (
         mock.patch.object(bench_step, "build_backbone", tiny),
-        mock.patch.object(bench_step.training, "build_backbone", tiny),
+        mock.patch.object(build, "build_backbone", tiny),
     ):
         for way in (bench_step.OurTraining(context, training, images, labels),
                     bench_step.PublishedTraining(context, options, images, labels)):

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-import main
 from data import folder as module
 from data.cache import _HEAD, CachedArrays, cache_paths, read_cache, save_cache
 from data.folder import INDEX_NAME, FaceFolder, PackedNames
 from data.loader import GlobalBatchSampler, build_train_loader
 from data.recordio import RecordIODataset
 from scripts import pack
+from utils import preflight
 from utils.errors import UserError
 from utils.launch.plan import plan_processes
 from utils.options import parse_options
@@ -389,7 +389,7 @@ def test_another_process_maps_the_file(tmp_path, settled):
 
 def open_for_training(*flags: object):
     options = parse_options([*map(str, flags), "-b", "8", "--device", "cpu"])
-    return main.open_dataset(options, plan_processes(options))
+    return preflight.open_dataset(options, plan_processes(options))
 
 
 def test_the_training_keeps_an_index(faces, tmp_path, settled, read_directories):

@@ -69,7 +69,7 @@ def train_with_accuracies(
 
 def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
     contents = torch.load(path, weights_only=True)
-    momentum = {f"momentum of {name}": tensor for name, tensor in contents["momentum"].items()}
+    momentum = {f"{key} of {name}": tensor for name, state in contents["optimizer"].items() for key, tensor in state.items()}
     return {**contents["state_dict"], **momentum}
 
 

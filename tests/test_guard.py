@@ -14,6 +14,7 @@ from helpers.tiny import TinyBackbone
 from helpers.training import RESUME, RandomFaces, RecordingLog, make_run, train
 
 import main
+from data.loader import TrainBatch
 from scripts import plot
 from utils import build
 from utils.dist.context import DistContext
@@ -58,7 +59,7 @@ def steps_on_batches(
     loader = []
     for batch in batches:
         micro_batches = torch.arange(batch * BATCH, (batch + 1) * BATCH).chunk(parts)
-        loader += [(dataset.images[indices], torch.from_numpy(dataset.labels[indices.numpy()]), indices, 0)
+        loader += [TrainBatch(dataset.images[indices], torch.from_numpy(dataset.labels[indices.numpy()]), indices, 0)
                    for indices in micro_batches[rank::world_size]]
     calls = {batches.index(batch) * options.accumulation_steps for batch in spoiled if rank == world_size - 1}
     with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
@@ -136,14 +137,13 @@ def first_step_after_an_overflow(rank: int, world_size: int) -> float:
     with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
         state, model = build.build_training(context, options, 5, 80, 8)
     state.scaler.scale(torch.ones(()))
-    weight = model.module.classifier.weight
     for gradient in (float("inf"), 32768.0):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
         # torch's fused SGD would take its momentum from this uninitialised memory after a skipped first step.
         with mock.patch.object(torch, "empty_like", lambda tensor, *args, **settings: torch.full_like(tensor, 1e3)):
             state.scaler.step_all(state.optimizers.all)
-    return float((state.optimizers.of_shard.state[weight]["momentum_buffer"] - 1).abs().max())
+    return float((state.optimizers.state()["classifier.weight"]["momentum_buffer"] - 1).abs().max())
 
 
 def test_the_momentum_of_a_shard_whose_first_step_overflowed(pools):

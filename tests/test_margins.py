@@ -39,7 +39,7 @@ def test_flags_and_description(name):
     margin = MARGINS[name]()
     check_values(margin)
     flags = flags_of(MARGINS[name])
-    assert all(definition.help and definition.section == "loss" for definition, _ in flags.values())
+    assert all(definition.help and definition.section == "loss" for definition in flags.values())
     parameters = inspect.signature(TRUTH[name][0]).parameters
     assert {field: parameters[field].default for field in flags} == {field: getattr(margin, field) for field in flags}
     assert margin.describe() and margin.describe() in str(margin)

@@ -395,4 +395,4 @@ def test_a_cut_network_ends_both_nodes_and_the_run_resumes(faces, tmp_path, netw
     step = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     both = start_both("--max-steps", step + 2, "--epochs", 10_000, "--resume", "auto")
     outputs = [finish(node) for node in both]
-    assert f"done: {step + 2} steps" in outputs[0] and "going on from" in outputs[0]
+    assert f"done: {step + 2} steps" in outputs[0] and "resuming" in outputs[0]
