@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-_FIRST_SPEAKS_SECONDS = 10.0
-
 
 class UserError(ValueError):
     """Something the user gave cannot work. The message names the flag or file, the value, and what to do."""
@@ -28,18 +26,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError becomes one line on stderr and exit status 2; Ctrl-C one word and 130.
-
-    Under torchrun all processes of a node make the same mistake: the first one tells it, and the others leave it the time
-    to: torchrun ends all of them when one has ended.
-    """
+    """Run `main`; a UserError becomes one line on stderr and exit status 2; Ctrl-C one word and 130."""
     try:
         main()
     except UserError as error:
-        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        # torchrun ends all processes of a node when one has ended. All make the same mistake, so one prints it.
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0":
+            time.sleep(10)  # for the first one
         else:
-            time.sleep(_FIRST_SPEAKS_SECONDS)
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import secrets
 import socket
@@ -13,20 +14,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing import reduction
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from utils.errors import UserError
 
-LOCK_FILE = ".lock"
-
-# How long to wait for a run that is ending: a killed one is gone at once, one that only lost its parent after a second or
-# two, its image loading processes after five.
+# How long to wait for a run that is ending: a killed one is gone at once, one that only lost its parent after a second
+# or two, its image loading processes after five.
 PATIENCE = 20.0
 
 
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[BinaryIO]:
-    """A file to write, which takes `path`'s place when the block ends, flushed to the disk; after an error nothing changes.
+    """A file that replaces `path`, flushed to the disk, when the block ends; after an error nothing changes.
 
     Raises OSError.
     """
@@ -63,10 +62,7 @@ def flush_directory(path: str) -> None:
 def move_aside(path: str) -> None:
     """Rename an older file, link or directory to path.1, path.2, ..."""
     if os.path.lexists(path):
-        number = 1
-        while os.path.lexists(f"{path}.{number}"):
-            number += 1
-        os.rename(path, f"{path}.{number}")
+        os.rename(path, next(name for number in itertools.count(1) if not os.path.lexists(name := f"{path}.{number}")))
 
 
 def require_directory(flag: str, path: str) -> None:
@@ -84,14 +80,12 @@ def require_writable(flag: str, path: str) -> None:
     directory = os.path.dirname(os.path.abspath(path))
     if os.path.exists(path) and not os.path.isfile(path):  # a device as well: it would be replaced
         raise UserError(f"{flag} {path}: is not a file; give the name of one")
-    if not os.path.isdir(directory):
-        raise UserError(f"{flag} {path}: there is no directory {directory}; create it first")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: the directory {directory} is not writable")
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: there is no directory {directory}, or it is not writable")
 
 
 class OutputLock:
-    """The lock of a directory, held as long as any process lives that has it, also one that it was sent to at its start.
+    """The lock of a directory, held as long as any process lives that has it, also one that received it at its start.
 
     A run whose parent was killed so keeps the directory until the last of its ranks, which may be saving, has ended.
     """
@@ -99,43 +93,40 @@ class OutputLock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _inherit, (reduction.DupFd(self._descriptor),)
 
     def release(self) -> None:
         os.close(self._descriptor)
 
 
-def _inherit(sent) -> OutputLock:
+def _inherit(sent: Any) -> OutputLock:
     return OutputLock(sent.detach())
 
 
 def lock_output(output: str, patience: float = PATIENCE) -> OutputLock | None:
-    """Take the lock of the directory, waiting a little for a predecessor that is ending. Raises UserError naming its owner.
+    """Lock the directory, waiting a little for a predecessor that is ending. Raises UserError that names its owner.
 
     None, and a warning, where the file system cannot lock.
     """
-    path = os.path.join(output, LOCK_FILE)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"--output {output}: {path} cannot be opened ({error.strerror}); give another directory") from None
     deadline = time.monotonic() + patience
+    descriptor = os.open(os.path.join(output, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
-                print(f"warning: --output {output}: cannot be locked ({error.strerror}); make sure that no other run writes there",
-                      file=sys.stderr, flush=True)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another run"
                 os.close(descriptor)
-                return None
-        if time.monotonic() > deadline:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another run"
+                raise UserError(f"--output {output}: {owner} is writing there; wait for it or stop it, or give another "
+                                "directory") from None
+            time.sleep(0.2)
+        except OSError as error:
+            print(f"warning: --output {output}: cannot be locked ({error.strerror}); make sure that no other run "
+                  "writes there", file=sys.stderr, flush=True)
             os.close(descriptor)
-            raise UserError(f"--output {output}: {owner} is writing there; wait for it or stop it, or give another directory")
-        time.sleep(0.2)
+            return None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return OutputLock(descriptor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -32,15 +34,11 @@ def keep_freed_memory() -> None:
 
 def free_host_bytes() -> int:
     """Bytes that this machine, or the container of this process, can still allocate without swapping."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    free = int(re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)[0]) * 1024
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
-        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
-            cached = next(int(line.split()[1]) for line in file if line.startswith("inactive_file "))  # reclaimable
-    except (OSError, StopIteration):  # no cgroup limit
+        limit, used, statistics = (Path("/sys/fs/cgroup", name).read_text()
+                                   for name in ("memory.max", "memory.current", "memory.stat"))
+    except OSError:  # no cgroup limit
         return free
-    return free if limit == "max" else min(free, int(limit) - used + cached)
+    reclaimable = int(re.findall(r"^inactive_file (\d+)", statistics, re.M)[0])
+    return free if limit == "max\n" else min(free, int(limit) - int(used) + reclaimable)

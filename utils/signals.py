@@ -40,25 +40,16 @@ class StopRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._time = signal.Signals(number), now
-            return False
         return number == signal.SIGINT and now - self._time >= _TWICE_SECONDS
 
 
 def handle(handler: Any) -> dict[signal.Signals, Any]:
     """Install `handler` for the stop signals, except those that this process was started to ignore (`nohup main.py &`).
 
-    Returns the previous handlers, for `restore`.
+    Returns the previous handlers.
     """
-    return {
-        number: signal.signal(number, handler)
-        for number in STOP_SIGNALS
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-
-
-def restore(handlers: dict[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def end_with_parent(parent: int) -> None:

@@ -49,10 +49,9 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
         world_size = dist.get_world_size(ctx.group)
-        own = grad.new_empty(grad.shape[0] // world_size, *grad.shape[1:])
-        _reduce_scatter(own, grad.contiguous(), group=ctx.group)
+        own = grads[0].new_empty(grads[0].shape[0] // world_size, *grads[0].shape[1:])
+        _reduce_scatter(own, grads[0].contiguous(), group=ctx.group)
         return own * world_size, None
 
 

@@ -34,14 +34,14 @@ def choose_device(name: str, gpu: int | None = None) -> torch.device:
 
     Raises UserError if the GPU that was asked for does not exist.
     """
-    if name == "cpu" or not (torch.cuda.is_available() or name == "cuda" or gpu is not None):
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or name == "auto" and gpu is None and not gpus:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not gpus:
         flag = "--device cuda" if name == "cuda" else f"--gpu {gpu}"
-        raise UserError(f"{flag}: PyTorch sees no GPU on this machine; check nvidia-smi and CUDA_VISIBLE_DEVICES, or "
-                        "use --device cpu")
-    if gpu is not None and gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu {gpu}: the visible GPUs are 0 to {torch.cuda.device_count() - 1}")
+        raise UserError(f"{flag}: PyTorch sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
+    if gpu is not None and gpu >= gpus:
+        raise UserError(f"--gpu {gpu}: the visible GPUs are 0 to {gpus - 1}")
     return torch.device("cuda" if gpu is None else f"cuda:{gpu}")
 
 

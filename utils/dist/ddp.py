@@ -14,10 +14,8 @@ def fix_gradient_buckets(model: DistributedDataParallel) -> None:
     run would differ from the same step of the uninterrupted run. So the first backward pass is a cheap one, of a sum of
     all parameters. Its gradients become ready last parameter first, as in training, and are thrown away.
     """
-    averaged = [
-        parameter for name, parameter in model.module.named_parameters()
-        if parameter.requires_grad and name not in model.parameters_to_ignore
-    ]
+    averaged = [parameter for name, parameter in model.module.named_parameters()
+                if parameter.requires_grad and name not in model.parameters_to_ignore]
     model.module.forward = lambda anchor: torch.stack([parameter.sum() for parameter in averaged]).sum() + anchor
     try:
         # With GPUs DistributedDataParallel needs an input. The next forward pass lays out the buckets.

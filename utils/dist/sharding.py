@@ -13,6 +13,9 @@ import torchshard
 from torch import Tensor, nn
 from torchshard.nn.functional import parallel_cross_entropy as _torchshard_cross_entropy
 
+register_parallel_dim = torchshard.register_parallel_dim  # marks a parameter as this rank's shard
+let_ddp_ignore_shards = torchshard.register_ddp_parameters_to_ignore  # of the module, before it is wrapped
+
 
 @dataclass(frozen=True)
 class ClassShard:
@@ -52,18 +55,8 @@ def init_model_parallel(world_size: int) -> dist.ProcessGroup:
     return torchshard.distributed.get_group()
 
 
-def register_parallel_dim(parameter: nn.Parameter, dim: int) -> None:
-    """Mark `parameter` as this rank's shard. `dim` is torchshard's attribute: 1 and -1 are the class dimension."""
-    torchshard.register_parallel_dim(parameter, dim)
-
-
 def is_sharded(parameter: nn.Parameter) -> bool:
     return torchshard.get_parallel_dim(parameter) is not None
-
-
-def let_ddp_ignore_shards(model: nn.Module) -> list[str]:
-    """Make DistributedDataParallel, which wraps `model` later, leave sharded parameters alone. Returns their names."""
-    return torchshard.register_ddp_parameters_to_ignore(model)
 
 
 def parallel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

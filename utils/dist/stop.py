@@ -7,6 +7,7 @@ import os
 import signal
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,9 @@ class StopSignal:
     """
 
     def __init__(self, world_size: int, *, timeout: float) -> None:
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
         if world_size > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            self._group = group  # type: ignore[assignment]  # the stubs also allow for ranks outside the group
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._request = StopRequest()
         self._alone = multiprocessing.parent_process() is None and "TORCHELASTIC_RUN_ID" not in os.environ
         self._number = torch.zeros((), dtype=torch.int32)
@@ -52,13 +52,13 @@ class StopSignal:
         self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return None
 
-    def _wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-
     def close(self) -> None:
         """Collective. Stop signals stay without effect: only the orderly end of the process follows."""
         self._wait()
         if self._group is not None:
             dist.destroy_process_group(self._group)
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None

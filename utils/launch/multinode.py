@@ -1,10 +1,11 @@
 """How the nodes of a run meet and watch one another: whatever ends one node ends all of them, with one known cause.
 
 Every node has one parent process, which starts the node's ranks. Node 0's parent hosts a TCPStore at --dist-url. The
-parents meet there, and the ranks form their process group there. The parents' keys, with JSON values:
+parents meet there, and the ranks form their process group there. The parents' keys, all but the second with JSON values:
 
-    node/<id>    written by a node every POLL_SECONDS (Record): its changing counter is the heartbeat
-    arrivals     the ids of the nodes, each followed by a comma
+    node/<node>  written by a node every POLL_SECONDS (Record): its changing time is the heartbeat
+    refusal      written by a node that cannot take part: why. Before the start it ends the run
+    facts        written by node 0: name -> value, which must be the same on all nodes
     state        written by node 0 (State): who is missing, whether to start or to stop, and how the run ended
 
 While the network is cut a store call blocks, whatever its timeout. So a thread makes the calls, and the main thread
@@ -13,22 +14,19 @@ reads what the thread found and watches the clock.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
+import math
 import os
-import secrets
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from utils.errors import UserError
-from utils.launch.cause import Cause, first_cause
 
 POLL_SECONDS = 0.2
 SILENCE_SECONDS = 20.0  # a network that stalls for a moment must not end a run of days
@@ -36,139 +34,126 @@ ANSWER_SECONDS = 5.0  # after a failure, when the other nodes notice within mome
 ABSENT_SECONDS = 2.0  # before the start: a node that is silent for this long has ended, and may be started again
 WAITING_SECONDS = 10.0  # before a node prints which nodes it waits for
 
+# Of several causes the first kind in this order is the root cause. "gone": a node that died or fell silent.
+# "lost": a rank whose connection to another rank broke.
+KINDS = ("stopped", "crash", "user", "error", "gone", "lost")
 
-@dataclass(frozen=True)
-class Record:
+
+class Cause(NamedTuple):
+    """Why a run ended early."""
+
+    kind: str  # one of KINDS
+    message: str  # with several nodes it names the node
+    node: int
+    time: float = 0.0  # of two causes of one kind the earlier one is the root cause
+    traceback: str = ""
+    signal: int = 0  # of "stopped"
+
+    @property
+    def exit_status(self) -> int:
+        return {"stopped": 128 + self.signal, "user": 2}.get(self.kind, 1)
+
+
+def first_cause(causes: Iterable[Cause | None]) -> Cause | None:
+    """The root cause. None if there are no causes."""
+    return min(filter(None, causes), key=lambda cause: (KINDS.index(cause.kind), cause.time), default=None)
+
+
+class Record(NamedTuple):
     """What a node publishes."""
 
-    node: int
-    host: str
-    process: int
-    facts: dict[str, Any]  # must be the same on all nodes
-    beat: int
-    reported: bool  # its ranks have ended
-    cause: Cause | None  # why, unless they succeeded or were stopped because another node failed
-    left: bool  # it has read how the run ended
-
-    def __str__(self) -> str:
-        return f"node {self.node} ({self.host}, process {self.process})"
+    place: str  # host and process
+    time: float
+    reported: bool = False  # its ranks have ended
+    left: bool = False  # it has read how the run ended
+    cause: Cause | None = None  # why its ranks ended, unless they succeeded or were stopped because another node failed
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What node 0 publishes."""
 
-    phase: str  # "waiting", "running", "stopping" (a node failed) or "ended"; "connecting" before node 0 was reached
-    missing: list[int] = field(default_factory=list)  # nodes
-    members: list[str] = field(default_factory=list)  # ids of the nodes, once all have come
+    phase: str  # "waiting", "running", "stopping" (a node failed) or "ended"; before node 0 was reached "connecting"
+    missing: list[int] = []  # nodes
     cause: Cause | None = None  # of "ended"; None is success
 
 
 _Value = TypeVar("_Value", Record, State)
 
 
-def _encode(value: Record | State) -> str:
-    return json.dumps(dataclasses.asdict(value))
-
-
-def _decode(kind: type[_Value], text: bytes) -> _Value | None:
-    """None for a text that `_encode` did not write."""
-    try:
-        fields = json.loads(text)
-        return kind(**{**fields, "cause": fields["cause"] and Cause(**fields["cause"])})
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+def _decode(kind: type[_Value], text: bytes) -> _Value:
+    value = kind(*json.loads(text))
+    return value._replace(cause=Cause(*value.cause) if value.cause else None)
 
 
 def _name_nodes(nodes: list[int], total: int) -> str:
     return f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))} of {total}"
 
 
-def _silent(seconds: float) -> str:
-    return f"no sign of life for {seconds:.0f} s; was it killed, is the network cut, or the machine down?"
+def _gone(node: int, place: str, silence: float) -> Cause:
+    return Cause("gone", f"node {node} ({place}) is gone: no sign of life for {silence:.0f} s; was it killed, is the "
+                         "network cut, or the machine down?", node)
 
 
 class Coordinator:
     """What node 0 decides: it waits for the nodes, then for what ends the run. One thread alone uses it and `store`."""
 
-    def __init__(self, store: dist.Store, *, nodes: int, facts: dict[str, Any], timeout: float) -> None:
-        self._store, self._nodes, self._facts = store, nodes, facts
+    def __init__(self, store: dist.Store, nodes: int, facts: dict[str, Any], timeout: float) -> None:
+        self._store, self._nodes, self._timeout = store, nodes, timeout
         self._deadline = time.monotonic() + timeout
-        self._too_late = f"within {timeout:g} s (--dist-timeout)"
-        self._failed_at: float | None = None
-        self._members: list[str] = []
-        self._records: dict[str, Record] = {}
-        self._heard: dict[str, float] = {}
-        store.set("arrivals", "")
-        self._publish("waiting")
+        self._keys = [*(f"node/{node}" for node in range(nodes)), "refusal"]
+        self._texts, self._heard = [b""] * nodes, [-math.inf] * nodes
+        for key in self._keys:
+            store.set(key, "")
+        store.set("facts", json.dumps(facts))
+        self._publish(State("waiting"))
 
-    def _publish(self, phase: str, *, missing: list[int] | None = None, cause: Cause | None = None) -> None:
-        self._store.set("state", _encode(State(phase, missing or [], self._members, cause)))
-        self._phase, self._since = phase, time.monotonic()
+    def _publish(self, state: State) -> None:
+        self._store.set("state", json.dumps(state))
+        self._phase, self._since = state.phase, time.monotonic()
 
     def step(self) -> bool:
         """Read what the nodes wrote, and publish what follows. True when all nodes have read how the run ended."""
-        names = self._members or self._store.get("arrivals").decode().split(",")[:-1]
+        *texts, refusal = self._store.multi_get(self._keys)
         now = time.monotonic()
-        for name, text in zip(names, self._store.multi_get([f"node/{name}" for name in names])):
-            record = _decode(Record, text)
-            if record is not None and record != self._records.get(name):
-                self._records[name], self._heard[name] = record, now
-        alive = {name: record for name, record in self._records.items() if now - self._heard[name] < ABSENT_SECONDS}
+        self._heard = [now if new != old else heard for new, old, heard in zip(texts, self._texts, self._heard)]
+        self._texts = texts
+        missing = [node for node, heard in enumerate(self._heard) if now - heard > ABSENT_SECONDS]
         if self._phase == "waiting":
-            self._wait_for_nodes(alive)
-        elif self._phase != "ended":
-            self._watch_nodes()
-        return self._phase == "ended" and (
-            all(record.left for record in alive.values()) or now - self._since > ANSWER_SECONDS)
+            self._wait_for_nodes(missing, refusal.decode())
+            return False
+        records = [_decode(Record, text) if text else None for text in texts]
+        if self._phase != "ended":
+            self._watch_nodes(records, now)
+            return False
+        return now - self._since > ANSWER_SECONDS or all(
+            record is None or record.left or node in missing for node, record in enumerate(records))
 
-    def _wait_for_nodes(self, alive: dict[str, Record]) -> None:
-        missing = sorted(set(range(self._nodes)) - {record.node for record in alive.values()})
-        refusal = self._refuse(list(alive.values()))
-        if refusal is None and missing and time.monotonic() > self._deadline:
-            refusal = Cause("user", f"{_name_nodes(missing, self._nodes)} did not come {self._too_late}: start every "
-                                    "node with this --dist-url and its own --rank", missing[0])
-        if refusal is not None:
-            self._publish("ended", cause=refusal)
-        elif missing:
-            self._publish("waiting", missing=missing)
+    def _wait_for_nodes(self, missing: list[int], refusal: str) -> None:
+        if missing and time.monotonic() > self._deadline:
+            refusal = refusal or (
+                f"{_name_nodes(missing, self._nodes)} did not come within {self._timeout:g} s (--dist-timeout): start "
+                "every node with this --dist-url and its own --rank")
+        if refusal:
+            self._publish(State("ended", cause=Cause("user", refusal, 0)))
         else:
-            self._members, self._records = list(alive), alive
-            self._publish("running")
+            self._publish(State("waiting" if missing else "running", missing))
 
-    def _refuse(self, records: list[Record]) -> Cause | None:
-        """Why these nodes cannot train together."""
-        numbers: dict[int, Record] = {}
-        for record in records:
-            for name, value in self._facts.items():
-                if record.facts.get(name) != value:
-                    return Cause("user", f"{name} is {record.facts.get(name)} on {record} and {value} on node 0: "
-                                         "start all nodes with the same flags and the same program", record.node)
-            other = numbers.setdefault(record.node, record)
-            if other is not record:
-                return Cause("user", f"--rank {record.node} was given to two nodes, {other.host} (process "
-                                     f"{other.process}) and {record.host} (process {record.process}): number the nodes "
-                                     f"from 0 to {self._nodes - 1}", record.node)
-        return None
-
-    def _watch_nodes(self) -> None:
-        now, failed_at = time.monotonic(), self._failed_at
-        causes, unfinished = [], False
-        for name, record in self._records.items():
-            silence = now - self._heard[name]
+    def _watch_nodes(self, records: list[Record | None], now: float) -> None:
+        stopping = self._phase == "stopping"
+        causes: list[Cause | None] = []
+        for node, record in enumerate(records):
+            assert record is not None  # since the start
+            silence = now - self._heard[node]
             if record.reported:
-                causes += [record.cause] if record.cause else []
-            elif silence > (SILENCE_SECONDS if failed_at is None else ANSWER_SECONDS):
-                causes.append(Cause("gone", f"{record} is gone: {_silent(silence)}", record.node))
-            elif failed_at is not None and now - failed_at > SILENCE_SECONDS:
-                causes.append(Cause("gone", f"{record} could not end its ranks", record.node))
-            else:
-                unfinished = True
-        if not unfinished:
-            self._publish("ended", cause=first_cause(causes))
-        elif causes and failed_at is None:
-            self._failed_at = now
-            self._publish("stopping")
+                causes.append(record.cause)
+            elif silence > (ANSWER_SECONDS if stopping else SILENCE_SECONDS):
+                causes.append(_gone(node, record.place, silence))
+            elif stopping and now - self._since > SILENCE_SECONDS:
+                causes.append(Cause("gone", f"node {node} ({record.place}) could not end its ranks", node))
+        if len(causes) == self._nodes:
+            self._publish(State("ended", cause=first_cause(causes)))
+        elif any(causes) and not stopping:
+            self._publish(State("stopping"))
 
 
 class NodeLink:
@@ -182,13 +167,12 @@ class NodeLink:
         store: on node 0 the store itself; nothing else may use this object.
     """
 
-    def __init__(
-        self, address: tuple[str, int], *, node: int, nodes: int, facts: dict[str, Any], timeout: float,
-        store: dist.TCPStore | None = None,
-    ) -> None:
+    def __init__(self, address: tuple[str, int], *, node: int, nodes: int, facts: dict[str, Any], timeout: float,
+                 store: dist.TCPStore | None = None) -> None:
         self._address, self._nodes, self._timeout = address, nodes, timeout
-        self._coordinator = store and Coordinator(store, nodes=nodes, facts=facts, timeout=timeout)
-        self._record = Record(node, socket.gethostname(), os.getpid(), facts, 0, reported=False, cause=None, left=False)
+        self._coordinator = store and Coordinator(store, nodes, facts, timeout)
+        self._node, self._facts = node, facts
+        self._record = Record(f"{socket.gethostname()}, process {os.getpid()}", time.time())
         self._state = State("connecting")
         self._begin = self._heard = time.monotonic()
         self._failure = "no answer"  # why node 0 is out of reach
@@ -210,7 +194,7 @@ class NodeLink:
                       "(--dist-timeout)", flush=True)
             if now - self._heard > (self._timeout if state.phase == "connecting" else SILENCE_SECONDS):
                 raise UserError(
-                    f"{self._url}: node {self._record.node} did not reach node 0 there within {now - self._heard:.0f} s"
+                    f"{self._url}: node {self._node} did not reach node 0 there within {now - self._heard:.0f} s"
                     f" (--dist-timeout; {self._failure}): is node 0 started, is that its address, is the port open?")
 
     @property
@@ -223,10 +207,10 @@ class NodeLink:
 
         `cause` is None if the ranks succeeded, or were stopped because of `alarm`.
         """
-        self._record = dataclasses.replace(self._record, reported=True, cause=cause)
+        self._record = self._record._replace(reported=True, cause=cause)
         while self._state.phase != "ended" and self._end() is None:
             time.sleep(POLL_SECONDS / 4)
-        return first_cause([known for known in (cause, self._end()) if known is not None])
+        return first_cause([cause, self._end()])
 
     def close(self) -> None:
         """End the thread. On node 0 wait until the other nodes have read how the run ended, but not for long."""
@@ -240,18 +224,15 @@ class NodeLink:
     def _end(self) -> Cause | None:
         """What ended the run, as far as this node knows."""
         state, silence = self._state, time.monotonic() - self._heard
-        if state.phase == "ended":
-            return state.cause
-        if state.phase == "lost" or silence > SILENCE_SECONDS:
-            why = "its process has ended" if state.phase == "lost" else _silent(silence)
-            return Cause("gone", f"node 0 ({self._address[0]}) is gone: {why}", 0)
-        return None
+        if state.phase == "lost":
+            return Cause("gone", f"node 0 ({self._address[0]}) is gone: its process has ended", 0)
+        return _gone(0, self._address[0], silence) if state.phase != "ended" and silence > SILENCE_SECONDS else state.cause
 
     def _run(self) -> None:
         while self._state.phase in ("connecting", "waiting") and not self._closing:
             try:
                 self._take_part()
-            except (OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, TypeError, ValueError) as error:
                 self._failure = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 # Before the start node 0 may be started again.
                 self._state = State("connecting" if self._state.phase in ("connecting", "waiting") else "lost")
@@ -261,24 +242,37 @@ class NodeLink:
         """Write this node's record and read node 0's state until the end. Raises an error if the connection fails."""
         socket.create_connection(self._address, timeout=ANSWER_SECONDS).close()  # TCPStore would not say why it fails
         store = dist.TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=self._timeout))
-        name = secrets.token_hex(8)
-        for beat in itertools.count():
+        phase = _decode(State, store.get("state")).phase
+        if phase not in ("waiting", "running"):
+            raise ValueError("another run is ending there")
+        refusal = self._find_refusal(store, phase)
+        if refusal is not None:
+            store.set("refusal", refusal)
+            self._state = State("ended", cause=Cause("user", refusal, self._node))
+            return
+        while True:
             finished = self._coordinator.step() if self._coordinator else True
             state = _decode(State, store.get("state"))
-            if state is None:
-                raise ValueError("another program answers there")
-            if state.members and name not in state.members:
-                if state.phase != "running":
-                    raise ValueError("another run is ending there")
-                self._state = State("ended", cause=Cause(
-                    "user", f"--rank {self._record.node}: the run at {self._url} has started without this node; was "
-                            "the number given to two nodes?", self._record.node))
-                return
             left = state.phase == "ended"
-            store.set(f"node/{name}", _encode(dataclasses.replace(self._record, beat=beat, left=left)))
-            if beat == 0:
-                store.append("arrivals", f"{name},")  # type: ignore[attr-defined]  # torch's stubs lack it
+            store.set(f"node/{self._node}", json.dumps(self._record._replace(time=time.time(), left=left)))
             self._heard, self._state = time.monotonic(), state
             if left and finished or self._closing:
                 return
             time.sleep(POLL_SECONDS)
+
+    def _find_refusal(self, store: dist.Store, phase: str) -> str | None:
+        """Publish this node's first record, and return why it cannot take part."""
+        for name, value in json.loads(store.get("facts")).items():
+            if self._facts.get(name) != value:
+                return (f"{name} is {self._facts.get(name)} on node {self._node} ({self._record.place}) and {value} on "
+                        "node 0: start all nodes with the same flags and the same program")
+        key, own = f"node/{self._node}", json.dumps(self._record)
+        other = store.compare_set(key, "", own)
+        if other == own.encode():
+            return None
+        if phase == "waiting":  # the other one may have ended, and this one takes its place
+            time.sleep(ABSENT_SECONDS)
+            if store.get(key) == other:
+                return None
+        return (f"--rank {self._node} was given to two nodes ({_decode(Record, other).place}; {self._record.place}): "
+                f"number the nodes from 0 to {self._nodes - 1}, and give every run a port of its own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -47,9 +48,8 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
         _kill_loaders()
 
 
-def run_child(
-    local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...], parent: int, report: Connection
-) -> NoReturn:
+def run_child(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...], parent: int,
+              report: Connection) -> NoReturn:
     """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause."""
     end_with_parent(parent)
     handle(signal.SIG_DFL)
@@ -57,14 +57,12 @@ def run_child(
     try:
         status = _run(local_rank, work, plan, args)
     except BaseException as error:
-        mistake = isinstance(error, UserError)
-        failure = {
-            "kind": "user" if mistake else "lost" if _lost_connection(error) else "error",
-            "message": str(error) if mistake else traceback.format_exception_only(error)[-1].splitlines()[0],
-            "time": time.time(),
+        failure = {"kind": "user", "message": str(error)} if isinstance(error, UserError) else {
+            "kind": "lost" if _lost_connection(error) else "error",
+            "message": traceback.format_exception_only(error)[-1].splitlines()[0],
             "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:],
         }
-        report.send_bytes(json.dumps(failure).encode())
+        report.send_bytes(json.dumps({**failure, "time": time.time()}).encode())
         _kill_loaders()
         # Not sys.exit: an orderly exit may wait for ever in a collective that the other ranks never join.
         os._exit(1)
@@ -74,11 +72,10 @@ def run_child(
 
 def _kill_loaders() -> None:
     """Kill the data loading processes, which ignore SIGTERM: Python's exit would wait for them."""
-    loaders = multiprocessing.active_children()
-    if loaders:
+    if loaders := multiprocessing.active_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises an error that would hide the first
-    for loader in loaders:
-        loader.kill()
+        for loader in loaders:
+            loader.kill()
 
 
 def _lost_connection(error: BaseException) -> bool:
@@ -101,39 +98,37 @@ def _join_group(local_rank: int, plan: ProcessPlan) -> DistContext:
     """Collective. Set up this process (device, threads) and make the process group. Raises UserError."""
     rank = plan.node_rank * plan.processes_per_node + local_rank
     if plan.device_type == "cuda":
-        device = torch.device("cuda", plan.gpu if plan.gpu is not None else local_rank)
+        device = torch.device("cuda", local_rank if plan.gpu is None else plan.gpu)
         torch.cuda.set_device(device)
     else:
-        keep_freed_memory()
         device = torch.device("cpu")
+        keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))
-    if "GLOO_SOCKET_IFNAME" not in os.environ and plan.world_size > 1:
-        interface = _interface_towards(plan.host)
-        if interface:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if plan.world_size > 1 and (interface := _interface_towards(plan.host)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         dist.init_process_group(
-            backend=plan.backend, store=_connect(rank, plan), world_size=plan.world_size, rank=rank,
+            plan.backend, store=_connect(rank, plan), world_size=plan.world_size, rank=rank,
             timeout=timedelta(seconds=plan.timeout), device_id=device if plan.backend == "nccl" else None)
     except RuntimeError as error:  # DistError from stores and NCCL, a plain one from gloo
         raise UserError(
             f"--dist-url {plan.url}: rank {rank} cannot connect to the others ({str(error).splitlines()[0]}); do the "
             "nodes reach each other at any port? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network interface"
         ) from error
-    return DistContext(rank=rank, world_size=plan.world_size, processes_per_node=plan.processes_per_node, device=device)
+    return DistContext(rank, plan.world_size, plan.processes_per_node, device)
 
 
 def _connect(rank: int, plan: ProcessPlan) -> dist.Store:
     """The store in which the ranks form their group."""
-    timeout = timedelta(seconds=plan.timeout)
     if plan.launcher == "torchrun":
-        store, _, _ = next(dist.rendezvous("env://", rank, plan.world_size, timeout=timeout))
+        store, _, _ = next(dist.rendezvous("env://", rank, plan.world_size, timeout=timedelta(seconds=plan.timeout)))
         # torchrun's store may outlive the ranks: after a restart it still holds the addresses of the first attempt.
         return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if plan.world_size == 1:
         return dist.HashStore()
-    return dist.PrefixStore("ranks", dist.TCPStore(plan.host, plan.port, is_master=False, timeout=timeout))
+    store = dist.TCPStore(plan.host, plan.port, is_master=False, timeout=timedelta(seconds=plan.timeout))
+    return dist.PrefixStore("ranks", store)
 
 
 def _interface_towards(host: str) -> str | None:
@@ -141,17 +136,11 @@ def _interface_towards(host: str) -> str | None:
 
     gloo's default is the interface of the machine's own name, which is often the loopback: other nodes cannot reach it.
     """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing
-            address = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                try:
-                    request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                except OSError:  # without an address
-                    continue
-                if socket.inet_ntoa(request[20:24]) == address:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # without an address
+                request = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(request[20:24]) == probe.getsockname()[0]:
                     return name
-    except OSError:
-        pass
     return None

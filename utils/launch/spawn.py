@@ -5,15 +5,18 @@ A process group is always made, also for a single process, so that the training 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import json
+import math
 import os
 import signal
 import socket
 import sys
 import time
 from multiprocessing import connection, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
@@ -23,27 +26,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from utils.errors import UserError
-from utils.launch.cause import Cause, first_cause, show
 from utils.launch.fingerprint import program_fingerprint
-from utils.launch.multinode import NodeLink
+from utils.launch.multinode import Cause, NodeLink, first_cause
 from utils.launch.plan import ProcessPlan
 from utils.launch.rank import Work, run_child, run_here
-from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle, restore
+from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle
 
 # After a rank has failed, the others fail within moments, and one of them may know the cause. Then they are killed.
 _GRACE_SECONDS = 1.0
-_ALARM_SECONDS = 0.2  # how often the parent looks for failures of other nodes
-
-
-@dataclasses.dataclass
-class _Rank:
-    process: BaseProcess
-    report: connection.Connection  # what it says of its failure
-    exit_code: int | None = None  # None if it was killed by this parent
-
-    @property
-    def failed(self) -> bool:
-        return self.exit_code not in (None, 0, EXIT_SAVED, *(128 + number for number in STOP_SIGNALS))
+_POLL_SECONDS = 0.2  # how often the parent looks for failures of other nodes
+_SUCCESS = (0, EXIT_SAVED, *(128 + number for number in STOP_SIGNALS))
 
 
 def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
@@ -60,28 +52,26 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
     store = _host_store(plan) if plan.node_rank == 0 else None
     if plan.nodes == 1:
         assert store is not None
-        return _end(_supervise(work, dataclasses.replace(plan, host=store.host, port=store.port), args, None), plan)
-    facts = {
-        "--world-size": plan.nodes, "number of processes (GPUs, or --nproc-per-node)": plan.processes_per_node,
-        "program (hash of its files)": program_fingerprint(), "torch": torch.__version__,
-        "--dist-backend": plan.backend,
-    }
-    link = NodeLink((plan.host, plan.port), node=plan.node_rank, nodes=plan.nodes, facts=facts, timeout=plan.timeout,
-                    store=store)
-    try:
-        link.meet()
-        outcome = _supervise(work, plan, args, link)
-    finally:
-        link.close()
-    return _end(outcome, plan)
-
-
-def _end(outcome: int | Cause, plan: ProcessPlan) -> int:
-    """Return the exit status of success. After a failure print the cause and exit."""
+        outcome = _supervise(work, dataclasses.replace(plan, host=store.host, port=store.port), args, None)
+    else:
+        facts = {
+            "--world-size": plan.nodes, "number of processes (GPUs, or --nproc-per-node)": plan.processes_per_node,
+            "program (hash of its files)": program_fingerprint(), "torch": torch.__version__,
+            "--dist-backend": plan.backend,
+        }
+        link = NodeLink((plan.host, plan.port), node=plan.node_rank, nodes=plan.nodes, facts=facts,
+                        timeout=plan.timeout, store=store)
+        with contextlib.closing(link):
+            link.meet()
+            outcome = _supervise(work, plan, args, link)
     if isinstance(outcome, int):
         return outcome
-    show(outcome, plan.node_rank, plan.nodes)
     sys.stdout.flush()
+    if outcome.node == plan.node_rank:
+        print(outcome.traceback, end="", file=sys.stderr)
+    stopped = f"; all {'nodes' if plan.nodes > 1 else 'ranks of this node'} were stopped"
+    print("" if outcome.kind == "stopped" else "error: ", outcome.message,
+          "" if outcome.kind in ("stopped", "user") else stopped, sep="", file=sys.stderr, flush=True)
     os._exit(outcome.exit_status)  # not sys.exit: Python takes seconds to tear down torch
 
 
@@ -96,57 +86,68 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
             family = socket.AF_INET6 if dual else socket.AF_INET
         listener = socket.create_server((host, plan.port), family=family, backlog=1024, dualstack_ipv6=dual)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise UserError(
-            f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({reason}); give "
-            + ("an address of node 0 that the other nodes reach" if plan.nodes > 1 else "tcp://127.0.0.1")
-            + " and a free port") from None
-    port = listener.getsockname()[1]
-    return dist.TCPStore(host or "localhost", port, is_master=True, wait_for_workers=False,
+        raise UserError(f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({error.strerror}); give an "
+                        "address of node 0 that the other nodes reach, and a free port") from None
+    return dist.TCPStore(host or "localhost", listener.getsockname()[1], is_master=True, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
 
 def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeLink | None) -> int | Cause:
     """Start this node's ranks, and wait until all exit or are killed. Returns the exit status, or why they failed."""
-    ranks = _start(work, plan, args)
+    processes, reports = _start(work, plan, args)
     request, at_once = StopRequest(), False
+
+    def running() -> list[BaseProcess]:
+        return [process for process in processes if process.exitcode is None]
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal at_once
         first = request.signal is None
         at_once |= request.note(number)
-        running = [rank.process for rank in ranks if rank.process.is_alive()]
-        for process in running if first or at_once else ():
+        targets = running()
+        for process in targets if first or at_once else ():
             assert process.pid is not None  # it was started
-            os.kill(process.pid, signal.SIGKILL if at_once else number)
-        if at_once and not running:  # this process only waits for other nodes
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL if at_once else number)
+        if at_once and not targets:  # this process only waits for other nodes
             os._exit(128 + number)
 
     handlers = handle(forward)
     try:
-        while any(rank.exit_code is None for rank in ranks) and not any(rank.failed for rank in ranks):
-            if link is not None and link.alarm:
-                break
-            _wait(ranks, timeout=_ALARM_SECONDS if link is not None else None)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while any(rank.exit_code is None for rank in ranks) and time.monotonic() < deadline:
-            _wait(ranks, timeout=deadline - time.monotonic())
-        for rank in ranks:
-            rank.process.kill()
-            rank.process.join()
-        cause = _find_cause(ranks, plan, request, at_once)
+        deadline = math.inf
+        while (waiting := running()) and (now := time.monotonic()) < deadline:
+            failed = any(process.exitcode not in (None, *_SUCCESS) for process in processes)
+            if deadline == math.inf and (failed or link is not None and link.alarm):
+                deadline = now + _GRACE_SECONDS
+            connection.wait([process.sentinel for process in waiting], timeout=min(_POLL_SECONDS, deadline - now))
+        codes = [process.exitcode for process in processes]  # None: killed by this parent
+        for process in processes:
+            process.kill()
+            process.join()
+        if at_once:
+            cause: Cause | None = Cause(
+                "stopped", "stopped at once by a second Ctrl-C; the last checkpoint is unchanged", plan.node_rank,
+                signal=signal.SIGINT)
+        else:
+            cause = first_cause(
+                _explain(code, f"rank {plan.node_rank * plan.processes_per_node + local_rank}", process.pid, report,
+                         plan, request.signal)
+                for local_rank, (code, process, report) in enumerate(zip(codes, processes, reports))
+                if code is not None and code not in _SUCCESS)
         if link is not None:
             cause = link.report(cause)
     finally:
         # A repeated signal must not end this process in the little time that is left.
-        handle(signal.SIG_IGN) if request.signal is not None else restore(handlers)
-    return cause or max(rank.exit_code or 0 for rank in ranks)
+        for number, handler in handlers.items():
+            signal.signal(number, handler if request.signal is None else signal.SIG_IGN)
+    return cause or max(code or 0 for code in codes)
 
 
-def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> list[_Rank]:
-    """Start the processes of this node's ranks."""
+def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[BaseProcess], list[Connection]]:
+    """Start the processes of this node's ranks. Returns them, and the pipes through which they say why they failed."""
     spawning = mp.get_context("spawn")
-    ranks = []
+    processes: list[BaseProcess] = []
+    reports: list[Connection] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # multiprocessing's helper inherits the mask: no stop signal may end it
@@ -157,55 +158,28 @@ def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> list[_Rank]:
             process = spawning.Process(target=run_child, args=(local_rank, work, plan, args, os.getpid(), writer))
             process.start()
             writer.close()
-            ranks.append(_Rank(process, reader))
+            processes.append(process)
+            reports.append(reader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return ranks
+    return processes, reports
 
 
-def _wait(ranks: list[_Rank], timeout: float | None) -> None:
-    """Wait until a rank exits, and note its exit code."""
-    running = [rank for rank in ranks if rank.exit_code is None]
-    ready = connection.wait([rank.process.sentinel for rank in running], timeout=timeout)
-    for rank in running:
-        if rank.process.sentinel in ready:
-            rank.process.join()
-            rank.exit_code = rank.process.exitcode
-
-
-def _find_cause(ranks: list[_Rank], plan: ProcessPlan, request: StopRequest, at_once: bool) -> Cause | None:
-    """Why a rank of this node failed, after all have ended. None if none failed before this parent killed it."""
-    node = plan.node_rank
-    if at_once:
-        return Cause("stopped", "stopped at once by a second Ctrl-C; the last checkpoint is unchanged", node,
-                     signal=signal.SIGINT)
-    causes = []
-    for local_rank, rank in enumerate(ranks):
-        if not rank.failed or rank.exit_code is None:
-            continue
-        place = f"on node {node} ({socket.gethostname()}, process {rank.process.pid})" if plan.nodes > 1 \
-            else f"(process {rank.process.pid})"
-        name = f"rank {node * plan.processes_per_node + local_rank} {place}"
-        report = _read_report(rank)
-        if report is not None:
-            if report["kind"] != "user":
-                report["message"] = f"{name} failed: {report['message']}"
-            causes.append(Cause(node=node, **report))
-        elif request.signal is not None and rank.exit_code == -request.signal:
-            where = f" on node {node}" if plan.nodes > 1 else ""
-            causes.append(Cause("stopped", f"stopped by {request.signal.name}{where} before training began", node,
-                                signal=request.signal))
-        else:
-            how = signal.Signals(-rank.exit_code).name if rank.exit_code < 0 else f"exit status {rank.exit_code}"
-            hint = " (out of memory? see dmesg)" if how == "SIGKILL" else ""
-            # NCCL answers the failure of another rank with SIGABRT.
-            causes.append(Cause("lost" if how == "SIGABRT" else "crash", f"{name} was ended by {how}{hint}", node))
-    return first_cause(causes)
-
-
-def _read_report(rank: _Rank) -> dict[str, Any] | None:
-    """What a rank said of its failure. None if it could not."""
-    try:
-        return json.loads(rank.report.recv_bytes()) if rank.report.poll() else None
-    except (EOFError, OSError):
-        return None
+def _explain(code: int, rank: str, process: int | None, report: Connection, plan: ProcessPlan,
+             stopped_by: signal.Signals | None) -> Cause:
+    """Why a rank of this node failed with the exit code `code`."""
+    node, several = plan.node_rank, plan.nodes > 1
+    name = f"{rank} on node {node} ({socket.gethostname()}, process {process})" if several \
+        else f"{rank} (process {process})"
+    with contextlib.suppress(EOFError, OSError):  # nothing was said
+        if report.poll():
+            said = Cause(node=node, **json.loads(report.recv_bytes()))
+            subject = f"{name} failed: " if said.kind != "user" else f"node {node}: " if several else ""
+            return said._replace(message=subject + said.message)
+    if stopped_by is not None and code == -stopped_by:
+        where = f" on node {node}" if several else ""
+        return Cause("stopped", f"stopped by {stopped_by.name}{where} before training began", node, signal=stopped_by)
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    hint = " (out of memory? see dmesg)" if how == "SIGKILL" else ""
+    # NCCL answers the failure of another rank with SIGABRT.
+    return Cause("lost" if how == "SIGABRT" else "crash", f"{name} was ended by {how}{hint}", node)
