@@ -250,9 +250,9 @@ def test_a_latecomer_does_not_end_the_run(meeting):
 def test_a_node_may_start_again_while_the_others_wait(meeting):
     three = meeting(3)
     first, early = three.link(0), three.link(1)
-    wait_for(lambda: early._state.missing == [2])
+    wait_for(lambda: early._state.missing == "node 2 of 3")
     early.close()
-    wait_for(lambda: first._state.missing == [1, 2])
+    wait_for(lambda: first._state.missing == "nodes 1, 2 of 3")
     links = [first, three.link(1), three.link(2)]
     assert in_threads(*[link.meet for link in links]) == [None] * 3
     assert report_all(links, None, None, None) == [None] * 3
@@ -262,7 +262,7 @@ def test_node_0_may_start_again_while_the_others_wait(meeting):
     first, second = meeting(3), meeting(3)
     first.link(0)
     early = first.link(1, through_network=True)
-    wait_for(lambda: early._state.missing == [2])
+    wait_for(lambda: early._state.missing == "node 2 of 3")
     early._address = "127.0.0.1", second.store.port
     first.network.end()
     links = [second.link(0), early, second.link(2)]

@@ -68,10 +68,8 @@ class AllReduceSum(torch.autograd.Function):
 
 
 def broadcast_integer(value: int, device: torch.device) -> int:
-    """Collective. Rank 0's value (int64) on every rank."""
-    tensor = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.broadcast(tensor, src=0)
-    return int(tensor)
+    """Collective. Rank 0's value on every rank."""
+    return all_gather_json(value, device)[0]
 
 
 def all_gather_json(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:

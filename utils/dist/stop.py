@@ -20,11 +20,7 @@ class StopSignal:
 
     Create it when training begins. From then until the process ends, a stop signal is noted here and does nothing else.
     `poll` starts to reduce the ranks' signals over its own gloo group, and reads the result that the previous poll
-    started: it waits for no device, and the answer is ready a step later.
-
-    Args:
-        world_size: ranks in the default group.
-        timeout: seconds to wait for the slowest rank.
+    started: it waits for no device, and the answer is ready a step later. `timeout` (seconds) is for the slowest rank.
     """
 
     def __init__(self, world_size: int, *, timeout: float) -> None:

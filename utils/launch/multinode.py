@@ -1,7 +1,7 @@
 """How the nodes of a run meet and watch one another: whatever ends one node ends all of them, with one known cause.
 
 Every node has one parent process, which starts the node's ranks. Node 0's parent hosts a TCPStore at --dist-url. The
-parents meet there, and the ranks form their process group there. The parents' keys, all but the second with JSON values:
+parents meet there, and the ranks form their process group there. The parents' keys; all values but `refusal` are JSON:
 
     node/<node>  written by a node every POLL_SECONDS (Record): its changing time is the heartbeat
     refusal      written by a node that cannot take part: why. Before the start it ends the run
@@ -73,7 +73,7 @@ class State(NamedTuple):
     """What node 0 publishes."""
 
     phase: str  # "waiting", "running", "stopping" (a node failed) or "ended"; before node 0 was reached "connecting"
-    missing: list[int] = []  # nodes
+    missing: str = ""  # the nodes that have not come
     cause: Cause | None = None  # of "ended"; None is success
 
 
@@ -83,10 +83,6 @@ _Value = TypeVar("_Value", Record, State)
 def _decode(kind: type[_Value], text: bytes) -> _Value:
     value = kind(*json.loads(text))
     return value._replace(cause=Cause(*value.cause) if value.cause else None)
-
-
-def _name_nodes(nodes: list[int], total: int) -> str:
-    return f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))} of {total}"
 
 
 def _gone(node: int, place: str, silence: float) -> Cause:
@@ -117,32 +113,30 @@ class Coordinator:
         now = time.monotonic()
         self._heard = [now if new != old else heard for new, old, heard in zip(texts, self._texts, self._heard)]
         self._texts = texts
+        records = {node: _decode(Record, text) for node, text in enumerate(texts) if text}
         missing = [node for node, heard in enumerate(self._heard) if now - heard > ABSENT_SECONDS]
         if self._phase == "waiting":
             self._wait_for_nodes(missing, refusal.decode())
-            return False
-        records = [_decode(Record, text) if text else None for text in texts]
-        if self._phase != "ended":
+        elif self._phase != "ended":
             self._watch_nodes(records, now)
-            return False
-        return now - self._since > ANSWER_SECONDS or all(
-            record is None or record.left or node in missing for node, record in enumerate(records))
+        return self._phase == "ended" and (
+            all(record.left or node in missing for node, record in records.items())
+            or now - self._since > ANSWER_SECONDS)
 
     def _wait_for_nodes(self, missing: list[int], refusal: str) -> None:
-        if missing and time.monotonic() > self._deadline:
-            refusal = refusal or (
-                f"{_name_nodes(missing, self._nodes)} did not come within {self._timeout:g} s (--dist-timeout): start "
-                "every node with this --dist-url and its own --rank")
+        names = missing and f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self._nodes}"
+        if missing and not refusal and time.monotonic() > self._deadline:
+            refusal = (f"{names} did not come within {self._timeout:g} s (--dist-timeout): start every node with this "
+                       "--dist-url and its own --rank")
         if refusal:
             self._publish(State("ended", cause=Cause("user", refusal, 0)))
         else:
-            self._publish(State("waiting" if missing else "running", missing))
+            self._publish(State("waiting", names) if names else State("running"))
 
-    def _watch_nodes(self, records: list[Record | None], now: float) -> None:
+    def _watch_nodes(self, records: dict[int, Record], now: float) -> None:
         stopping = self._phase == "stopping"
         causes: list[Cause | None] = []
-        for node, record in enumerate(records):
-            assert record is not None  # since the start
+        for node, record in records.items():
             silence = now - self._heard[node]
             if record.reported:
                 causes.append(record.cause)
@@ -159,12 +153,8 @@ class Coordinator:
 class NodeLink:
     """A parent's link to the other parents: `meet`, start the ranks, watch `alarm`, `report` in the end, and `close`.
 
-    Args:
-        address: host and port of node 0's store.
-        node: the number of this node, of `nodes`.
-        facts: name -> value, which must be the same on all nodes.
-        timeout: seconds to wait for the other nodes.
-        store: on node 0 the store itself; nothing else may use this object.
+    `address` is that of node 0's store, `facts` (name -> value) must be the same on all nodes, `timeout` is in seconds.
+    On node 0 `store` is the store itself; nothing else may use this object.
     """
 
     def __init__(self, address: tuple[str, int], *, node: int, nodes: int, facts: dict[str, Any], timeout: float,
@@ -190,12 +180,12 @@ class NodeLink:
                 raise UserError(state.cause.message)
             if state.missing and not announced and now - self._begin > WAITING_SECONDS:
                 announced = True
-                print(f"waiting for {_name_nodes(state.missing, self._nodes)}, up to {self._timeout:g} s "
-                      "(--dist-timeout)", flush=True)
+                print(f"waiting for {state.missing}, up to {self._timeout:g} s (--dist-timeout)", flush=True)
             if now - self._heard > (self._timeout if state.phase == "connecting" else SILENCE_SECONDS):
                 raise UserError(
-                    f"{self._url}: node {self._node} did not reach node 0 there within {now - self._heard:.0f} s"
-                    f" (--dist-timeout; {self._failure}): is node 0 started, is that its address, is the port open?")
+                    f"--dist-url tcp://{self._address[0]}:{self._address[1]}: node {self._node} did not reach node 0 "
+                    f"there within {now - self._heard:.0f} s (--dist-timeout; {self._failure}): is node 0 started, is "
+                    "that its address, is the port open?")
 
     @property
     def alarm(self) -> bool:
@@ -217,16 +207,13 @@ class NodeLink:
         self._closing = self._coordinator is None or self._state.phase != "ended"
         self._thread.join(2 * POLL_SECONDS if self._closing else 2 * ANSWER_SECONDS)  # a store call may block it
 
-    @property
-    def _url(self) -> str:
-        return f"--dist-url tcp://{self._address[0]}:{self._address[1]}"
-
     def _end(self) -> Cause | None:
         """What ended the run, as far as this node knows."""
         state, silence = self._state, time.monotonic() - self._heard
         if state.phase == "lost":
             return Cause("gone", f"node 0 ({self._address[0]}) is gone: its process has ended", 0)
-        return _gone(0, self._address[0], silence) if state.phase != "ended" and silence > SILENCE_SECONDS else state.cause
+        gone = silence > SILENCE_SECONDS and state.phase != "ended"
+        return _gone(0, self._address[0], silence) if gone else state.cause
 
     def _run(self) -> None:
         while self._state.phase in ("connecting", "waiting") and not self._closing:

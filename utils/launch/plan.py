@@ -133,10 +133,9 @@ def _check(flags: ProcessFlags) -> None:
     for conflict, message in (
         (flags.nproc_per_node is not None and not flags.multiprocessing_distributed,
          f"--nproc-per-node {flags.nproc_per_node}: has no effect without --multiprocessing-distributed; add it"),
-        (flags.gpu is not None and flags.multiprocessing_distributed,
-         f"--gpu {flags.gpu}: is for a single process; with --multiprocessing-distributed choose GPUs with the "
-         "environment variable CUDA_VISIBLE_DEVICES"),
-        (flags.gpu is not None and flags.device == "cpu", f"--gpu {flags.gpu} with --device cpu: drop one of them"),
+        (flags.gpu is not None and (flags.multiprocessing_distributed or flags.device == "cpu"),
+         f"--gpu {flags.gpu}: is for a single process on a GPU, without --multiprocessing-distributed (where the "
+         "environment variable CUDA_VISIBLE_DEVICES chooses GPUs) and --device cpu"),
         (flags.dist_url != "env://" and not flags.dist_url.startswith("tcp://"),
          f"--dist-url {flags.dist_url}: give tcp://<address of node 0>:<free port>, or env://"),
     ):

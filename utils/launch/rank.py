@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import struct
@@ -57,8 +58,11 @@ def run_child(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, .
     try:
         status = _run(local_rank, work, plan, args)
     except BaseException as error:
+        # The connection to another rank or to the store broke. gloo raises a plain RuntimeError.
+        lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
+            "gloo|Connection closed by peer", str(error))
         failure = {"kind": "user", "message": str(error)} if isinstance(error, UserError) else {
-            "kind": "lost" if _lost_connection(error) else "error",
+            "kind": "lost" if lost else "error",
             "message": traceback.format_exception_only(error)[-1].splitlines()[0],
             "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:],
         }
@@ -76,12 +80,6 @@ def _kill_loaders() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises an error that would hide the first
         for loader in loaders:
             loader.kill()
-
-
-def _lost_connection(error: BaseException) -> bool:
-    """Whether the connection to another rank or to the store broke. gloo raises a plain RuntimeError."""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and (
-        "gloo" in str(error) or "Connection closed by peer" in str(error))
 
 
 def _run(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
