@@ -24,8 +24,8 @@ def test_a_second_run_is_refused(tmp_path):
     first = lock_output(str(tmp_path))
     with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()} is writing there"):
         lock_output(str(tmp_path), patience=0.3)
-    first.release()
-    lock_output(str(tmp_path), patience=0).release()
+    first.close()
+    lock_output(str(tmp_path), patience=0).close()
 
 
 def test_a_started_process_has_the_lock_too(tmp_path):
@@ -35,12 +35,12 @@ def test_a_started_process_has_the_lock_too(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=hold_the_lock, args=(lock, far_end))
     process.start()
     assert pipe.recv() == "started"
-    lock.release()
+    lock.close()
     with pytest.raises(UserError, match="is writing there"):
         lock_output(str(tmp_path), patience=0)
     pipe.send("end")
     started = time.monotonic()
-    lock_output(str(tmp_path), patience=30).release()  # waits for the process
+    lock_output(str(tmp_path), patience=30).close()  # waits for the process
     assert time.monotonic() - started < 25
     process.join()
 

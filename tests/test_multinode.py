@@ -387,7 +387,7 @@ def test_a_cut_network_ends_both_nodes_and_the_run_resumes(faces, tmp_path, netw
     if isinstance(network, Loopback):
         network.mend(both[1].pid)  # node 0 has closed the connection meanwhile
     output = finish(both[1], status=1)
-    assert f"error: node 0 ({network.hosts[0]}) is gone: " in output and "all nodes were stopped" in output
+    assert f"error: node 0 ({network.hosts[0]}) is gone: " in output and "all ranks were stopped" in output
     if isinstance(network, Namespaces):
         network.mend(both[1].pid)
 

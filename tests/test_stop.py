@@ -68,10 +68,12 @@ def test_the_second_ctrl_c_is_the_one_that_comes_later(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     request = StopRequest()
     assert request.signal is None
-    assert not request.note(signal.SIGINT) and request.signal == signal.SIGINT
+    request.note(signal.SIGINT)
+    assert not request.at_once and request.signal == signal.SIGINT
     now[0] += 0.1  # forwarded, or sent to the whole process group
-    assert not request.note(signal.SIGINT)
+    request.note(signal.SIGINT)
     now[0] += 1
-    assert not request.note(signal.SIGTERM)  # a batch system repeats it, and the save may still succeed
-    assert request.note(signal.SIGINT)
-    assert request.signal == signal.SIGINT
+    request.note(signal.SIGTERM)  # a batch system repeats it, and the save may still succeed
+    assert not request.at_once
+    request.note(signal.SIGINT)
+    assert request.at_once and request.signal == signal.SIGINT

@@ -13,14 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from multiprocessing import reduction
-from typing import Any, BinaryIO
+from multiprocessing.connection import Connection
+from typing import BinaryIO
 
 from utils.errors import UserError
 
-# How long to wait for a run that is ending: a killed one is gone at once, one that only lost its parent after a second
-# or two, its image loading processes after five.
-PATIENCE = 20.0
+# A directory stays locked as long as a process lives that has its lock, also one that received it at its start: a run
+# whose parent was killed keeps the directory until the last of its ranks, which may be saving, has ended. Connection is
+# multiprocessing's owner of a file descriptor, of any kind, which can be sent.
+OutputLock = Connection
 
 
 @contextlib.contextmanager
@@ -84,30 +85,9 @@ def require_writable(flag: str, path: str) -> None:
         raise UserError(f"{flag} {path}: there is no directory {directory}, or it is not writable")
 
 
-class OutputLock:
-    """The lock of a directory, held as long as any process lives that has it, also one that received it at its start.
-
-    A run whose parent was killed so keeps the directory until the last of its ranks, which may be saving, has ended.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inherit, (reduction.DupFd(self._descriptor),)
-
-    def release(self) -> None:
-        os.close(self._descriptor)
-
-
-def _inherit(sent: Any) -> OutputLock:
-    return OutputLock(sent.detach())
-
-
-def lock_output(output: str, patience: float = PATIENCE) -> OutputLock | None:
-    """Lock the directory, waiting a little for a predecessor that is ending. Raises UserError that names its owner.
-
-    None, and a warning, where the file system cannot lock.
+def lock_output(output: str, patience: float = 20) -> OutputLock | None:
+    """Lock the directory. Waits `patience` seconds for a predecessor that is ending: its image loading processes take
+    five. Raises UserError that names the owner. Returns None, with a warning, where the file system cannot lock.
     """
     deadline = time.monotonic() + patience
     descriptor = os.open(os.path.join(output, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
@@ -129,4 +109,4 @@ def lock_output(output: str, patience: float = PATIENCE) -> OutputLock | None:
             return None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return OutputLock(descriptor)
+    return Connection(descriptor)

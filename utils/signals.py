@@ -33,14 +33,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.at_once = False
         self._time = 0.0
 
-    def note(self, number: int) -> bool:
-        """Note a signal. True if it asks to stop at once."""
+    def note(self, number: int) -> None:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._time = signal.Signals(number), now
-        return number == signal.SIGINT and now - self._time >= _TWICE_SECONDS
+        self.at_once |= number == signal.SIGINT and now - self._time >= _TWICE_SECONDS
 
 
 def handle(handler: Any) -> dict[signal.Signals, Any]:

@@ -86,10 +86,7 @@ def all_gather_json(value: Any, device: torch.device, group: dist.ProcessGroup |
 
 
 def require_same_on_all_ranks(context: DistContext, facts: dict[str, Any]) -> None:
-    """Collective. Raise UserError, naming the first difference, unless every rank gives the facts that rank 0 gives.
-
-    Ranks that differ in them would train something else than the user asked for, or wait for one another for ever.
-    """
+    """Collective. Raise UserError, naming the first difference, unless every rank gives the facts that rank 0 gives."""
     first, *others = all_gather_json(facts, context.device)
     for rank, other in enumerate(others, start=1):
         for name, value in other.items():

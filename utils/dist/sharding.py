@@ -60,7 +60,7 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 
 def parallel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Collective. torchshard's cross entropy of column-sharded logits (N, C_r), mean over the N rows; label (N,) int64.
+    """Collective. torchshard's cross entropy of logits (N, C_r) and label (N,) int64, mean over the rows.
 
     torchshard needs the same number of columns on every rank: the caller pads.
     """

@@ -34,7 +34,8 @@ class StopSignal:
         handle(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._request.note(number) and self._alone:
+        self._request.note(number)
+        if self._request.at_once and self._alone:
             os._exit(128 + number)
 
     def poll(self) -> signal.Signals | None:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -77,10 +77,8 @@ class State(NamedTuple):
     cause: Cause | None = None  # of "ended"; None is success
 
 
-_Value = TypeVar("_Value", Record, State)
-
-
-def _decode(kind: type[_Value], text: bytes) -> _Value:
+def _decode(kind: Any, text: bytes) -> Any:
+    """The Record or State that was written with json.dumps."""
     value = kind(*json.loads(text))
     return value._replace(cause=Cause(*value.cause) if value.cause else None)
 
@@ -93,13 +91,13 @@ def _gone(node: int, place: str, silence: float) -> Cause:
 class Coordinator:
     """What node 0 decides: it waits for the nodes, then for what ends the run. One thread alone uses it and `store`."""
 
-    def __init__(self, store: dist.Store, nodes: int, facts: dict[str, Any], timeout: float) -> None:
+    def __init__(self, store: dist.TCPStore, nodes: int, facts: dict[str, Any], timeout: float) -> None:
         self._store, self._nodes, self._timeout = store, nodes, timeout
         self._deadline = time.monotonic() + timeout
         self._keys = [*(f"node/{node}" for node in range(nodes)), "refusal"]
-        self._texts, self._heard = [b""] * nodes, [-math.inf] * nodes
         for key in self._keys:
             store.set(key, "")
+        self._texts, self._heard = [b""] * nodes, [-math.inf] * nodes
         store.set("facts", json.dumps(facts))
         self._publish(State("waiting"))
 
@@ -193,10 +191,7 @@ class NodeLink:
         return self._state.phase == "stopping" or self._end() is not None
 
     def report(self, cause: Cause | None) -> Cause | None:
-        """Publish how this node's ranks ended, wait for the other nodes, and return what ended the run, or None.
-
-        `cause` is None if the ranks succeeded, or were stopped because of `alarm`.
-        """
+        """Publish why this node's ranks ended (Record.cause), wait for the other nodes, and return what ended the run."""
         self._record = self._record._replace(reported=True, cause=cause)
         while self._state.phase != "ended" and self._end() is None:
             time.sleep(POLL_SECONDS / 4)
@@ -212,8 +207,9 @@ class NodeLink:
         state, silence = self._state, time.monotonic() - self._heard
         if state.phase == "lost":
             return Cause("gone", f"node 0 ({self._address[0]}) is gone: its process has ended", 0)
-        gone = silence > SILENCE_SECONDS and state.phase != "ended"
-        return _gone(0, self._address[0], silence) if gone else state.cause
+        if state.phase != "ended" and silence > SILENCE_SECONDS:
+            return _gone(0, self._address[0], silence)
+        return state.cause
 
     def _run(self) -> None:
         while self._state.phase in ("connecting", "waiting") and not self._closing:
@@ -232,8 +228,7 @@ class NodeLink:
         phase = _decode(State, store.get("state")).phase
         if phase not in ("waiting", "running"):
             raise ValueError("another run is ending there")
-        refusal = self._find_refusal(store, phase)
-        if refusal is not None:
+        if refusal := self._find_refusal(store, phase):
             store.set("refusal", refusal)
             self._state = State("ended", cause=Cause("user", refusal, self._node))
             return

@@ -50,8 +50,7 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
     # C++ threads that lose their peer print warnings, which would bury the cause.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     store = _host_store(plan) if plan.node_rank == 0 else None
-    if plan.nodes == 1:
-        assert store is not None
+    if store is not None and plan.nodes == 1:
         outcome = _supervise(work, dataclasses.replace(plan, host=store.host, port=store.port), args, None)
     else:
         facts = {
@@ -69,9 +68,9 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
     sys.stdout.flush()
     if outcome.node == plan.node_rank:
         print(outcome.traceback, end="", file=sys.stderr)
-    stopped = f"; all {'nodes' if plan.nodes > 1 else 'ranks of this node'} were stopped"
-    print("" if outcome.kind == "stopped" else "error: ", outcome.message,
-          "" if outcome.kind in ("stopped", "user") else stopped, sep="", file=sys.stderr, flush=True)
+    before, after = {"stopped": ("", ""), "user": ("error: ", "")}.get(
+        outcome.kind, ("error: ", "; all ranks were stopped"))
+    print(f"{before}{outcome.message}{after}", file=sys.stderr, flush=True)
     os._exit(outcome.exit_status)  # not sys.exit: Python takes seconds to tear down torch
 
 
@@ -95,21 +94,20 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
 def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeLink | None) -> int | Cause:
     """Start this node's ranks, and wait until all exit or are killed. Returns the exit status, or why they failed."""
     processes, reports = _start(work, plan, args)
-    request, at_once = StopRequest(), False
+    request = StopRequest()
 
     def running() -> list[BaseProcess]:
         return [process for process in processes if process.exitcode is None]
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal at_once
         first = request.signal is None
-        at_once |= request.note(number)
+        request.note(number)
         targets = running()
-        for process in targets if first or at_once else ():
+        for process in targets if first or request.at_once else ():
             assert process.pid is not None  # it was started
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL if at_once else number)
-        if at_once and not targets:  # this process only waits for other nodes
+                os.kill(process.pid, signal.SIGKILL if request.at_once else number)
+        if request.at_once and not targets:  # this process only waits for other nodes
             os._exit(128 + number)
 
     handlers = handle(forward)
@@ -120,27 +118,21 @@ def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeL
             if deadline == math.inf and (failed or link is not None and link.alarm):
                 deadline = now + _GRACE_SECONDS
             connection.wait([process.sentinel for process in waiting], timeout=min(_POLL_SECONDS, deadline - now))
-        codes = [process.exitcode for process in processes]  # None: killed by this parent
+        codes = [process.exitcode or 0 for process in processes]  # those that are killed now have not failed
         for process in processes:
             process.kill()
             process.join()
-        if at_once:
-            cause: Cause | None = Cause(
-                "stopped", "stopped at once by a second Ctrl-C; the last checkpoint is unchanged", plan.node_rank,
-                signal=signal.SIGINT)
-        else:
-            cause = first_cause(
-                _explain(code, f"rank {plan.node_rank * plan.processes_per_node + local_rank}", process.pid, report,
-                         plan, request.signal)
-                for local_rank, (code, process, report) in enumerate(zip(codes, processes, reports))
-                if code is not None and code not in _SUCCESS)
+        cause = first_cause(
+            _explain(code, report, f"rank {plan.node_rank * plan.processes_per_node + local_rank} on node "
+                     f"{plan.node_rank} ({socket.gethostname()}, process {processes[local_rank].pid})", plan, request)
+            for local_rank, (code, report) in enumerate(zip(codes, reports)) if code not in _SUCCESS)
         if link is not None:
             cause = link.report(cause)
     finally:
         # A repeated signal must not end this process in the little time that is left.
         for number, handler in handlers.items():
             signal.signal(number, handler if request.signal is None else signal.SIG_IGN)
-    return cause or max(code or 0 for code in codes)
+    return cause or max(codes)
 
 
 def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[BaseProcess], list[Connection]]:
@@ -165,21 +157,21 @@ def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[B
     return processes, reports
 
 
-def _explain(code: int, rank: str, process: int | None, report: Connection, plan: ProcessPlan,
-             stopped_by: signal.Signals | None) -> Cause:
+def _explain(code: int, report: Connection, rank: str, plan: ProcessPlan, request: StopRequest) -> Cause:
     """Why a rank of this node failed with the exit code `code`."""
-    node, several = plan.node_rank, plan.nodes > 1
-    name = f"{rank} on node {node} ({socket.gethostname()}, process {process})" if several \
-        else f"{rank} (process {process})"
+    node = plan.node_rank
+    if request.at_once:
+        return Cause("stopped", "stopped at once by a second Ctrl-C; the last checkpoint is unchanged", node,
+                     signal=signal.SIGINT)
     with contextlib.suppress(EOFError, OSError):  # nothing was said
         if report.poll():
             said = Cause(node=node, **json.loads(report.recv_bytes()))
-            subject = f"{name} failed: " if said.kind != "user" else f"node {node}: " if several else ""
+            subject = f"{rank} failed: " if said.kind != "user" else f"node {node}: " if plan.nodes > 1 else ""
             return said._replace(message=subject + said.message)
-    if stopped_by is not None and code == -stopped_by:
-        where = f" on node {node}" if several else ""
-        return Cause("stopped", f"stopped by {stopped_by.name}{where} before training began", node, signal=stopped_by)
+    if request.signal is not None and code == -request.signal:
+        return Cause("stopped", f"stopped by {request.signal.name} on node {node} before training began", node,
+                     signal=request.signal)
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     hint = " (out of memory? see dmesg)" if how == "SIGKILL" else ""
     # NCCL answers the failure of another rank with SIGABRT.
-    return Cause("lost" if how == "SIGABRT" else "crash", f"{name} was ended by {how}{hint}", node)
+    return Cause("lost" if how == "SIGABRT" else "crash", f"{rank} was ended by {how}{hint}", node)
