@@ -191,7 +191,7 @@ class NodeLink:
         return self._state.phase == "stopping" or self._end() is not None
 
     def report(self, cause: Cause | None) -> Cause | None:
-        """Publish why this node's ranks ended (Record.cause), wait for the other nodes, and return what ended the run."""
+        """Publish why this node's ranks ended (Record.cause), wait for the others, and return what ended the run."""
         self._record = self._record._replace(reported=True, cause=cause)
         while self._state.phase != "ended" and self._end() is None:
             time.sleep(POLL_SECONDS / 4)

@@ -78,12 +78,11 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
     """The store in which the nodes and the ranks meet, which listens at the address of --dist-url. Raises UserError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(plan.host, plan.port, type=socket.SOCK_STREAM)[0]
-        host, dual = str(address[0]), False
+        host = str(address[0])
         # Many machines resolve their own name to the loopback, where other nodes cannot reach them.
         if plan.nodes > 1 and host != plan.host and ipaddress.ip_address(host).is_loopback:
-            host, dual = "", socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if dual else socket.AF_INET
-        listener = socket.create_server((host, plan.port), family=family, backlog=1024, dualstack_ipv6=dual)
+            family, host = socket.AF_INET, ""  # all IPv4 addresses
+        listener = socket.create_server((host, plan.port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({error.strerror}); give an "
                         "address of node 0 that the other nodes reach, and a free port") from None
