@@ -45,7 +45,6 @@ ONNX_INPUT, ONNX_OUTPUT = "input", "embedding"
 ONNX_TOLERANCE = 1e-3
 
 
-
 def main() -> None:
     options = parse_options()
     require_writable("--output", options.output)
@@ -58,7 +57,8 @@ def main() -> None:
     try:
         summary = WRITERS[options.format](weights, options.output)
     except (OSError, RuntimeError) as error:  # torch.save and safetensors raise RuntimeError when the disk is full
-        raise UserError(f"--output {options.output}: cannot be written ({str(error).splitlines()[0]})") from None
+        cause, _, _ = str(error).partition("\n")
+        raise UserError(f"--output {options.output}: cannot be written ({cause})") from None
     print(f"{weights.arch} of {options.resume} as {options.format}: {options.output}, "
           f"{os.path.getsize(options.output) / 2**20:,.1f} MiB; {summary}")
 
@@ -87,10 +87,6 @@ def gathered(centers: StoredRows, output: str) -> Iterator[Tensor]:
         for first, rows in centers.blocks():
             gathered[first:first + len(rows)] = rows
         yield gathered
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The formats: each function writes `output` and returns a summary
 
 
 def write_torchshard(weights: Weights, output: str) -> str:

@@ -32,10 +32,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, zip_longest
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -44,7 +43,7 @@ from data.decode import IMAGE_SIZE, check_encoded, decode_image, read_bytes  # n
 from data.folder import FaceFolder  # noqa: E402
 from data.pairs import PairList  # noqa: E402
 from data.progress import progress_bar  # noqa: E402
-from data.record_format import MAX_CLASSES, MAX_PART_BYTES, image_record, labels_record  # noqa: E402
+from data.record_format import MAX_CLASSES, image_record, labels_record  # noqa: E402
 from data.recordio import RecordIODataset  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.files import atomic_write, flush, flush_directory, move_aside, require_writable  # noqa: E402
@@ -75,35 +74,27 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(  # type: ignore[call-overload]  # a function in place of a class
         required=True, metavar="rec|folder|bin", parser_class=lambda prog, description, **_: Parser(prog, description)
     )
-
-    def add(name: str, command: Callable[[argparse.Namespace], str], description: str, force: str) -> Parser:
+    for name, command, source, description in (
+        ("rec", pack_rec, "FOLDER", "An image folder -> train.rec and train.idx in the directory OUT."),
+        ("folder", unpack_folder, "PACKAGE", "A .rec file, or the train.rec in a directory -> an image folder OUT."),
+        ("bin", pack_bin, None, "A pair list and its images -> the evaluation set OUT."),
+    ):
         sub = commands.add_parser(name, help=description, description=description)
         sub.set_defaults(command=command)
-        sub.add_argument("--force", action="store_true", help=force)
-        return sub
-
-    rec = add("rec", pack_rec, "An image folder -> train.rec and train.idx in the directory OUT.",
-              "replace an existing OUT/train.rec")
-    rec.add_argument("source", metavar="FOLDER", help="what main.py would train on")
-    folder = add("folder", unpack_folder, "A .rec file, or the train.rec in a directory -> an image folder OUT.",
-                 "rename an existing OUT to OUT.1")
-    folder.add_argument("source", metavar="PACKAGE", help="what main.py would train on")
-    for sub in (rec, folder):
-        sub.add_argument("--skip-bad-images", action="store_true",
-                         help="leave out images that cannot be read, or are not 112x112, instead of stopping")
-    pairs = add("bin", pack_bin, "A pair list and its images -> the evaluation set OUT.", "replace an existing OUT")
-    pairs.add_argument("--imgs-root", required=True, metavar="DIR", help="the directory of the pairs' images")
-    pairs.add_argument("--pair-list", required=True, metavar="FILE", help="lines of: path1 path2 0|1")
-    for sub in (rec, folder, pairs):
+        if source:
+            sub.add_argument("source", metavar=source, help="what main.py would train on")
+            sub.add_argument("--skip-bad-images", action="store_true",
+                             help="leave out images that cannot be read, or are not 112x112, instead of stopping")
+        else:
+            sub.add_argument("--imgs-root", required=True, metavar="DIR", help="the directory of the pairs' images")
+            sub.add_argument("--pair-list", required=True, metavar="FILE", help="lines of: path1 path2 0|1")
         sub.add_argument("out", metavar="OUT", help="must not exist yet")
+        sub.add_argument("--force", action="store_true", help="replace an existing OUT; a folder is renamed to OUT.1")
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image folder -> .rec
-
-
 def pack_rec(options: argparse.Namespace) -> str:
+    """An image folder -> train.rec and what belongs to it."""
     folder = FaceFolder(options.source)
     if len(folder.identities) > MAX_CLASSES:
         raise UserError(f"{folder.root}: has {len(folder.identities)} identities; a package, whose labels are float32, "
@@ -121,9 +112,6 @@ def pack_rec(options: argparse.Namespace) -> str:
             raise UserError(f"{folder.root}: no image can be used")
         ends = np.searchsorted(folder.labels[used], np.arange(len(folder.identities)), side="right") + 1
         first_identity = len(used) + 1
-        if int(np.float32(first_identity)) != first_identity:
-            print(f"warning: float32, the format's type of labels, rounds {first_identity}, the key of the first "
-                  "identity record; main.py finds it nevertheless, other programs may not", file=sys.stderr)
         package.add(0, labels_record(0, [first_identity, first_identity + len(ends)]))
         for label, (start, end) in enumerate(zip([1, *ends.tolist()], ends.tolist())):
             package.add(first_identity + label, labels_record(first_identity + label, [start, end]))
@@ -137,8 +125,7 @@ def pack_rec(options: argparse.Namespace) -> str:
 
 
 def _name(folder: FaceFolder, i: int) -> str:
-    """`<identity>/<file>`"""
-    return folder.path(i)[len(folder.root) + 1 :]
+    return folder.path(i)[len(folder.root) + 1 :]  # <identity>/<file>
 
 
 def _digest(folder: FaceFolder) -> str:
@@ -159,33 +146,30 @@ def _add_images(package: _PartialPackage, folder: FaceFolder, skip_bad: bool) ->
         try:
             image = read_bytes(path)
             check_encoded(image, path)
-            if len(image) > MAX_PART_BYTES - 64:  # less than the record's header
-                raise UserError(f"{path}: has {len(image)} bytes; a record holds less than 512 MiB")
         except UserError as error:
             return i, error
         return i, image
 
     labels, begin = folder.labels, package.done
-    with _bar(len(folder), "packing", initial=begin) as bar:
-        try:
-            for i, image in _in_order(read, range(begin, len(folder))):
-                if isinstance(image, bytes):
-                    key = i + 1 - len(package.skipped)
-                    package.add(key, image_record(key, int(labels[i]), image))
-                elif skip_bad:
-                    package.skipped.append(i)
-                else:
-                    raise UserError(f"{image} (--skip-bad-images packs the others)")
-                package.done = i + 1
-                package.commit(COMMIT_SECONDS)
-                bar.update()
-        except BaseException:  # also after an interruption: the next run continues from here
-            with contextlib.suppress(OSError):
-                package.commit()
-            raise
+    images = _in_order(read, range(begin, len(folder)))
+    try:
+        for i, image in progress_bar("packing", len(folder), iterable=images, initial=begin, unit="image"):
+            if isinstance(image, bytes):
+                key = i + 1 - len(package.skipped)
+                package.add(key, image_record(key, int(labels[i]), image))
+            elif skip_bad:
+                package.skipped.append(i)
+            else:
+                raise UserError(f"{image} (--skip-bad-images packs the others)")
+            package.done = i + 1
+            package.commit(COMMIT_SECONDS)
+    except BaseException:  # also after an interruption: the next run continues from here
+        with contextlib.suppress(OSError):
+            package.commit()
+        raise
 
 
-class _PartialPackage:
+class _PartialPackage(contextlib.ExitStack):
     """OUT/train.rec.partial and train.idx.partial while they grow, and the journal train.rec.partial.json.
 
     The journal says how far both files are valid. It is written after they have been flushed to the disk.
@@ -194,20 +178,13 @@ class _PartialPackage:
     """
 
     def __init__(self, out: str, source: str) -> None:
+        super().__init__()
         self._out, self._journal_path = out, os.path.join(out, "train.rec.partial.json")
         self._source, self._started, self._committed = source, time.time_ns(), time.monotonic()
         self.done, self.skipped = 0, list[int]()
-        self._rec, self._idx = self._files = [
-            open(os.path.join(out, f"train.{kind}.partial"), "ab", buffering=1 << 20) for kind in ("rec", "idx")
-        ]
+        paths = [os.path.join(out, f"train.{kind}.partial") for kind in ("rec", "idx")]
+        self._rec, self._idx = self._files = [self.enter_context(open(path, "ab", buffering=1 << 20)) for path in paths]
         _lock(self._rec)
-
-    def __enter__(self) -> _PartialPackage:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for file in self._files:
-            file.close()
 
     def resume(self, folder: FaceFolder) -> None:
         """Continue from the journal, unless the folder has changed since or the files do not fit; then start again."""
@@ -265,11 +242,8 @@ def _changed_since(time_ns: int, path: str) -> bool:
         return False  # a broken link: it was left out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# .rec -> image folder
-
-
 def unpack_folder(options: argparse.Namespace) -> str:
+    """A package -> an image folder."""
     out = options.out.rstrip("/")
     exists = os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out))
     if exists:
@@ -284,9 +258,8 @@ def unpack_folder(options: argparse.Namespace) -> str:
         def write(item: tuple[int, str]) -> None:
             _write_image(f"{unfinished}/{item[1]}", dataset.encoded(item[0])[0])
 
-        with _bar(len(dataset), "unpacking") as bar:
-            for _ in _in_order(write, enumerate(names)):
-                bar.update()
+        written = _in_order(write, enumerate(names))
+        deque(progress_bar("unpacking", len(dataset), iterable=written, unit="image"), maxlen=0)
         files = sum(len(files) for _, _, files in os.walk(unfinished))
         if files != len(dataset):
             raise UserError(f"{unfinished}: holds {files} files after {len(dataset)} images were unpacked: names in "
@@ -388,12 +361,8 @@ def _write_image(path: str, image: bytes) -> None:
         file.write(image)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs -> .bin
-
-
 def pack_bin(options: argparse.Namespace) -> str:
-    """Restarts after an interruption: 6,000 pairs take seconds."""
+    """Pairs -> one file. Restarts after an interruption: 6,000 pairs take seconds."""
     _refuse_existing(options.out, options.force)
     require_writable("OUT", options.out)
     pairs = PairList(options.imgs_root, options.pair_list)
@@ -409,9 +378,6 @@ def pack_bin(options: argparse.Namespace) -> str:
     with atomic_write(options.out) as file:
         pickle.dump((encoded, pairs.is_same.tolist()), file, protocol=4)
     return f"{len(pairs):,} pairs of {len(images):,} images, {os.path.getsize(options.out) / 1e6:,.1f} MB"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _refuse_existing(path: str, force: bool) -> None:
@@ -432,10 +398,6 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
     with ThreadPoolExecutor(THREADS) as threads:
         while batch := list(islice(remaining, BATCH)):
             yield from threads.map(function, batch)
-
-
-def _bar(total: int, what: str, initial: int = 0) -> tqdm:
-    return progress_bar(what, total, initial=initial, unit="image")
 
 
 if __name__ == "__main__":

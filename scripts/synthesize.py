@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -94,12 +95,10 @@ def sample_pairs(
 def _write_images(directory: Path, images: list[tuple[int, int]], seed: int) -> None:
     write = functools.partial(_write_image, directory, seed)
     if len(images) < 200:  # drawn before other processes have started
-        for image in images:
-            write(image)
-        return
-    with ProcessPoolExecutor() as pool:
-        for _ in pool.map(write, images, chunksize=50):
-            pass
+        deque(map(write, images), maxlen=0)
+    else:
+        with ProcessPoolExecutor() as pool:
+            deque(pool.map(write, images, chunksize=50), maxlen=0)
 
 
 def _write_image(directory: Path, seed: int, image: tuple[int, int]) -> None:
@@ -126,19 +125,16 @@ def main() -> None:
     if not options.out:
         raise UserError("OUT is missing: give the directory to create")
     out = Path(options.out).resolve()
-    settings = {"drawing_version": DRAWING_VERSION} | asdict(options)
+    settings = {"drawing_version": DRAWING_VERSION, **asdict(options)}
     del settings["out"], settings["force"]
     found = read_settings(out)
     if found == settings:
         print(f"=> {options.out} already holds this set")
         return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"OUT {options.out}: is not a directory; give another one")
-    if out.exists() and any(out.iterdir()):
-        if found is None:
-            raise UserError(f"OUT {options.out}: is not empty and not from this program; give another directory")
-        if not options.force:
-            raise UserError(f"OUT {options.out}: holds a set with other settings; give another directory, or --force")
+    if found is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"OUT {options.out}: is not empty and not from this program; give another directory")
+    if found is not None and not options.force:
+        raise UserError(f"OUT {options.out}: holds a set with other settings; give another directory, or --force")
 
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -29,59 +29,31 @@ SILHOUETTE = math.nan  # as the lift of a point: see _Canvas.draw
 
 # feature: (lowest, highest); uniform between. Lengths in pixels unless said otherwise.
 IDENTITY_FEATURES = {
-    "face_width": (26.0, 33.5),
-    "jaw_width": (0.62, 0.98),  # of face_width
-    "chin_y": (36.0, 46.0),
-    "skin_tone": (0.0, 1.0),  # along SKIN_COLOURS
-    "ear_size": (5.0, 9.5),
-    "hair_tone": (0.0, 1.0),  # along HAIR_COLOURS
-    "hair_line": (-42.0, -19.0),  # y of the hairline
-    "hair_recess": (-9.0, 10.0),  # how much higher the hairline is at the temples
-    "hair_volume": (1.0, 10.0),
-    "hair_length": (-12.0, 62.0),  # y where it ends
-    "eye_x": (11.5, 16.5),
-    "eye_y": (-8.0, 0.0),
-    "eye_width": (4.8, 7.6),
-    "eye_height": (2.0, 4.2),
+    # jaw_width is a part of face_width; tones are places along SKIN_COLOURS, HAIR_COLOURS and IRIS_COLOURS.
+    "face_width": (26.0, 33.5), "jaw_width": (0.62, 0.98), "chin_y": (36.0, 46.0), "ear_size": (5.0, 9.5),
+    "skin_tone": (0.0, 1.0), "hair_tone": (0.0, 1.0), "iris_tone": (0.0, 1.0),
+    # The hairline is hair_recess higher at the temples than in the middle.
+    "hair_line": (-42.0, -19.0), "hair_recess": (-9.0, 10.0), "hair_volume": (1.0, 10.0), "hair_length": (-12.0, 62.0),
+    "eye_x": (11.5, 16.5), "eye_y": (-8.0, 0.0), "eye_width": (4.8, 7.6), "eye_height": (2.0, 4.2),
     "eye_tilt": (-0.22, 0.22),
-    "iris_tone": (0.0, 1.0),  # along IRIS_COLOURS
-    "brow_gap": (5.5, 9.5),
-    "brow_width": (6.0, 10.0),
-    "brow_thickness": (0.8, 3.2),
-    "brow_tilt": (-0.28, 0.28),
+    "brow_gap": (5.5, 9.5), "brow_width": (6.0, 10.0), "brow_thickness": (0.8, 3.2), "brow_tilt": (-0.28, 0.28),
     "brow_arch": (0.0, 3.0),
-    "nose_tip": (9.0, 16.0),
-    "nose_width": (4.0, 8.5),
-    "mouth_gap": (8.0, 13.0),  # below the tip of the nose
-    "mouth_width": (8.0, 14.5),
-    "upper_lip": (0.8, 3.0),
-    "lower_lip": (1.5, 4.4),
-    "lip_red": (0.0, 1.0),
-    "beard": (-1.4, 1.0),  # below 0: none
+    "nose_tip": (9.0, 16.0), "nose_width": (4.0, 8.5),
+    # mouth_gap: below the tip of the nose. beard: none below 0.
+    "mouth_gap": (8.0, 13.0), "mouth_width": (8.0, 14.5), "upper_lip": (0.8, 3.0), "lower_lip": (1.5, 4.4),
+    "lip_red": (0.0, 1.0), "beard": (-1.4, 1.0),
 }
 # what changes from one image of a person to the next
 IMAGE_NUISANCES = {
-    "yaw": (-0.42, 0.42),
-    "pitch": (-0.2, 0.2),
-    "roll": (-0.17, 0.17),
-    "zoom": (0.93, 1.09),
-    "shift_x": (-4.0, 4.0),
-    "shift_y": (-4.0, 4.0),
-    "smile": (-1.0, 2.2),
-    "mouth_open": (-4.0, 4.0),
-    "brow_raise": (-1.0, 2.0),
-    "eye_open": (0.55, 1.15),
+    "yaw": (-0.42, 0.42), "pitch": (-0.2, 0.2), "roll": (-0.17, 0.17),
+    "zoom": (0.93, 1.09), "shift_x": (-4.0, 4.0), "shift_y": (-4.0, 4.0),
+    "smile": (-1.0, 2.2), "mouth_open": (-4.0, 4.0), "brow_raise": (-1.0, 2.0), "eye_open": (0.55, 1.15),
     "gaze_x": (-1.6, 1.6),
-    "light_x": (-1.0, 1.0),
-    "light_y": (-1.0, 0.35),
-    "ambient": (0.35, 0.8),
-    "exposure": (-0.55, 0.5),  # stops, base 2
-    "warmth": (-0.8, 0.8),
-    "tint": (-0.8, 0.8),
-    "saturation": (0.55, 1.25),
-    "blur": (0.0, 1.2),  # standard deviation in pixels
-    "noise": (1.0, 9.0),  # standard deviation, of 255
-    "jpeg_quality": (25.0, 92.0),
+    # exposure in stops, base 2
+    "light_x": (-1.0, 1.0), "light_y": (-1.0, 0.35), "ambient": (0.35, 0.8), "exposure": (-0.55, 0.5),
+    "warmth": (-0.8, 0.8), "tint": (-0.8, 0.8), "saturation": (0.55, 1.25),
+    # standard deviations: of the blur in pixels, of the noise in values up to 255
+    "blur": (0.0, 1.2), "noise": (1.0, 9.0), "jpeg_quality": (25.0, 92.0),
 }
 SKIN_COLOURS = np.array([(250, 222, 204), (238, 196, 164), (208, 155, 116), (155, 103, 70), (92, 58, 42)])
 HAIR_COLOURS = np.array([(26, 23, 24), (58, 38, 28), (104, 66, 38), (150, 72, 34), (206, 164, 96), (190, 186, 184)])
