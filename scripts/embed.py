@@ -80,7 +80,12 @@ def main() -> None:
         workers=options.workers, flip=options.flip, progress=output is not None, print_freq=options.print_freq,
     )
     if output is None:
-        print(compare(embeddings, paths))
+        for embedding, path in zip(embeddings, paths):
+            if not embedding.any():
+                raise UserError(f"{path}: its embedding is zero, NaN or infinite, so there is no similarity")
+        first, second = embeddings.astype(np.float64)
+        print(f"cosine similarity: {first @ second:.6f}")
+        print(f"L2 distance squared: {np.sum((first - second) ** 2):.6f}")  # 2 - 2 cos
         return
     try:
         with atomic_write(output) as file, atomic_write(list_path(output)) as list_file:
@@ -110,16 +115,6 @@ def find_images(arguments: Sequence[str]) -> list[str]:
             raise UserError(f"{argument}: no images below it; expected {', '.join(IMAGE_EXTENSIONS)}")
         paths += sorted(below) or [argument]
     return paths
-
-
-def compare(embeddings: np.ndarray, paths: Sequence[str]) -> str:
-    """Two lines for float32 (2, d): cos = e1·e2 and |e1 - e2|^2 = 2 - 2 cos. Raises UserError for a zero embedding."""
-    for embedding, path in zip(embeddings, paths):
-        if not embedding.any():
-            raise UserError(f"{path}: its embedding is zero, NaN or infinite, so there is no similarity")
-    first, second = embeddings.astype(np.float64)
-    return (f"cosine similarity: {first @ second:.6f}\n"
-            f"L2 distance squared: {np.sum((first - second) ** 2):.6f}")
 
 
 def list_path(output: str) -> str:

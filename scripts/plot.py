@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -25,28 +24,22 @@ from utils.files import require_writable  # noqa: E402
 
 
 def main() -> None:
-    options = parse_options()
-    plots.require_matplotlib("--metrics" if options.metrics is not None else "--roc")
-    if options.metrics is not None:
-        plot_metrics(options.metrics, options.output)
-    else:
-        plots.draw_roc([curve for argument in options.roc for curve in read_roc(argument)], options.output)
-    print(f"=> {options.output}")
-
-
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags. Raises UserError."""
     parser = Parser("plot.py", "Draw a training curve, or ROC curves, as a picture.")
     parser.add_argument("--metrics", metavar="FILE", help="metrics.jsonl of a training run")
     parser.add_argument("--roc", action="append", metavar="FILE[=LABEL]",
                         help="a file that valid.py --json wrote; may be repeated")
     parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     if (options.metrics is None) == (options.roc is None):
         raise UserError("give either --metrics FILE or --roc FILE")
     plots.check_picture("--output", options.output, plots.PLOT_FORMATS)
     require_writable("--output", options.output)
-    return options
+    plots.require_matplotlib("--metrics" if options.roc is None else "--roc")
+    if options.roc is None:
+        plot_metrics(options.metrics, options.output)
+    else:
+        plots.draw_roc([curve for argument in options.roc for curve in read_roc(argument)], options.output)
+    print(f"=> {options.output}")
 
 
 def read_metrics(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

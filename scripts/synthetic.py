@@ -172,13 +172,11 @@ def _draw_head(canvas: _Canvas, face: SimpleNamespace, rng: np.random.Generator)
     canvas.draw(_outline(hair), face.hair * 0.72, SILHOUETTE)
 
     neck, collar, shoulder = 0.62 * width, chin + rng.uniform(6, 12), rng.uniform(38, 60)
-    below = chin + 20
-    canvas.draw(np.array([(-neck, 10), (neck, 10), (neck, below), (-neck, below)]), face.skin * 0.78, SILHOUETTE)
+    canvas.draw(_ellipse(0, chin, neck, 25), face.skin * 0.78, SILHOUETTE)
     clothes = _outline([(0, collar + 5), (neck, collar), (shoulder, collar + 9), (shoulder + 8, 120), (0, 120)])
     canvas.draw(clothes, rng.uniform(15, 240, 3), SILHOUETTE)
 
-    ear = (width + 1.5, 1.0, 0.5 * face.ear_size, face.ear_size, 0.15)
-    canvas.draw(_ellipse(*ear), face.skin * 0.85, SILHOUETTE, pair=True)
+    canvas.draw(_ellipse(width + 1.5, 1, face.ear_size / 2, face.ear_size), face.skin * 0.85, SILHOUETTE, pair=True)
     head = [(0, -47), (width * 0.62, -43), (width * 0.93, -24), (width, 0), (width * 0.42 + jaw * 0.52, chin * 0.48),
             (jaw * 0.78, chin * 0.76), (jaw * 0.4, chin * 0.97), (0, chin)]
     canvas.draw(_outline(head), face.skin, SILHOUETTE)
@@ -206,8 +204,6 @@ def _draw_nose(canvas: _Canvas, face: SimpleNamespace) -> None:
     tip, w = face.nose_tip, face.nose_width
     canvas.draw(_ellipse(0, tip - 1.5, w * 0.45, 2.6), face.skin * 1.05, lift=9)
     canvas.draw(_ellipse(w * 0.5, tip + 0.9, w * 0.18 + 0.4, 0.9, 0.3), face.skin * 0.36, lift=6, pair=True)
-    wing = np.array([(w * 0.76, tip - 3.6), (w, tip - 1.2), (w * 0.9, tip + 0.8), (w * 0.6, tip + 1.4)])
-    canvas.draw(wing, face.skin * 0.58, lift=4, width=0.9, pair=True)
 
 
 def _draw_mouth(canvas: _Canvas, face: SimpleNamespace, view: SimpleNamespace) -> None:
