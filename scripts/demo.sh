@@ -16,11 +16,7 @@ started=$SECONDS
 
 step() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - started)); }
 run() {
-    local word line="+"
-    for word in "$@"; do  # %q would write a comma as \,
-        if [[ "$word" =~ ^[A-Za-z0-9_./:=,-]+$ ]]; then line+=" $word"; else line+=" $(printf '%q' "$word")"; fi
-    done
-    echo "$line"
+    echo "+ $*"
     "$@"
 }
 

@@ -71,22 +71,29 @@ def main() -> None:
     if context.device.type == "cpu":
         keep_freed_memory()
     paths = find_images(options.images)
-    if options.output is not None:
-        check_output(options.output)
-    elif not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):
+    output = options.output
+    if output is None and not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):
         raise UserError("--output is missing: give the .npy file to write, or two image files to compare")
 
-    backbone = open_weights(options.resume, options.arch).backbone
     embeddings = embed_images(
-        backbone, ImageFiles(paths), context, batch_size=options.batch_size, workers=options.workers, flip=options.flip,
-        progress=options.output is not None, print_freq=options.print_freq,
+        open_weights(options.resume, options.arch).backbone, ImageFiles(paths), context, batch_size=options.batch_size,
+        workers=options.workers, flip=options.flip, progress=output is not None, print_freq=options.print_freq,
     )
-    if options.output is None:
-        print(compare(embeddings, paths))
+    if output is None:
+        for embedding, path in zip(embeddings, paths):
+            if not embedding.any():
+                raise UserError(f"{path}: its embedding is zero, NaN or infinite, so there is no similarity")
+        first, second = embeddings.astype(np.float64)
+        print(f"cosine similarity: {first @ second:.6f}")
+        print(f"L2 distance squared: {np.sum((first - second) ** 2):.6f}")  # 2 - 2 cos
         return
-    write(embeddings, paths, options.output)
-    print(f"{len(paths)} embeddings of {embeddings.shape[1]} numbers: {options.output}, "
-          f"their images: {list_path(options.output)}")
+    try:
+        with atomic_write(output) as file, atomic_write(list_path(output)) as list_file:
+            np.save(file, embeddings)
+            list_file.writelines(os.fsencode(path) + b"\n" for path in paths)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    print(f"{len(paths)} embeddings of {embeddings.shape[1]} numbers: {output}, their images: {list_path(output)}")
 
 
 def find_images(arguments: Sequence[str]) -> list[str]:
@@ -97,35 +104,17 @@ def find_images(arguments: Sequence[str]) -> list[str]:
     """
     paths: list[str] = []
     for argument in arguments:
-        if os.path.isdir(argument):
-            below = sorted(_images_below(argument))
-            if not below:
-                raise UserError(f"{argument}: no images below it; expected {', '.join(IMAGE_EXTENSIONS)}")
-            paths += below
-        elif os.path.isfile(argument):
-            paths.append(argument)
-        else:
+        if not os.path.exists(argument):
             raise UserError(f"{argument}: no such file or directory")
+        below = []
+        for parent, directories, files in os.walk(argument, followlinks=True):
+            directories[:] = [name for name in directories if not name.startswith(".")]
+            below += [os.path.join(parent, name) for name in files
+                      if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)]
+        if os.path.isdir(argument) and not below:
+            raise UserError(f"{argument}: no images below it; expected {', '.join(IMAGE_EXTENSIONS)}")
+        paths += sorted(below) or [argument]
     return paths
-
-
-def _images_below(directory: str) -> list[str]:
-    images = []
-    for parent, directories, files in os.walk(directory, followlinks=True):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        images += [os.path.join(parent, name) for name in files
-                   if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
-    return images
-
-
-def compare(embeddings: np.ndarray, paths: Sequence[str]) -> str:
-    """Two lines for float32 (2, d): cos = e1·e2 and |e1 - e2|^2 = 2 - 2 cos. Raises UserError for a zero embedding."""
-    for embedding, path in zip(embeddings, paths):
-        if not embedding.any():
-            raise UserError(f"{path}: its embedding is zero, NaN or infinite, so there is no similarity")
-    first, second = embeddings.astype(np.float64)
-    return (f"cosine similarity: {first @ second:.6f}\n"
-            f"L2 distance squared: {np.sum((first - second) ** 2):.6f}")
 
 
 def list_path(output: str) -> str:
@@ -133,26 +122,8 @@ def list_path(output: str) -> str:
     return os.path.splitext(output)[0] + ".txt"
 
 
-def check_output(output: str) -> None:
-    """Raise UserError unless the embeddings and the paths can be written."""
-    if os.path.splitext(output)[1] != ".npy":
-        raise UserError(f"--output {output}: the name must end in .npy; the paths go beside it as .txt")
-    for path in (output, list_path(output)):
-        require_writable("--output", path)
-
-
-def write(embeddings: np.ndarray, paths: Sequence[str], output: str) -> None:
-    """Write float32 (N, d), and the N paths one per line in the same order. Raises UserError."""
-    try:
-        with atomic_write(output) as file, atomic_write(list_path(output)) as list_file:
-            np.save(file, embeddings)
-            list_file.writelines(os.fsencode(path) + b"\n" for path in paths)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
-
-
 def parse_options(argv: list[str] | None = None) -> Options:
-    """Parse and check the arguments without opening a file. Raises UserError."""
+    """Parse and check the arguments without reading a file. Raises UserError."""
     parser = Parser("embed.py", "Face images -> L2-normalised embeddings; two images -> their similarity.")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR",
                         help="aligned 112x112 images, or directories, which are searched at any depth")
@@ -165,6 +136,11 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise UserError(f"--resume {options.resume}: no such file")
     if options.arch:
         check_arch(options.arch)
+    if options.output is not None:
+        if not options.output.endswith(".npy"):
+            raise UserError(f"--output {options.output}: the name must end in .npy; the paths go beside it as .txt")
+        for path in (options.output, list_path(options.output)):
+            require_writable("--output", path)
     return options
 
 

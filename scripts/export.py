@@ -34,8 +34,9 @@ from models import check_arch  # noqa: E402
 from utils.checkpoint.safe_load import IDENTITIES_TENSOR, SAFETENSORS_EXTENSION  # noqa: E402
 from utils.checkpoint.shards import StoredRows  # noqa: E402
 from utils.checkpoint.weights import Weights, open_weights  # noqa: E402
-from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.files import require_writable  # noqa: E402
+from utils.errors import UserError, exit_on_user_error  # noqa: E402
+from utils.files import atomic_write, require_writable  # noqa: E402
+from utils.flags import flag, parse_flags  # noqa: E402
 
 CENTERS_NAME = "arcface_linear.weight"  # torchshard's
 ONNX_OPSET = 18
@@ -44,54 +45,32 @@ ONNX_INPUT, ONNX_OUTPUT = "input", "embedding"
 ONNX_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line; `parse_options` describes the fields."""
-
-    resume: str
-    format: str
-    output: str
-    centers: bool
-    arch: str | None
-
-
 def main() -> None:
     options = parse_options()
     require_writable("--output", options.output)
     with_centers = options.centers or options.format == "torchshard"
     weights = open_weights(options.resume, options.arch, with_centers=with_centers)
     if with_centers and weights.centers is None:
-        flag = "--centers" if options.centers else "--format torchshard"
-        raise UserError(f"--resume {options.resume}: has no class centers, which {flag} needs; "
+        needed_by = "--centers" if options.centers else "--format torchshard"
+        raise UserError(f"--resume {options.resume}: has no class centers, which {needed_by} needs; "
                         "give a checkpoint of main.py")
     try:
         summary = WRITERS[options.format](weights, options.output)
-    except OSError as error:
-        raise UserError(f"--output {options.output}: cannot be written ({error.strerror or error})") from None
+    except (OSError, RuntimeError) as error:  # torch.save and safetensors raise RuntimeError when the disk is full
+        cause, _, _ = str(error).partition("\n")
+        raise UserError(f"--output {options.output}: cannot be written ({cause})") from None
     print(f"{weights.arch} of {options.resume} as {options.format}: {options.output}, "
           f"{os.path.getsize(options.output) / 2**20:,.1f} MiB; {summary}")
 
 
 @contextlib.contextmanager
 def replacing(output: str) -> Iterator[str]:
-    """A temporary path beside `output`. Its file is flushed and replaces `output` when the block ends without an error.
-
-    `utils.files.atomic_write` does this for an open file, but ONNX and safetensors create theirs by name.
-    """
-    temporary = f"{output}.{os.getpid()}.part"
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # Only the owner can read what safetensors creates.
-        os.replace(temporary, output)
-    except RuntimeError as error:  # torch.save and safetensors raise it when the disk is full.
-        raise OSError(0, str(error).splitlines()[0]) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+    """utils.files.atomic_write for what writes to a path: a temporary one, which takes the place of `output`."""
+    with atomic_write(output) as file:
+        yield file.name
+        os.chmod(file.name, os.fstat(file.fileno()).st_mode & 0o777)  # safetensors creates one for the owner alone
+        with open(file.name, "rb") as written:
+            os.fsync(written.fileno())
 
 
 @contextlib.contextmanager
@@ -110,26 +89,17 @@ def gathered(centers: StoredRows, output: str) -> Iterator[Tensor]:
         yield gathered
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The formats: each function writes `output` and returns a summary
-
-
 def write_torchshard(weights: Weights, output: str) -> str:
     """{"epoch", "arch", "state_dict"}. Names begin with "module.", class centers are "module.arcface_linear.weight".
 
-    If the names of the identities are known, they are in "identities", by class. Only --init-from uses them.
+    "identities" has the names of the identities by class, if they are known. Only --init-from uses them.
     """
     assert weights.centers is not None
     with gathered(weights.centers, output) as centers, replacing(output) as temporary:
         entries = {**weights.backbone.state_dict(), CENTERS_NAME: centers}
-        contents = {
-            "epoch": weights.epoch,
-            "arch": weights.arch,
-            "state_dict": {f"module.{name}": tensor for name, tensor in entries.items()},
-        }
-        if weights.identities:
-            contents["identities"] = weights.identities
-        torch.save(contents, temporary)
+        named = {f"module.{name}": tensor for name, tensor in entries.items()}
+        identities = {"identities": weights.identities} if weights.identities else {}
+        torch.save({"epoch": weights.epoch, "arch": weights.arch, "state_dict": named, **identities}, temporary)
     return f"backbone and {len(centers):,} class centers"
 
 
@@ -193,23 +163,14 @@ def largest_difference(backbone: nn.Module, path: str) -> float:
     settings.log_severity_level = 3
     settings.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    generator, worst = torch.Generator().manual_seed(0), 0.0
+    generator, differences = torch.Generator().manual_seed(0), []
     for batch in (1, 2, 5):
         images = torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) * 2 - 1
         with torch.inference_mode():
             expected = backbone(images).numpy()
         (found,) = session.run([ONNX_OUTPUT], {ONNX_INPUT: images.numpy()})
-        difference = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
-        worst = max(worst, float(difference.max())) if np.isfinite(difference).all() else float("nan")
-    return worst
-
-
-WRITERS: dict[str, Callable[[Weights, str], str]] = {
-    "torchshard": write_torchshard,
-    "insightface": write_insightface,
-    "onnx": write_onnx,
-    "safetensors": write_safetensors,
-}
+        differences.append(np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1))
+    return float(np.concatenate(differences).max())  # NaN if one of them is
 
 
 def _require(package: str, format: str) -> Any:
@@ -221,25 +182,33 @@ def _require(package: str, format: str) -> Any:
                         f"({error}); pip install -r scripts/requirements.txt") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+WRITERS: dict[str, Callable[[Weights, str], str]] = {
+    "torchshard": write_torchshard, "insightface": write_insightface,
+    "onnx": write_onnx, "safetensors": write_safetensors,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of export.py."""
+
+    resume: str = flag("--resume", required=True, metavar="PATH",
+                       help="checkpoint.pth.tar, or a published backbone's weights")
+    format: str = flag(
+        "--format", required=True, choices=WRITERS, metavar="FORMAT",
+        help="torchshard has backbone and classifier, insightface the backbone's state dict, onnx the backbone for any "
+             "batch size, checked with onnxruntime, safetensors the backbone")
+    output: str = flag("--output", required=True, metavar="FILE",
+                       help="file to write, or to replace once the new one is complete")
+    arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="any", help="fail unless the file holds this")
+    centers: bool = flag("--centers", default=False, help="with --format safetensors: also the class centers")
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse the command line, and check what does not need a file. Raises UserError."""
-    parser = Parser("export.py", "Write a checkpoint in another format. Network input: RGB, (value - 127.5) / 127.5.")
-    parser.add_argument("--resume", metavar="PATH", help="checkpoint.pth.tar, or a published backbone's weights")
-    parser.add_argument("-a", "--arch", metavar="ARCH", help="fail unless the file holds this (default: any)")
-    parser.add_argument("--format", choices=sorted(WRITERS),
-                        help="torchshard: one file with backbone and classifier; insightface: the backbone's state "
-                             "dict; onnx: the backbone for any batch size, checked with onnxruntime; safetensors: the "
-                             "backbone")
-    parser.add_argument("--output", metavar="FILE", help="file to write, or to replace once the new one is complete")
-    parser.add_argument("--centers", action="store_true", help="with --format safetensors: also the class centers")
-    options = Options(**vars(parser.parse_args(argv)))
-    for flag, value in (("--resume", options.resume), ("--format", options.format), ("--output", options.output)):
-        if not value:
-            raise UserError(f"{flag} is missing (see export.py --help)")
+    options = parse_flags(
+        Options, "export.py", "Write a checkpoint in another format. Network input: RGB, (value - 127.5) / 127.5.", argv
+    )
     if options.arch:
         check_arch(options.arch)
     if options.centers and options.format != "safetensors":

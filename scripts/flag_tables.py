@@ -7,19 +7,19 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = Path(__file__).resolve().parent.parent
 # The script's own directory is on sys.path, the repository's root is not.
-sys.path.insert(0, ROOT)
+sys.path.insert(0, str(ROOT))
 
 import valid  # noqa: E402
+from utils.errors import Parser, exit_on_user_error  # noqa: E402
 from utils.flags import flag_tables, flags_of  # noqa: E402
 from utils.options import SECTIONS, main_flags  # noqa: E402
 
-PATH = os.path.join(ROOT, "utils", "FLAGS.md")
+PATH = ROOT / "utils" / "FLAGS.md"
 
 
 def generate() -> str:
@@ -39,18 +39,13 @@ def generate() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the flags of the programs to utils/FLAGS.md.")
+    parser = Parser("flag_tables.py", "Write the flags of the programs to utils/FLAGS.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is stale")
-    check = parser.parse_args().check
-    contents = generate()
-    if not check:
-        with open(PATH, "w", encoding="utf-8") as file:
-            file.write(contents)
-        return
-    with open(PATH, encoding="utf-8") as file:
-        if file.read() != contents:
-            sys.exit(f"{PATH} is stale: run python3 scripts/flag_tables.py")
+    if not parser.parse_args().check:
+        PATH.write_text(generate(), encoding="utf-8")
+    elif PATH.read_text(encoding="utf-8") != generate():
+        sys.exit(f"{PATH} is stale: run python3 scripts/flag_tables.py")
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

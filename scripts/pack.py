@@ -28,15 +28,13 @@ import pickle
 import shutil
 import sys
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, zip_longest
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -45,21 +43,16 @@ from data.decode import IMAGE_SIZE, check_encoded, decode_image, read_bytes  # n
 from data.folder import FaceFolder  # noqa: E402
 from data.pairs import PairList  # noqa: E402
 from data.progress import progress_bar  # noqa: E402
-from data.record_format import MAX_CLASSES, MAX_PART_BYTES, image_record, labels_record  # noqa: E402
+from data.record_format import MAX_CLASSES, image_record, labels_record  # noqa: E402
 from data.recordio import RecordIODataset  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.files import atomic_write, flush, flush_directory, move_aside  # noqa: E402
+from utils.files import atomic_write, flush, flush_directory, move_aside, require_writable  # noqa: E402
 
 COMMIT_SECONDS = 5.0  # the work that a kill costs at most
-# Threads hide the latency of cold files and network disks.
-THREADS = 4
-CHUNK = 64
+THREADS = 4  # they hide the latency of cold files and network disks
+BATCH = 1024
 
-PICKLE_PROTOCOL = 4
-# How an image of each format begins, at byte 0 and at byte 8 (between them WebP has its length).
-EXTENSIONS = (
-    (b"\xff\xd8\xff", b"", ".jpg"), (b"\x89PNG", b"", ".png"), (b"BM", b"", ".bmp"), (b"RIFF", b"WEBP", ".webp"),
-)
+EXTENSIONS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp"}  # by how images begin
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -78,38 +71,30 @@ def main(argv: list[str] | None = None) -> None:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises UserError."""
     parser = Parser("pack.py", "Pack faces as insightface does, and unpack them; images keep every byte.")
-    def subparser(prog: str, description: str, **_: Any) -> Parser:
-        return Parser(prog, description)
-
     commands = parser.add_subparsers(  # type: ignore[call-overload]  # a function in place of a class
-        required=True, metavar="rec|folder|bin", parser_class=subparser
+        required=True, metavar="rec|folder|bin", parser_class=lambda prog, description, **_: Parser(prog, description)
     )
-    for name, command, description in (
-        ("rec", pack_rec, "An image folder -> train.rec and train.idx in the directory OUT."),
-        ("folder", unpack_folder, "A .rec file, or the train.rec in a directory -> an image folder OUT."),
-        ("bin", pack_bin, "A pair list and its images -> the evaluation set OUT."),
+    for name, command, source, description in (
+        ("rec", pack_rec, "FOLDER", "An image folder -> train.rec and train.idx in the directory OUT."),
+        ("folder", unpack_folder, "PACKAGE", "A .rec file, or the train.rec in a directory -> an image folder OUT."),
+        ("bin", pack_bin, None, "A pair list and its images -> the evaluation set OUT."),
     ):
         sub = commands.add_parser(name, help=description, description=description)
         sub.set_defaults(command=command)
-        if command is pack_bin:
-            sub.add_argument("--imgs-root", required=True, metavar="DIR", help="the directory of the pairs' images")
-            sub.add_argument("--pair-list", required=True, metavar="FILE", help="lines of: path1 path2 0|1")
-        else:
-            sub.add_argument("source", metavar="FOLDER" if command is pack_rec else "PACKAGE",
-                             help="what main.py would train on")
+        if source:
+            sub.add_argument("source", metavar=source, help="what main.py would train on")
             sub.add_argument("--skip-bad-images", action="store_true",
                              help="leave out images that cannot be read, or are not 112x112, instead of stopping")
+        else:
+            sub.add_argument("--imgs-root", required=True, metavar="DIR", help="the directory of the pairs' images")
+            sub.add_argument("--pair-list", required=True, metavar="FILE", help="lines of: path1 path2 0|1")
         sub.add_argument("out", metavar="OUT", help="must not exist yet")
-        replaced = "rename an existing OUT to OUT.1" if command is unpack_folder else "replace an existing OUT"
-        sub.add_argument("--force", action="store_true", help=replaced)
+        sub.add_argument("--force", action="store_true", help="replace an existing OUT; a folder is renamed to OUT.1")
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image folder -> .rec
-
-
 def pack_rec(options: argparse.Namespace) -> str:
+    """An image folder -> train.rec and what belongs to it."""
     folder = FaceFolder(options.source)
     if len(folder.identities) > MAX_CLASSES:
         raise UserError(f"{folder.root}: has {len(folder.identities)} identities; a package, whose labels are float32, "
@@ -118,35 +103,36 @@ def pack_rec(options: argparse.Namespace) -> str:
     _refuse_existing(rec, options.force)
     source = _digest(folder)
     os.makedirs(options.out, exist_ok=True)
-    with _PartialPackage(options.out) as package:
+    with _PartialPackage(options.out, source) as package:
         _refuse_existing(rec, options.force)  # again: another process may have finished it before we had the lock
-        if not package.resume(source, folder):
-            package.restart(source)
+        package.resume(folder)
         _add_images(package, folder, options.skip_bad_images)
-        labels = np.delete(folder.labels, package.skipped)
-        if not len(labels):
+        used = np.delete(np.arange(len(folder)), package.skipped)
+        if not len(used):
             raise UserError(f"{folder.root}: no image can be used")
-        ends = np.searchsorted(labels, np.arange(len(folder.identities)), side="right") + 1
-        first_identity = len(labels) + 1
-        if int(np.float32(first_identity)) != first_identity:
-            print(f"warning: float32, the format's type of labels, rounds {first_identity}, the key of the first "
-                  "identity record; main.py finds it nevertheless, other programs may not", file=sys.stderr)
+        ends = np.searchsorted(folder.labels[used], np.arange(len(folder.identities)), side="right") + 1
+        first_identity = len(used) + 1
         package.add(0, labels_record(0, [first_identity, first_identity + len(ends)]))
         for label, (start, end) in enumerate(zip([1, *ends.tolist()], ends.tolist())):
             package.add(first_identity + label, labels_record(first_identity + label, [start, end]))
         package.publish({
-            "property": f"{len(ends)},{IMAGE_SIZE},{IMAGE_SIZE}\n".encode(),
-            "train.identities.txt": b"".join(os.fsencode(name) + b"\n" for name in folder.identities),
+            "property": [b"%d,%d,%d\n" % (len(ends), IMAGE_SIZE, IMAGE_SIZE)],
+            "train.identities.txt": (os.fsencode(name) + b"\n" for name in folder.identities),
+            "train.files.txt": (os.fsencode(_name(folder, i)) + b"\n" for i in used.tolist()),
         })
     skipped = f", {len(package.skipped)} bad ones left out" if package.skipped else ""
-    return f"{len(labels):,} images of {len(ends):,} identities{skipped}, {os.path.getsize(rec) / 1e6:,.1f} MB"
+    return f"{len(used):,} images of {len(ends):,} identities{skipped}, {os.path.getsize(rec) / 1e6:,.1f} MB"
+
+
+def _name(folder: FaceFolder, i: int) -> str:
+    return folder.path(i)[len(folder.root) + 1 :]  # <identity>/<file>
 
 
 def _digest(folder: FaceFolder) -> str:
     """A hash of the directory and of all image names."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(folder.root)))
     for i in range(len(folder)):
-        name = folder.path(i)[len(folder.root) :]
+        name = _name(folder, i)
         if "\n" in name:
             raise UserError(f"{ascii(folder.path(i))}: a line break in a name cannot be kept in train.files.txt; "
                             "rename the file or directory")
@@ -160,114 +146,90 @@ def _add_images(package: _PartialPackage, folder: FaceFolder, skip_bad: bool) ->
         try:
             image = read_bytes(path)
             check_encoded(image, path)
-            if len(image) > MAX_PART_BYTES - 64:  # less than the record's header
-                raise UserError(f"{path}: has {len(image)} bytes; a record holds less than 512 MiB")
         except UserError as error:
             return i, error
         return i, image
 
-    labels = folder.labels
-    with _bar(len(folder), "packing", initial=package.next) as bar:
-        try:
-            for i, image in _in_order(read, range(package.next, len(folder))):
-                if isinstance(image, UserError):
-                    if not skip_bad:
-                        raise UserError(f"{image} (--skip-bad-images packs the others)")
-                    package.skipped.append(i)
-                else:
-                    key = i + 1 - len(package.skipped)
-                    package.add(key, image_record(key, int(labels[i]), image), folder.path(i)[len(folder.root) + 1 :])
-                package.next = i + 1
-                package.commit(COMMIT_SECONDS)
-                bar.update()
-        except BaseException:  # also after an interruption: the next run continues from here
-            with contextlib.suppress(OSError):
-                package.commit()
-            raise
+    labels, begin = folder.labels, package.done
+    images = _in_order(read, range(begin, len(folder)))
+    try:
+        for i, image in progress_bar("packing", len(folder), iterable=images, initial=begin, unit="image"):
+            if isinstance(image, bytes):
+                key = i + 1 - len(package.skipped)
+                package.add(key, image_record(key, int(labels[i]), image))
+            elif skip_bad:
+                package.skipped.append(i)
+            else:
+                raise UserError(f"{image} (--skip-bad-images packs the others)")
+            package.done = i + 1
+            package.commit(COMMIT_SECONDS)
+    except BaseException:  # also after an interruption: the next run continues from here
+        with contextlib.suppress(OSError):
+            package.commit()
+        raise
 
 
-class _PartialPackage:
-    """OUT/train.rec, .idx and .files.txt while they grow as *.partial, and the journal train.rec.partial.json.
+class _PartialPackage(contextlib.ExitStack):
+    """OUT/train.rec.partial and train.idx.partial while they grow, and the journal train.rec.partial.json.
 
-    The journal says how far the files are valid. It is written after they have been flushed to the disk.
-    Attributes: next (the number of images that are done), skipped (which of them were left out).
+    The journal says how far both files are valid. It is written after they have been flushed to the disk.
+    done: the number of images that are done; skipped: which of them were left out.
     Raises UserError if another process is writing them.
     """
 
-    def __init__(self, out: str) -> None:
-        self._out = out
-        self._journal_path = os.path.join(out, "train.rec.partial.json")
-        names = ("train.rec", "train.idx", "train.files.txt")
-        self._files = {name: _Appended(os.path.join(out, f"{name}.partial")) for name in names}
-        self.next = 0
-        self.skipped: list[int] = []
+    def __init__(self, out: str, source: str) -> None:
+        super().__init__()
+        self._out, self._journal_path = out, os.path.join(out, "train.rec.partial.json")
+        self._source, self._started, self._committed = source, time.time_ns(), time.monotonic()
+        self.done, self.skipped = 0, list[int]()
+        paths = [os.path.join(out, f"train.{kind}.partial") for kind in ("rec", "idx")]
+        self._rec, self._idx = self._files = [self.enter_context(open(path, "ab", buffering=1 << 20)) for path in paths]
+        _lock(self._rec)
 
-    def __enter__(self) -> _PartialPackage:
-        return self
+    def resume(self, folder: FaceFolder) -> None:
+        """Continue from the journal, unless the folder has changed since or the files do not fit; then start again."""
+        sizes = [0, 0]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open(self._journal_path) as journal_file:
+            journal = json.load(journal_file)
+            done, started = journal["done"], journal["started"]
+            fit = all(os.path.getsize(file.name) >= size for file, size in zip(self._files, journal["sizes"]))
+            if (journal["source"] == self._source and fit
+                    and not any(_changed_since(started, folder.path(i)) for i in range(done))):
+                self._started, self.done, self.skipped, sizes = started, done, journal["skipped"], journal["sizes"]
+                print(f"=> continuing after {done:,} of {len(folder):,} images", file=sys.stderr)
+        for file, size in zip(self._files, sizes):
+            file.truncate(size)
+            file.seek(size)
 
-    def __exit__(self, *_: Any) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def resume(self, source: str, folder: FaceFolder) -> bool:
-        """Continue from the journal. False if it is of another source, the files differ from it, or images changed."""
-        try:
-            with open(self._journal_path, "rb") as file:
-                journal = json.load(file)
-            extents = [(self._files[name], size, checksum) for name, (size, checksum) in journal["files"].items()]
-            done, skipped, started = journal["next"], journal["skipped"], journal["started"]
-            if journal["source"] != source or len(extents) != len(self._files):
-                return False
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        if any(_changed_since(started, folder.path(i)) for i in range(done)):
-            return False
-        if not all(file.cut(size, checksum) for file, size, checksum in extents):
-            return False
-        self._source, self._started, self.next, self.skipped = source, started, done, skipped
-        self._committed = time.monotonic()
-        print(f"=> continuing after {done:,} of {len(folder):,} images", file=sys.stderr)
-        return True
-
-    def restart(self, source: str) -> None:
-        self._source, self._started = source, time.time_ns()
-        self._committed = time.monotonic()
-        for file in self._files.values():
-            file.cut(0, 0)
-
-    def add(self, key: int, record: bytes, file_name: str | None = None) -> None:
-        self._files["train.idx"].write(b"%d\t%d\n" % (key, self._files["train.rec"].size))
-        self._files["train.rec"].write(record)
-        if file_name is not None:
-            self._files["train.files.txt"].write(os.fsencode(file_name) + b"\n")
+    def add(self, key: int, record: bytes) -> None:
+        self._idx.write(b"%d\t%d\n" % (key, self._rec.tell()))
+        self._rec.write(record)
 
     def commit(self, interval: float = 0.0) -> None:
         """Make what was added survive a kill, unless the last commit is less than `interval` seconds ago."""
         if time.monotonic() - self._committed < interval:
             return
-        for file in self._files.values():
-            file.flush()
-        journal = {
-            "source": self._source, "started": self._started, "next": self.next, "skipped": self.skipped,
-            "files": {name: (file.size, file.checksum) for name, file in self._files.items()},
-        }
+        for file in self._files:
+            flush(file)
+        journal = {"source": self._source, "started": self._started, "done": self.done, "skipped": self.skipped,
+                   "sizes": [file.tell() for file in self._files]}
         with atomic_write(self._journal_path) as journal_file:
             journal_file.write(json.dumps(journal).encode())
         self._committed = time.monotonic()
 
-    def publish(self, others: dict[str, bytes]) -> None:
-        """Rename the files to their final names, train.rec last: without it there is no package."""
-        for file in self._files.values():
-            file.flush()
+    def publish(self, others: dict[str, Iterable[bytes]]) -> None:
+        """Write the other files and give these their final names, train.rec last: without it there is no package."""
+        for file in self._files:
+            flush(file)
         rec = os.path.join(self._out, "train.rec")
         for old in (rec, f"{rec}.index"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(old)
-        for name, content in others.items():
+        for name, lines in others.items():
             with atomic_write(os.path.join(self._out, name)) as other:
-                other.write(content)
-        for name in ("train.idx", "train.files.txt", "train.rec"):
-            os.replace(self._files[name].path, os.path.join(self._out, name))
+                other.writelines(lines)
+        for partial in (self._idx, self._rec):
+            os.replace(partial.name, partial.name.removesuffix(".partial"))
         with contextlib.suppress(FileNotFoundError):  # a short run needs none
             os.unlink(self._journal_path)
         flush_directory(self._out)
@@ -280,44 +242,8 @@ def _changed_since(time_ns: int, path: str) -> bool:
         return False  # a broken link: it was left out
 
 
-class _Appended:
-    """A locked file that grows, with its size and CRC-32."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.size, self.checksum = path, 0, 0
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=1 << 20)
-        _lock(self._file, path)
-        if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(self._file.fileno()).st_ino:
-            raise UserError(f"{path}: another process has just finished it; run the command again")
-
-    def cut(self, size: int, checksum: int) -> bool:
-        """Truncate to `size` bytes and append there. False if the file is shorter or has another checksum."""
-        self._file.seek(0)
-        self.size, self.checksum = 0, 0
-        while block := self._file.read(min(1 << 24, size - self.size)):
-            self.size, self.checksum = self.size + len(block), zlib.crc32(block, self.checksum)
-        if (self.size, self.checksum) != (size, checksum):
-            return False
-        self._file.seek(size)
-        self._file.truncate()
-        return True
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.size, self.checksum = self.size + len(data), zlib.crc32(data, self.checksum)
-
-    def flush(self) -> None:
-        flush(self._file)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# .rec -> image folder
-
-
 def unpack_folder(options: argparse.Namespace) -> str:
+    """A package -> an image folder."""
     out = options.out.rstrip("/")
     exists = os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out))
     if exists:
@@ -330,12 +256,10 @@ def unpack_folder(options: argparse.Namespace) -> str:
     unfinished = f"{out}.partial"
     with _open_unpacking(unfinished, dataset, options.force):
         def write(item: tuple[int, str]) -> None:
-            i, name = item
-            _write_image(f"{unfinished}/{name}", dataset.encoded(i)[0])
+            _write_image(f"{unfinished}/{item[1]}", dataset.encoded(item[0])[0])
 
-        with _bar(len(dataset), "unpacking") as bar:
-            for _ in _in_order(write, enumerate(names)):
-                bar.update()
+        written = _in_order(write, enumerate(names))
+        deque(progress_bar("unpacking", len(dataset), iterable=written, unit="image"), maxlen=0)
         files = sum(len(files) for _, _, files in os.walk(unfinished))
         if files != len(dataset):
             raise UserError(f"{unfinished}: holds {files} files after {len(dataset)} images were unpacked: names in "
@@ -356,44 +280,36 @@ def unpack_folder(options: argparse.Namespace) -> str:
 def _image_names(dataset: RecordIODataset, keys: np.ndarray) -> Iterator[str]:
     """`<identity>/<file>` of each image in `dataset`. keys: those of all images, before bad ones were dropped."""
     stem = dataset.root.removesuffix(".rec")
-    identities, labels = dataset.identities, dataset.labels
+    identities = list(dataset.identities)
     for name in identities:
         _require_plain(name, f"{stem}.identities.txt")
     if identities == [str(label) for label in range(len(identities))]:  # so that they sort as they count
         identities = [name.zfill(len(identities[-1])) for name in identities]
+    names = [identities[label] for label in dataset.labels]
     if os.path.exists(f"{stem}.files.txt"):
-        lines = np.searchsorted(keys, dataset.keys)
-        listed = functools.partial(_listed_names, f"{stem}.files.txt", lines, len(keys), identities, labels)
+        listed = functools.partial(_listed_names, f"{stem}.files.txt", np.isin(keys, dataset.keys), names)
         deque(listed(), maxlen=0)  # finds all mistakes before any work
         return listed()
     width = len(str(keys[-1]))
-    return (
-        f"{identities[label]}/{key:0{width}d}{_extension(dataset.encoded(i)[0])}"
-        for i, (label, key) in enumerate(zip(labels, dataset.keys))
-    )
+    return (f"{name}/{key:0{width}d}{_extension(dataset.encoded(i)[0])}"
+            for i, (name, key) in enumerate(zip(names, dataset.keys)))
 
 
-def _listed_names(
-    path: str, lines: np.ndarray, count: int, identities: Sequence[str], labels: np.ndarray
-) -> Iterator[str]:
-    """The `lines` (int64, from 0, ascending) of files.txt, which must have `count`, and the label of each."""
-    taken, number = 0, -1
+def _listed_names(path: str, used: np.ndarray, identities: list[str]) -> Iterator[str]:
+    """The lines of files.txt for the images that are `used` (bool, all images), whose `identities` are given."""
+    expected = iter(identities)
     with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            if taken == len(lines) or number != lines[taken]:
-                continue
-            name = os.fsdecode(line.removesuffix(b"\n"))
-            identity, slash, file_name = name.partition("/")
-            expected = identities[labels[taken]]
-            if identity != expected or not slash:
-                raise UserError(f"{path}:{number + 1}: expected {ascii(expected)}/<file>, the identity of the image's "
-                                f"label, got {ascii(name[:120])}; fetch this file again, or remove it")
-            _require_plain(file_name, f"{path}:{number + 1}")
-            taken += 1
-            yield name
-    if number + 1 != count:
-        raise UserError(f"{path}: has {number + 1} lines for the package's {count} images; fetch it again, or remove "
-                        "it")
+        for number, (line, is_used) in enumerate(zip_longest(file, used), 1):
+            if line is None or is_used is None:
+                raise UserError(f"{path}: must have a line for each of the package's {len(used)} images; fetch it "
+                                "again, or remove it")
+            if is_used:
+                name, identity = os.fsdecode(line.removesuffix(b"\n")), next(expected)
+                if not name.startswith(f"{identity}/"):
+                    raise UserError(f"{path}:{number}: expected {ascii(identity)}/<file>, the identity of the image's "
+                                    f"label, got {ascii(name[:120])}; fetch this file again, or remove it")
+                _require_plain(name[len(identity) + 1 :], f"{path}:{number}")
+                yield name
 
 
 def _require_plain(name: str, source: str) -> None:
@@ -404,31 +320,28 @@ def _require_plain(name: str, source: str) -> None:
 
 
 def _extension(image: bytes) -> str:
-    for start, at_8, extension in EXTENSIONS:
-        if image.startswith(start) and image.startswith(at_8, 8):
-            return extension
-    return ""
+    return next((extension for start, extension in EXTENSIONS.items() if image.startswith(start)), "")
 
 
 @contextlib.contextmanager
 def _open_unpacking(unfinished: str, dataset: RecordIODataset, force: bool) -> Iterator[None]:
     """Create the directory, or continue in the one that an interrupted run of the same package left. Locks it."""
     state = os.stat(dataset.root)
-    package = {"package": os.path.abspath(dataset.root), "size": state.st_size, "time": state.st_mtime_ns}
-    source = json.dumps(package).encode()
-    marker = f"{unfinished}.json"
-    if os.path.lexists(unfinished) and not os.path.exists(marker):
-        raise UserError(f"{unfinished}: exists and was not made by this program; move it")
+    source = json.dumps([os.path.abspath(dataset.root), state.st_size, state.st_mtime_ns]).encode()
     os.makedirs(os.path.dirname(os.path.abspath(unfinished)), exist_ok=True)
-    with open(marker, "a+b") as file:
-        _lock(file, marker)
+    with open(f"{unfinished}.json", "a+b") as file:
+        _lock(file)
         file.seek(0)
-        if os.path.isdir(unfinished) and file.read() != source:
-            if not force:
+        found = file.read()
+        if os.path.lexists(unfinished):
+            if not found:
+                raise UserError(f"{unfinished}: exists and was not made by this program; move it")
+            if found == source:
+                print(f"=> continuing with {unfinished}", file=sys.stderr)
+            elif force:
+                shutil.rmtree(unfinished)
+            else:
                 raise UserError(f"{unfinished}: was unpacked from another package; --force removes it")
-            shutil.rmtree(unfinished)
-        elif os.path.isdir(unfinished):
-            print(f"=> continuing with {unfinished}", file=sys.stderr)
         file.truncate(0)
         file.write(source)
         file.flush()
@@ -448,16 +361,10 @@ def _write_image(path: str, image: bytes) -> None:
         file.write(image)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs -> .bin
-
-
 def pack_bin(options: argparse.Namespace) -> str:
-    """Restarts after an interruption: 6,000 pairs take seconds."""
+    """Pairs -> one file. Restarts after an interruption: 6,000 pairs take seconds."""
     _refuse_existing(options.out, options.force)
-    directory = os.path.dirname(os.path.abspath(options.out))
-    if not os.path.isdir(directory):
-        raise UserError(f"{options.out}: there is no directory {directory}; create it first")
+    require_writable("OUT", options.out)
     pairs = PairList(options.imgs_root, options.pair_list)
 
     def read(path: str) -> bytes:
@@ -465,20 +372,12 @@ def pack_bin(options: argparse.Namespace) -> str:
         decode_image(image, path)  # not only the header: the images are few, and later results depend on them
         return image
 
-    images = []
-    with _bar(len(pairs.paths), "packing") as bar:
-        for image in _in_order(read, pairs.paths):
-            images.append(image)
-            bar.update()
+    images = list(_in_order(read, pairs.paths))
     # An image of several pairs is one object in all of them, which pickle writes once.
     encoded = [images[i] for pair in zip(pairs.index1.tolist(), pairs.index2.tolist()) for i in pair]
-    content = (encoded, pairs.is_same.tolist())
     with atomic_write(options.out) as file:
-        pickle.dump(content, file, protocol=PICKLE_PROTOCOL)
+        pickle.dump((encoded, pairs.is_same.tolist()), file, protocol=4)
     return f"{len(pairs):,} pairs of {len(images):,} images, {os.path.getsize(options.out) / 1e6:,.1f} MB"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _refuse_existing(path: str, force: bool) -> None:
@@ -486,31 +385,19 @@ def _refuse_existing(path: str, force: bool) -> None:
         raise UserError(f"{path}: exists; give another OUT, or --force")
 
 
-def _lock(file: BinaryIO, path: str) -> None:
+def _lock(file: BinaryIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path}: another process is writing it; wait for it, or give another OUT") from None
+        raise UserError(f"{file.name}: another process is writing it; wait for it, or give another OUT") from None
 
 
 def _in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """map(function, items), a few chunks ahead in threads."""
-    def run(chunk: list[Item]) -> list[Result]:
-        return list(map(function, chunk))
-
+    """map(function, items) in threads, a batch at a time."""
     remaining = iter(items)
-    ahead: deque[Future[list[Result]]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
-        while True:
-            while len(ahead) < 2 * THREADS and (chunk := list(islice(remaining, CHUNK))):
-                ahead.append(threads.submit(run, chunk))
-            if not ahead:
-                return
-            yield from ahead.popleft().result()
-
-
-def _bar(total: int, what: str, initial: int = 0) -> tqdm:
-    return progress_bar(what, total, initial=initial, unit="image")
+        while batch := list(islice(remaining, BATCH)):
+            yield from threads.map(function, batch)
 
 
 if __name__ == "__main__":

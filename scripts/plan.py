@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,10 +53,8 @@ class Options:
 def main() -> None:
     options = parse_options()
     visible = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    memory = options.memory_gib
-    if memory is None:
-        memory = visible.total_memory / GIB if visible else ASSUMED_MEMORY_GIB
-    matmul_dtype = PRECISIONS[options.precision]
+    memory_gib = options.memory_gib or (visible.total_memory / GIB if visible else ASSUMED_MEMORY_GIB)
+    memory, matmul_dtype = int(memory_gib * GIB), PRECISIONS[options.precision]
     backbone = measure_backbone(
         lambda: build_backbone(options.arch, EMBEDDING_SIZE), device_type="cuda", autocast_dtype=matmul_dtype
     )
@@ -65,39 +62,33 @@ def main() -> None:
     def predict(classes: int, world_size: int) -> dict[str, int]:
         return predict_memory(backbone, RunSettings(
             classes=classes, world_size=world_size, batch_size=options.batch_size, embedding_size=EMBEDDING_SIZE,
-            total_bytes=int(memory * GIB), cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
+            total_bytes=memory, cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,
             matmul_dtype=matmul_dtype,
         ))
 
-    print(as_text(options, memory, predict))
+    def fits(classes: int, world_size: int) -> bool:
+        return sum(predict(classes, world_size).values()) <= memory
 
-
-def as_text(options: Options, memory_gib: float, predict: Callable[[int, int], dict[str, int]]) -> str:
-    """The table, and what fits. `predict`: (classes, world size) -> bytes of each part."""
-    memory = memory_gib * GIB
+    print(f"{options.arch}, {options.classes:,} classes, {options.batch_size} images on {options.world_size} GPUs of "
+          f"{memory_gib:g} GiB, {options.precision}\n")
     parts = predict(options.classes, options.world_size)
-    total = sum(parts.values())
-    width = max(map(len, parts))
-    most = largest(lambda classes: sum(predict(classes, options.world_size).values()) <= memory, options.world_size)
+    total, width = sum(parts.values()), max(map(len, parts))
+    for name, size in parts.items():
+        if size:
+            print(f"{name:<{width}}  {size / MIB:>10,.0f} MiB")
+    print(f"{'sum':<{width}}  {total / MIB:>10,.0f} MiB  = {total / memory:.0%} of a GPU: "
+          f"{'fits' if total <= memory else 'does not fit'}\n")
+
+    most = largest(lambda classes: fits(classes, options.world_size), options.world_size)
+    print(f"most classes that fit on {options.world_size} GPUs: {most:,}" if most else
+          f"no number of classes fits on {options.world_size} GPUs; use a smaller batch or --precision bf16")
     counts = [count for count in range(1, options.batch_size // 2 + 1) if options.batch_size % count == 0]
     if options.fuse_classifier_update and not options.enable_model_parallel:
         counts = [1]
-    fewest = next((count for count in counts if sum(predict(options.classes, count).values()) <= memory), None)
-    return "\n".join([
-        f"{options.arch}, {options.classes:,} classes, {options.batch_size} images on {options.world_size} GPUs of "
-        f"{memory_gib:g} GiB, {options.precision}",
-        "",
-        *(f"{name:<{width}}  {size / MIB:>10,.0f} MiB" for name, size in parts.items() if size),
-        f"{'sum':<{width}}  {total / MIB:>10,.0f} MiB  = {total / memory:.0%} of a GPU: "
-        + ("fits" if total <= memory else "does not fit"),
-        "",
-        f"most classes that fit on {options.world_size} GPUs: {most:,}" if most else
-        f"no number of classes fits on {options.world_size} GPUs; use a smaller batch or --precision bf16",
-        f"fewest GPUs that {options.classes:,} classes fit on with this batch: {fewest}" if fewest else
-        f"{options.classes:,} classes with this batch fit on no number of GPUs",
-    ])
+    fewest = next((count for count in counts if fits(options.classes, count)), None)
+    print(f"fewest GPUs that {options.classes:,} classes fit on with this batch: {fewest or 'no number is enough'}")
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

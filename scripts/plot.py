@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,44 +18,28 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.evaluation.plots import (  # noqa: E402
-    COLOURS,
-    GRAY,
-    PLOT_FORMATS,
-    check_picture,
-    draw_roc,
-    line_style,
-    load_pyplot,
-    require_matplotlib,
-    tidy,
-)
+from utils.evaluation import plots  # noqa: E402
 from utils.evaluation.protocol import RocCurve  # noqa: E402
 from utils.files import require_writable  # noqa: E402
 
 
 def main() -> None:
-    options = parse_options()
-    require_matplotlib("--metrics" if options.metrics is not None else "--roc")
-    if options.metrics is not None:
-        plot_metrics(options.metrics, options.output)
-    else:
-        draw_roc([curve for argument in options.roc for curve in read_roc(argument)], options.output)
-    print(f"=> {options.output}")
-
-
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags. Raises UserError."""
     parser = Parser("plot.py", "Draw a training curve, or ROC curves, as a picture.")
     parser.add_argument("--metrics", metavar="FILE", help="metrics.jsonl of a training run")
     parser.add_argument("--roc", action="append", metavar="FILE[=LABEL]",
                         help="a file that valid.py --json wrote; may be repeated")
     parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     if (options.metrics is None) == (options.roc is None):
         raise UserError("give either --metrics FILE or --roc FILE")
-    check_picture("--output", options.output, PLOT_FORMATS)
+    plots.check_picture("--output", options.output, plots.PLOT_FORMATS)
     require_writable("--output", options.output)
-    return options
+    plots.require_matplotlib("--metrics" if options.roc is None else "--roc")
+    if options.roc is None:
+        plot_metrics(options.metrics, options.output)
+    else:
+        plots.draw_roc([curve for argument in options.roc for curve in read_roc(argument)], options.output)
+    print(f"=> {options.output}")
 
 
 def read_metrics(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -77,9 +60,8 @@ def read_metrics(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
                 loss = np.nan if row["loss"] is None else float(row["loss"])  # null stands for inf or NaN
                 steps.append({**row, "step": int(row["step"]), "loss": loss, "lr": float(row["lr"])})
         except (ValueError, TypeError, KeyError, AttributeError):
-            if number == len(lines):
-                break
-            raise UserError(f"--metrics {path}: line {number} has no step, loss and lr: {line[:60]}") from None
+            if number < len(lines):
+                raise UserError(f"--metrics {path}: line {number} has no step, loss and lr: {line[:60]}") from None
     if not steps:
         raise UserError(f"--metrics {path}: contains no complete line")
     return steps, evaluations
@@ -92,15 +74,9 @@ def read_roc(argument: str) -> list[RocCurve]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        results = ({f"{label}, {name}": result for name, result in content["sets"].items()} if "sets" in content
-                   else {label: content})
-        curves = []
-        for name, result in results.items():
-            fpr, tpr = (np.asarray(result[rate], dtype=float) for rate in ("fpr", "tpr"))
-            if fpr.ndim != 1 or fpr.shape != tpr.shape or not len(fpr):
-                raise ValueError
-            curves.append(RocCurve(name, fpr, tpr, float(result["accuracy"]), float(result["auc"])))
-        return curves
+        results = {f"{label}, {name}": result for name, result in content.get("sets", {}).items()} or {label: content}
+        return [RocCurve(name, np.asarray(result["fpr"], dtype=float), np.asarray(result["tpr"], dtype=float),
+                         float(result["accuracy"]), float(result["auc"])) for name, result in results.items()]
     except OSError as error:
         raise UserError(f"--roc {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -121,61 +97,48 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def plot_metrics(path: str, output: str) -> None:
     """Draw loss, accuracies and learning rate over the steps of the run in `path`. Raises UserError."""
     rows, evaluations = read_metrics(path)
-    pyplot = load_pyplot()
-    step, loss, lr = (np.array([row[name] for row in rows], dtype=float) for name in ("step", "loss", "lr"))
-    reports = [row for row in rows if "top1" in row]
-    heights = (3, *([2] if reports else []), *([2] if evaluations else []), 1.2)
-    figure, panels = pyplot.subplots(
+    step, loss, lr = (np.array([row[name] for row in rows]) for name in ("step", "loss", "lr"))
+    window = max(len(rows) // 25, 1)
+    smoothed = smooth(loss, window)
+    accuracies = {}  # label of the panel: {name: [(step, percent), ...]}
+    if reports := [row for row in rows if "top1" in row]:
+        accuracies["training accuracy, %"] = {
+            name: [(row["step"], row.get(key, np.nan)) for row in reports]
+            for name, key in (("top 1", "top1"), ("top 5", "top5"))
+        }
+    if evaluations:
+        accuracies["pair accuracy, %"] = {
+            name: [(row["step"], 100 * row["accuracy"][name]) for row in evaluations if name in row["accuracy"]]
+            for name in dict.fromkeys(name for row in evaluations for name in row["accuracy"])
+        }
+
+    heights = [3, *[2] * len(accuracies), 1.2]
+    figure, panels = plots.load_pyplot().subplots(
         len(heights), 1, sharex=True, figsize=(8, 2.4 + 2.1 * (len(heights) - 1)), height_ratios=heights,
         layout="constrained",
     )
-
     marker = "o" if len(rows) == 1 else None  # a single point makes no line
-    window = max(len(rows) // 25, 1)
-    smoothed = smooth(loss, window)
-    panels[0].plot(step, loss, color=COLOURS[0], alpha=0.3 if window > 1 else 1, linewidth=0.9, marker=marker,
-                   label="each step")
-    if window > 1:
-        panels[0].plot(step, smoothed, color=COLOURS[0], linewidth=2, label=f"mean of {window} steps")
-        panels[0].legend(frameon=False)
-    if spans_decades(loss):
-        panels[0].set_yscale("log")
-    tidy(panels[0], "loss")
-
-    if reports:
-        at = [row["step"] for row in reports]
-        for name, colour, label in (("top5", COLOURS[2], "top 5"), ("top1", COLOURS[1], "top 1")):
-            panels[1].plot(at, [row.get(name, np.nan) for row in reports], color=colour, linewidth=1.6, marker="o",
-                           markersize=3 if len(reports) < 60 else 0, label=label)
-        panels[1].set_ylim(bottom=0)
-        panels[1].legend(frameon=False, loc="upper left")
-        tidy(panels[1], "training accuracy, %")
-
-    if evaluations:
-        for number, name in enumerate(dict.fromkeys(name for row in evaluations for name in row["accuracy"])):
-            points = [(row["step"], 100 * row["accuracy"][name]) for row in evaluations if name in row["accuracy"]]
-            panels[-2].plot(*zip(*points), **line_style(number), linewidth=1.6, marker="o",
-                            markersize=3 if len(points) < 60 else 0, label=name)
-        panels[-2].legend(frameon=False, loc="lower right")
-        tidy(panels[-2], "pair accuracy, %")
-
-    panels[-1].plot(step, lr, color=GRAY, linewidth=1.6, marker=marker)
-    if spans_decades(lr):
-        panels[-1].set_yscale("log")
-    else:
-        panels[-1].set_ylim(bottom=0)
-    tidy(panels[-1], "learning rate")
+    colour = plots.COLOURS[0]
+    panels[0].plot(step, loss, color=colour, alpha=0.3, linewidth=0.9, marker=marker, label="each step")
+    panels[0].plot(step, smoothed, color=colour, linewidth=2, label=f"mean of {window} steps")
+    panels[0].legend(frameon=False)
+    for panel, curves in zip(panels[1:], accuracies.values()):
+        for number, (name, points) in enumerate(curves.items(), 1):
+            panel.plot(*zip(*points), **plots.line_style(number), linewidth=1.6, marker="o",
+                       markersize=3 if len(points) < 60 else 0, label=name)
+        panel.legend(frameon=False)
+    panels[-1].plot(step, lr, color=plots.GRAY, linewidth=1.6, marker=marker)
     panels[-1].set_xlabel("step")
     panels[-1].locator_params(axis="x", integer=True)
+    for panel, values in ((panels[0], loss), (panels[-1], lr)):
+        finite = values[np.isfinite(values)]
+        if len(finite) and 0 < 30 * finite.min() < finite.max():
+            panel.set_yscale("log")
+    for panel, label in zip(panels, ("loss", *accuracies, "learning rate")):
+        plots.tidy(panel, label)
     figure.align_ylabels()
     figure.suptitle(f"Training: {len(rows):,} steps, loss {loss[0]:.2f} to {smoothed[-1]:.2f}")
     figure.savefig(output, dpi=130)
-
-
-def spans_decades(values: np.ndarray) -> bool:
-    """Whether the finite values are positive and differ by more than a factor of 30."""
-    finite = values[np.isfinite(values)]
-    return len(finite) > 0 and finite.min() > 0 and finite.max() > 30 * finite.min()
 
 
 if __name__ == "__main__":

@@ -11,45 +11,104 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import shutil
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.synthetic import write_identity_set, write_pairs  # noqa: E402
-from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from scripts.synthetic import draw_face  # noqa: E402
+from utils.errors import UserError, exit_on_user_error  # noqa: E402
+from utils.flags import flag, parse_flags  # noqa: E402
 
 SETTINGS_FILE = "synthetic.json"
-DRAWING_VERSION = 1  # increase it when the drawings change, so that old sets are not mistaken for new ones
+DRAWING_VERSION = 2  # increase it when the drawings change, so that old sets are not mistaken for new ones
 
 
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("synthesize.py", "Draw a synthetic identity set.")
-    parser.add_argument("out", metavar="OUT", help="directory to create; unchanged if it already holds this set")
-    parser.add_argument("--identities", type=int, default=100, metavar="N",
-                        help="people in the training set (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=20, metavar="N", help="per identity (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=600, metavar="N",
-                        help="image pairs, half of them of one person (default: %(default)s)")
-    parser.add_argument("--pair-identities", type=int, default=50, metavar="N",
-                        help="people in the pairs, none of them in the training set (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
-    parser.add_argument("--force", action="store_true",
-                        help="replace a set that this program drew with other settings; nothing else is ever removed")
-    options = parser.parse_args(argv)
-    for flag, value, least in (
-        ("--identities", options.identities, 2), ("--images", options.images, 1), ("--pairs", options.pairs, 2),
-        ("--pair-identities", options.pair_identities, 2), ("--seed", options.seed, 0),
-    ):
-        if value < least:
-            raise UserError(f"{flag} {value}: give at least {least}")
-    return options
+@dataclass(frozen=True)
+class Options:
+    """The arguments of synthesize.py."""
+
+    out: str = flag("out", default="", metavar="OUT",
+                    help="directory to create; unchanged if it already holds this set")
+    identities: int = flag("--identities", default=100, metavar="N", at_least=2, help="people in the training set")
+    images: int = flag("--images", default=20, metavar="N", at_least=1, help="images of each identity")
+    pairs: int = flag("--pairs", default=600, metavar="N", at_least=2, help="image pairs, half of them of one person")
+    pair_identities: int = flag("--pair-identities", default=50, metavar="N", at_least=2,
+                                help="people in the pairs, none of them in the training set")
+    seed: int = flag("--seed", default=0, metavar="S", at_least=0, help="another seed draws other people")
+    force: bool = flag("--force", default=False,
+                       help="replace a set that this program drew with other settings; nothing else is ever removed")
+
+
+def write_identity_set(directory: Path, identities: Iterable[int], images: int, seed: int = 0) -> None:
+    """Write `directory/<identity>/<image>.jpg`: so many `images` of each identity."""
+    _write_images(directory, [(identity, image) for identity in identities for image in range(images)], seed)
+
+
+def write_pairs(directory: Path, count: int, identities: range, images: int, seed: int = 0) -> None:
+    """Write `directory/pair.list` (lines `path1 path2 0|1`, 1: the same person) and the images it names below `imgs/`.
+
+    Raises UserError as `sample_pairs` does.
+    """
+    pairs = sample_pairs(count, identities, images, seed)
+    _write_images(directory / "imgs", sorted({image for pair in pairs for image in pair}), seed)
+    lines = [f"{_name(*one)} {_name(*other)} {same:d}\n" for (one, other), same in pairs.items()]
+    (directory / "pair.list").write_text("".join(lines))
+
+
+def sample_pairs(
+    count: int, identities: range, images: int, seed: int = 0
+) -> dict[tuple[tuple[int, int], tuple[int, int]], bool]:
+    """{((identity, image), (identity, image)): whether they are the same person}, alternately True and False.
+
+    Raises UserError if there are not that many pairs.
+    """
+    most_same = len(identities) * (images * (images - 1) // 2)
+    most_different = len(identities) * (len(identities) - 1) // 2 * images**2
+    if (count + 1) // 2 > most_same or count // 2 > most_different:
+        raise UserError(f"--pairs {count}: {len(identities)} identities of {images} images have only {most_same} pairs "
+                        f"of one person and {most_different} of two; give fewer pairs, or more identities or images")
+    rng = np.random.default_rng((seed, 2))
+    pairs: dict[tuple[tuple[int, int], tuple[int, int]], bool] = {}
+    while len(pairs) < count:
+        same = len(pairs) % 2 == 0
+        person, other_person = rng.choice(identities, 2, replace=False).tolist()
+        one, other = rng.integers(images, size=2).tolist()
+        pair = (person, one), (person if same else other_person, other)
+        if pair[0] != pair[1]:
+            pairs[min(pair), max(pair)] = same
+    return pairs
+
+
+def _write_images(directory: Path, images: list[tuple[int, int]], seed: int) -> None:
+    write = functools.partial(_write_image, directory, seed)
+    if len(images) < 200:  # drawn before other processes have started
+        deque(map(write, images), maxlen=0)
+    else:
+        with ProcessPoolExecutor() as pool:
+            deque(pool.map(write, images, chunksize=50), maxlen=0)
+
+
+def _write_image(directory: Path, seed: int, image: tuple[int, int]) -> None:
+    path = directory / _name(*image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_face(*image, seed).save(path, quality=95)
+
+
+def _name(identity: int, image: int) -> str:
+    return f"{identity:06d}/{image:03d}.jpg"
 
 
 def read_settings(out: Path) -> dict | None:
@@ -62,21 +121,20 @@ def read_settings(out: Path) -> dict | None:
 
 
 def main() -> None:
-    options = parse_options()
+    options = parse_flags(Options, "synthesize.py", "Draw a synthetic identity set.")
+    if not options.out:
+        raise UserError("OUT is missing: give the directory to create")
     out = Path(options.out).resolve()
-    names = ("identities", "images", "pairs", "pair_identities", "seed")
-    settings = {"drawing_version": DRAWING_VERSION} | {name: getattr(options, name) for name in names}
+    settings = {"drawing_version": DRAWING_VERSION, **asdict(options)}
+    del settings["out"], settings["force"]
     found = read_settings(out)
     if found == settings:
         print(f"=> {options.out} already holds this set")
         return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"OUT {options.out}: is not a directory; give another one")
-    if out.exists() and any(out.iterdir()):
-        if found is None:
-            raise UserError(f"OUT {options.out}: is not empty and not from this program; give another directory")
-        if not options.force:
-            raise UserError(f"OUT {options.out}: holds a set with other settings; give another directory, or --force")
+    if found is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"OUT {options.out}: is not empty and not from this program; give another directory")
+    if found is not None and not options.force:
+        raise UserError(f"OUT {options.out}: holds a set with other settings; give another directory, or --force")
 
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,19 +142,17 @@ def main() -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         partial.chmod(0o755)
-        write_identity_set(partial / "train", options.identities, options.images, options.seed)
-        write_pairs(partial / "lfw", options.pairs, options.pair_identities, options.images, options.seed,
-                    first_identity=options.identities)
-        drawn = sum(1 for _ in partial.rglob("*.jpg"))
+        others = range(options.identities, options.identities + options.pair_identities)
+        write_identity_set(partial / "train", range(options.identities), options.images, options.seed)
+        write_pairs(partial / "lfw", options.pairs, others, options.images, options.seed)
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         if found is not None:
             shutil.rmtree(out)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    seconds = time.perf_counter() - started
     print(f"=> {options.out}: {options.identities} identities of {options.images} images to train on, {options.pairs} "
-          f"pairs of {options.pair_identities} others; {drawn} images in {seconds:.1f} s ({drawn / seconds:.0f}/s)")
+          f"pairs of {options.pair_identities} others, {time.perf_counter() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ if os.environ.get("ARCFACE_TEST_CUDA") != "1":
 
 from helpers.pool import Pool  # noqa: E402
 
-from scripts.synthetic import write_identity_set, write_pairs  # noqa: E402
+from scripts.synthesize import write_identity_set, write_pairs  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +32,6 @@ def pools() -> Iterator[Callable[[int], Pool]]:
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic data set: train/ with 8 identities of 6 images, lfw/ with 60 pairs of 10 others."""
     directory = tmp_path_factory.mktemp("faces")
-    write_identity_set(directory / "train", identities=8, images_per_identity=6, seed=1)
-    write_pairs(directory / "lfw", pairs=60, identities=10, images_per_identity=4, seed=1, first_identity=8)
+    write_identity_set(directory / "train", range(8), images=6, seed=1)
+    write_pairs(directory / "lfw", 60, range(8, 18), images=4, seed=1)
     return directory

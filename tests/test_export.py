@@ -119,14 +119,14 @@ def test_no_process_holds_the_classifier(pools, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--format", "onnx", "--output", "x.onnx"], "--resume is missing"),
-    (["--resume", "x", "--output", "x.onnx"], "--format is missing"),
-    (["--resume", "x", "--format", "onnx"], "--output is missing"),
+    (["--format", "onnx", "--output", "x.onnx"], "required: --resume"),
+    (["--resume", "x", "--output", "x.onnx"], "required: --format"),
+    (["--resume", "x", "--format", "onnx"], "required: --output"),
     (["--resume", "x", "--format", "onnx", "--output", "x.pth"], "ends in .onnx"),
     (["--resume", "x", "--format", "safetensors", "--output", "x.pth"], "ends in .safetensors"),
     (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "--centers"], "--centers with --format onnx"),
     (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "-a", "vgg"], "--arch vgg is unknown"),
-    (["--resume", "x", "--format", "tflite", "--output", "x"], "invalid choice"),
+    (["--resume", "x", "--format", "tflite", "--output", "x"], "--format tflite: choose one of"),
 ])
 def test_mistakes_on_the_command_line(arguments, words):
     with pytest.raises(UserError, match=words):

@@ -82,7 +82,7 @@ def test_what_is_a_package(tmp_path):
 
 def test_importing_data_stays_cheap():
     """scripts/synthesize.py starts worker processes that have no use for torch."""
-    code = "import sys, data, scripts.synthetic; sys.exit('torch' in sys.modules)"
+    code = "import sys, data, scripts.synthesize; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent.parent).returncode == 0
 
 

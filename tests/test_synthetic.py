@@ -9,7 +9,8 @@ import pytest
 from helpers.commands import run
 from PIL import Image
 
-from scripts.synthetic import draw_face, sample_pairs, write_identity_set, write_pairs
+from scripts.synthesize import sample_pairs, write_identity_set, write_pairs
+from scripts.synthetic import draw_face
 from utils.errors import UserError
 
 SMALL = ("--identities", 3, "--images", 4, "--pairs", 12, "--pair-identities", 3)
@@ -40,7 +41,7 @@ def test_a_drawing_is_neither_black_nor_white_nor_flat() -> None:
 
 
 def test_identity_set_has_the_identities_asked_for(tmp_path: Path) -> None:
-    write_identity_set(tmp_path, identities=3, images_per_identity=2, first_identity=5)
+    write_identity_set(tmp_path, range(5, 8), images=2)
     names = sorted(contents(tmp_path))
     assert names == [f"{identity:06d}/{image:03d}.jpg" for identity in (5, 6, 7) for image in (0, 1)]
     with Image.open(tmp_path / names[0]) as image:
@@ -48,30 +49,29 @@ def test_identity_set_has_the_identities_asked_for(tmp_path: Path) -> None:
 
 
 def test_processes_draw_what_one_process_draws(tmp_path: Path) -> None:
-    write_identity_set(tmp_path, identities=20, images_per_identity=11)  # enough images to be shared out
+    write_identity_set(tmp_path, range(20), images=11)  # enough images to be shared out
     name = "000017/003.jpg"
-    write_identity_set(tmp_path / "one", identities=1, images_per_identity=4, first_identity=17)
+    write_identity_set(tmp_path / "one", [17], images=4)
     assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 @pytest.mark.parametrize("count", [2, 40, 41])
 def test_pairs_are_balanced_different_and_right(count: int) -> None:
-    pairs = sample_pairs(count, identities=6, images_per_identity=5, seed=3)
-    assert len(pairs) == len({(one, other) for one, other, _ in pairs}) == count
-    assert sum(same for _, _, same in pairs) == (count + 1) // 2
-    for one, other, same in pairs:
-        assert one != other and (one[0] == other[0]) == bool(same)
-    assert pairs == sample_pairs(count, identities=6, images_per_identity=5, seed=3)
+    pairs = sample_pairs(count, range(6), images=5, seed=3)
+    assert len(pairs) == count and sum(pairs.values()) == (count + 1) // 2
+    for (one, other), same in pairs.items():
+        assert one < other and (one[0] == other[0]) == same
+    assert pairs == sample_pairs(count, range(6), images=5, seed=3)
 
 
-@pytest.mark.parametrize("pairs, identities, images", [(1, 5, 5), (100, 2, 3), (10, 1, 20), (2, 5, 1)])
+@pytest.mark.parametrize("pairs, identities, images", [(100, 2, 3), (10, 1, 20), (2, 5, 1)])
 def test_more_pairs_than_there_are_is_an_error(pairs: int, identities: int, images: int) -> None:
-    with pytest.raises(UserError, match=f"{pairs} pairs asked for"):
-        sample_pairs(pairs, identities, images)
+    with pytest.raises(UserError, match=f"--pairs {pairs}: "):
+        sample_pairs(pairs, range(identities), images)
 
 
 def test_pair_list_names_the_images_that_are_there(tmp_path: Path) -> None:
-    write_pairs(tmp_path, pairs=20, identities=4, images_per_identity=4, first_identity=7)
+    write_pairs(tmp_path, 20, range(7, 11), images=4)
     lines = [line.split() for line in (tmp_path / "pair.list").read_text().splitlines()]
     assert len(lines) == 20
     named = {path for *paths, _ in lines for path in paths}
