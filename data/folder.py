@@ -212,9 +212,9 @@ def _list(directory: str, is_wanted: Callable[[os.DirEntry], bool]) -> list[str]
         raise UserError(f"{error.filename or directory}: cannot be read ({error.strerror})") from None
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    """A broken link is one: it is reported as unreadable."""
-    return entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.is_dir()
+def _list_images(directory: str) -> list[str]:
+    """A broken link is an image, too: it is reported as unreadable."""
+    return _list(directory, lambda entry: entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.is_dir())
 
 
 def _stamps(root: str, names: list[str]) -> np.ndarray:
@@ -245,7 +245,7 @@ def _scan(
                 images.append(_Images(previous["image_names"][letters].tobytes(), previous["name_ends"][numbers],
                                       previous["header_is_good"][numbers]))
             else:
-                packed, ends = _pack(_list(f"{root}/{names[d]}", _is_image))
+                packed, ends = _pack(_list_images(f"{root}/{names[d]}"))
                 images.append(_Images(packed, ends, np.zeros(len(ends), np.uint8)))
         return images
 
