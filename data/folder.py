@@ -90,7 +90,7 @@ class FaceFolder(TrainingSet):
         self._directories = _directories(cache)
         has_images = np.diff(cache["first_image"]) > 0
         self._label_of = np.cumsum(has_images, dtype=np.int32) - 1  # (D,): the label of each directory with images
-        self.identities = [self._directories[d] for d in np.flatnonzero(has_images)]
+        self.identities = list(itertools.compress(self._directories, has_images))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what follows from the cache: another process maps it, or receives it once."""

@@ -155,8 +155,10 @@ class RecordIODataset(TrainingSet):
         def head_at(at: int) -> bytes:
             return data[at - offset : at - offset + FRAME.size]
 
-        parts = list(find_parts(head_at, offset, offset + len(data), name))
-        return MAGIC_BYTES.join(data[start - offset : end - offset] for start, end in parts), padded(parts[-1][1])
+        parts = []
+        for start, end in find_parts(head_at, offset, offset + len(data), name):
+            parts.append(data[start - offset : end - offset])
+        return MAGIC_BYTES.join(parts), padded(end)
 
     def _read(self, size: int, offset: int, name: str) -> bytes:
         """That many bytes, or those up to the end of the file."""
@@ -220,10 +222,11 @@ class RecordIODataset(TrainingSet):
                     return file.read(FRAME.size)
 
                 while at < self._size:
-                    *_, (_, end) = find_parts(head_at, at, self._size, self._name(len(offsets), at))
-                    offsets.append(at)
-                    bar.update(padded(end) - at)
-                    at = padded(end)
+                    start = at
+                    for _, end in find_parts(head_at, start, self._size, self._name(len(offsets), start)):
+                        at = padded(end)
+                    offsets.append(start)
+                    bar.update(at - start)
         except OSError as error:
             raise UserError(f"{self.root}: cannot be read ({error.strerror})") from None
         return np.frombuffer(offsets, dtype=np.int64)

@@ -72,7 +72,7 @@ def test_images(root: Path) -> None:
         ([GOOD[0], "a/1.jpg b/1.jpg 2"], r"pair\.list:2: expected 'path1 path2 0\|1', got 'a/1\.jpg b/1\.jpg 2'"),
         ([GOOD[0], "a/1.jpg b/1.jpg -1"], r"pair\.list:2: expected"),
         ([GOOD[0], "a/1.jpg b/1.jpg yes"], r"pair\.list:2: expected"),
-        ([*GOOD, "a/1.jpg a/3.jpg 1"], r"pair\.list:5: there is no image .*imgs/a/3\.jpg \(1 of 5 .*; check --imgs-root"),
+        ([*GOOD, "a/1.jpg a/3.jpg 1"], r"pair\.list:5: there is no image .*imgs/a/3\.jpg \(1 of 5 .* --imgs-root"),
         (["c/1.jpg d/1.jpg 1", *GOOD], r"pair\.list:1: there is no image .*c/1\.jpg \(2 of 6 images are missing\)"),
         (["a b/1.jpg 1", *GOOD], r"pair\.list:1: there is no image .*imgs/a \(1 of 5 images"),
         ([], r"pair\.list: the pair list is empty"),

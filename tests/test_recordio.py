@@ -420,7 +420,8 @@ DAMAGED = {
         {"train.idx": IDX.replace(b"3\t%d\n" % THIRD, b"")},
         f"record 2 at offset {SECOND}: ends at offset {THIRD}, but",
     ),
-    "idx without the first line": ({"train.idx": IDX[4:]}, f"record 2 at offset {SECOND}: no record begins there.*begin with 0"),
+    "idx without the first line": (
+        {"train.idx": IDX[4:]}, f"record 2 at offset {SECOND}: no record begins there.*begin with 0"),
     "an offset twice": (
         {"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % SECOND)},
         f"record 3 at offset {SECOND}: no record begins there",
@@ -430,7 +431,8 @@ DAMAGED = {
         {"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % (THIRD + 1))},
         f"record 3 at offset {THIRD + 1}: no record begins there.*multiples of 4",
     ),
-    "a huge key": ({"train.idx": IDX.replace(b"3\t", b"4294967296\t", 1)}, "the key 4294967296 appears twice or is above"),
+    "a huge key": (
+        {"train.idx": IDX.replace(b"3\t", b"4294967296\t", 1)}, "the key 4294967296 appears twice or is above"),
     "empty idx": ({"train.idx": b""}, "train.idx: needs lines .*remove it"),
     "words in the idx": (
         {"train.idx": IDX.replace(b"3\t", b"three\t", 1)},
@@ -469,8 +471,12 @@ WITHOUT_IDX = {
     "shorter": (with_length(-4), f"record 2 at offset {THIRD - 4}: no frame begins"),
     "longer": (with_length(4), f"record 2 at offset {THIRD + 4}: no frame begins"),
     "a last part first": (patch(REC, SECOND + 7, b"\x60"), f"record 1 at offset {SECOND}: no frame begins .* and 3"),
-    "a whole record within parts": (REC + frame(b"12345678", 1) + frame(b"1234"), f"record 13 at .*: no frame begins at offset {len(REC) + 16}, .* and 0"),
-    "something else": (b"these are not the records you are looking for" * 9, "train.rec: record 0 at offset 0: no frame begins"),
+    "a whole record within parts": (
+        REC + frame(b"12345678", 1) + frame(b"1234"),
+        f"record 13 at .*: no frame begins at offset {len(REC) + 16}, .* and 0"),
+    "something else": (
+        b"these are not the records you are looking for" * 9, "train.rec: record 0 at offset 0: no frame begins"),
+    "parts without end": (frame(b"", 1) + frame(b"", 2) * 50_000, "record 0 at offset 0: no frame begins"),
 }
 
 
