@@ -33,22 +33,9 @@ _BLUR_RADIUS = 4  # two of the largest sigma
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG
 
 # One stream of random numbers for each decision.
-STREAM_FLIP = 0
-STREAM_SHIFT_Y = 1
-STREAM_SHIFT_X = 2
-STREAM_CROP = 3
-STREAM_CROP_SIDE = 4
-STREAM_CROP_Y = 5
-STREAM_CROP_X = 6
-STREAM_LOW_RESOLUTION = 7
-STREAM_RESOLUTION = 8
-STREAM_BLUR = 9
-STREAM_BLUR_SIGMA = 10
-STREAM_COLOR = 11
-STREAM_BRIGHTNESS = 12
-STREAM_CONTRAST = 13
-STREAM_SATURATION = 14
-STREAM_GRAY = 15
+(STREAM_FLIP, STREAM_SHIFT_Y, STREAM_SHIFT_X, STREAM_CROP, STREAM_CROP_SIDE, STREAM_CROP_Y, STREAM_CROP_X,
+ STREAM_LOW_RESOLUTION, STREAM_RESOLUTION, STREAM_BLUR, STREAM_BLUR_SIGMA, STREAM_COLOR, STREAM_BRIGHTNESS,
+ STREAM_CONTRAST, STREAM_SATURATION, STREAM_GRAY) = range(16)
 
 _UINT64 = 2**64 - 1
 
@@ -76,13 +63,8 @@ def _splitmix64(z: np.ndarray) -> np.ndarray:
 
 
 def prepare_batch(
-    images: torch.Tensor,
-    dtype: torch.dtype,
-    *,
-    augment: str = "none",
-    seed: int = 0,
-    epoch: int = 0,
-    indices: torch.Tensor | None = None,
+    images: torch.Tensor, dtype: torch.dtype, *,
+    augment: str = "none", seed: int = 0, epoch: int = 0, indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(augmented(u) / 255 - 0.5) / 0.5: uint8 (n, 3, 112, 112) -> `dtype`, same shape and device, in [-1, 1].
 
@@ -101,37 +83,30 @@ def prepare_batch(
         raise ValueError(f"augment is {augment!r}, not one of {', '.join(AUGMENTS)}")
     if augment != "none":
         assert indices is not None and len(indices) == len(images), "random numbers are drawn by sample index"
-        images = _flip_and_shift_drawn(images, augment, seed, epoch, indices)
+        uniform = functools.partial(random_uniform, seed, epoch, indices)
+        images = _flip_and_shift(images, uniform, shifts=augment != "flip")
         if augment == "strong":
-            images = _degrade(images.float(), seed, epoch, indices)
+            images = _degrade(images.float(), uniform)
     return images.to(dtype, memory_format=torch.contiguous_format).div_(255).sub_(0.5).div_(0.5)
 
 
-def _flip_and_shift_drawn(
-    images: torch.Tensor, augment: str, seed: int, epoch: int, indices: torch.Tensor
-) -> torch.Tensor:
-    flip = random_uniform(seed, epoch, indices, STREAM_FLIP) < 0.5
-    shift_y = shift_x = torch.zeros(len(indices), dtype=torch.int64)
-    if augment != "flip":
-        shift_y = _draw_shift(seed, epoch, indices, STREAM_SHIFT_Y)
-        shift_x = _draw_shift(seed, epoch, indices, STREAM_SHIFT_X)
-    # One small copy to the device for the whole batch.
-    drawn = torch.stack([flip.long(), shift_y, shift_x]).to(images.device, non_blocking=True)
-    return _flip_and_shift(images, *drawn)
+def _integers(uniform: torch.Tensor, low: int, high: int | torch.Tensor) -> torch.Tensor:
+    """int64 (n,) in low..high from uniform numbers (n,)."""
+    return low + (uniform * (high - low + 1)).long()
 
 
-def _draw_shift(seed: int, epoch: int, indices: torch.Tensor, stream: int) -> torch.Tensor:
-    """int64 (n,), uniform in -MAX_SHIFT..MAX_SHIFT."""
-    return (random_uniform(seed, epoch, indices, stream) * (2 * MAX_SHIFT + 1)).long() - MAX_SHIFT
-
-
-def _flip_and_shift(
-    images: torch.Tensor, flip: torch.Tensor, shift_y: torch.Tensor, shift_x: torch.Tensor
-) -> torch.Tensor:
-    """Mirror image i if flip[i] is 1, then shift it by (shift_y[i], shift_x[i]) pixels; all three int64 (n,).
+def _flip_and_shift(images: torch.Tensor, uniform: Callable[[int], torch.Tensor], shifts: bool) -> torch.Tensor:
+    """Mirror every other image, then shift all by as many pixels as are drawn, if `shifts`.
 
     One gather over (n, 112 * 112) source positions: on the CPU a third of the time of torch.where on a flipped copy.
     """
+    flip = uniform(STREAM_FLIP) < 0.5
+    shift_y, shift_x = (
+        _integers(uniform(stream), -MAX_SHIFT, MAX_SHIFT) if shifts else torch.zeros(len(flip), dtype=torch.int64)
+        for stream in (STREAM_SHIFT_Y, STREAM_SHIFT_X)
+    )
+    # One small copy to the device for the whole batch.
+    flip, shift_y, shift_x = torch.stack([flip.long(), shift_y, shift_x]).to(images.device, non_blocking=True)
     n, channels, height, width = images.shape
     rows = (torch.arange(height, device=images.device) - shift_y[:, None]).clamp_(0, height - 1)
     columns = (torch.arange(width, device=images.device) - shift_x[:, None]).clamp_(0, width - 1)
@@ -144,67 +119,55 @@ def _flip_and_shift(
 # "strong": pixels as float32 from 0 to 255
 
 
-def _degrade(images: torch.Tensor, seed: int, epoch: int, indices: torch.Tensor) -> torch.Tensor:
+def _degrade(images: torch.Tensor, uniform: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """Crop, low resolution, blur, colours and gray, in place, each in the images for which it is drawn."""
-
-    def uniform(stream: int) -> torch.Tensor:
-        return random_uniform(seed, epoch, indices, stream)
 
     def between(stream: int, bounds: tuple[float, float]) -> torch.Tensor:
         return bounds[0] + (bounds[1] - bounds[0]) * uniform(stream)
 
-    def integers(stream: int, bounds: tuple[int, int]) -> torch.Tensor:
-        return bounds[0] + (uniform(stream) * (bounds[1] - bounds[0] + 1)).long()
-
-    height = images.shape[2]
+    size = images.shape[2]
     crop = uniform(STREAM_CROP) < CROP_PROBABILITY
-    side = torch.where(crop, integers(STREAM_CROP_SIDE, CROP_SIDES), height)
-    top, left = ((uniform(stream) * (height - side + 1)).long() for stream in (STREAM_CROP_Y, STREAM_CROP_X))
+    side = torch.where(crop, _integers(uniform(STREAM_CROP_SIDE), *CROP_SIDES), size)
+    top, left = (_integers(uniform(stream), 0, size - side) for stream in (STREAM_CROP_Y, STREAM_CROP_X))
     low = uniform(STREAM_LOW_RESOLUTION) < LOW_RESOLUTION_PROBABILITY
-    resolution = torch.where(low, integers(STREAM_RESOLUTION, LOW_RESOLUTIONS), side)
-    chosen = (crop | low).nonzero().flatten()
-    if len(chosen):
-        resample = functools.partial(_resample, int(resolution[chosen].max()))
-        _replace(images, chosen, resample, torch.stack([top, left, side, resolution])[:, chosen])
+    resolution = torch.where(low, _integers(uniform(STREAM_RESOLUTION), *LOW_RESOLUTIONS), side)
+    _change(images, crop | low, _resample, torch.stack([top, left, side, resolution]))
 
-    chosen = (uniform(STREAM_BLUR) < BLUR_PROBABILITY).nonzero().flatten()
-    if len(chosen):
-        # math.exp, because a tensor's exp may round an element differently at another position.
-        sigmas = between(STREAM_BLUR_SIGMA, BLUR_SIGMAS)[chosen].tolist()
-        _replace(images, chosen, _blur, torch.tensor([_gaussian(sigma) for sigma in sigmas]).T)
+    blur = uniform(STREAM_BLUR) < BLUR_PROBABILITY
+    sigmas = torch.where(blur, between(STREAM_BLUR_SIGMA, BLUR_SIGMAS), 1.0).tolist()
+    _change(images, blur, _blur, torch.tensor([_gaussian(sigma) for sigma in sigmas]).T)
 
     jitter, gray = uniform(STREAM_COLOR) < COLOR_PROBABILITY, uniform(STREAM_GRAY) < GRAY_PROBABILITY
     brightness, contrast, saturation = (
         torch.where(jitter, between(stream, COLOR_FACTORS), 1.0)
         for stream in (STREAM_BRIGHTNESS, STREAM_CONTRAST, STREAM_SATURATION)
     )
-    saturation = torch.where(gray, 0.0, saturation)
-    chosen = (jitter | gray).nonzero().flatten()
-    if len(chosen):
-        _replace(images, chosen, _change_colors, torch.stack([brightness, contrast, saturation]).float()[:, chosen])
+    factors = torch.stack([brightness, contrast, torch.where(gray, 0.0, saturation)]).float()
+    _change(images, jitter | gray, _change_colors, factors)
     return images
 
 
-def _replace(
-    images: torch.Tensor, chosen: torch.Tensor, change: Callable[..., torch.Tensor], drawn: torch.Tensor
+def _change(
+    images: torch.Tensor, which: torch.Tensor, change: Callable[..., torch.Tensor], drawn: torch.Tensor
 ) -> None:
-    """images[chosen] = change(images[chosen], *drawn); chosen int64 (m,) and drawn (k, m) are on the CPU."""
-    chosen, drawn = (tensor.to(images.device, non_blocking=True) for tensor in (chosen, drawn))
-    images.index_copy_(0, chosen, change(images[chosen], *drawn))
+    """images[which] = change(images[which], *drawn[:, which]); which bool (n,) and drawn (k, n) are on the CPU."""
+    chosen = which.nonzero().flatten()
+    if len(chosen):
+        drawn, rows = (tensor.to(images.device, non_blocking=True) for tensor in (drawn[:, chosen], chosen))
+        images.index_copy_(0, rows, change(images[rows], *drawn))
 
 
 def _resample(
-    largest: int, images: torch.Tensor,
-    top: torch.Tensor, left: torch.Tensor, side: torch.Tensor, resolution: torch.Tensor,
+    images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, side: torch.Tensor, resolution: torch.Tensor
 ) -> torch.Tensor:
     """The window of side x side pixels at (top, left), averaged to resolution x resolution, enlarged to the full size.
 
     Equals F.adaptive_avg_pool2d, then F.interpolate(mode="bilinear"), of each image. images: float32 with integer
-    values; the four others: int64 (m,); largest: the largest resolution.
+    values; the four others: int64 (m,).
     """
     size = images.shape[2]
     # Cell k of r covers pixels floor(k·s/r) up to ceil((k + 1)·s/r) of s; cells beyond r repeat the last one.
-    k = torch.arange(largest, device=images.device).minimum(resolution[:, None] - 1)
+    k = torch.arange(size, device=images.device).minimum(resolution[:, None] - 1)
     first = k * side[:, None] // resolution[:, None]
     last = -(-(k + 1) * side[:, None] // resolution[:, None])
     # Sums of integers below 2^24 are exact in float32, in any order.

@@ -34,13 +34,14 @@ _MAGIC = b"\x89faces2\n"
 _ANY_VERSION = _MAGIC[:6]
 _HEAD = struct.Struct("<8sII")
 # What is known about the images, not which they are. Another process may replace the file by one that knows more.
-VOLATILE = ("stamps", "header_is_good")
+_VOLATILE = ("stamps", "header_is_good")
 
 
 class CachedArrays:
     """Arrays by name: mapped from the file `path`, or in memory if it is None.
 
     made_from: what they were made from, a JSON list.
+    checksums: of the arrays in the file that tell which images there are.
     Another process that gets this object sent maps the file again, or receives a copy of what is in memory.
     """
 
@@ -74,22 +75,19 @@ def cache_paths(beside: str, index: str) -> list[str]:
     return [beside, os.path.join(caches, "arcface", digest + ".index")]
 
 
-def load_caches(paths: list[str], check: Callable[[CachedArrays], None], progress: bool) -> Iterator[CachedArrays]:
-    """The caches at `paths` that are intact. check: raises ValueError for contents that cannot be right.
-
-    progress: report caches that are not used on stderr. Missing ones are not reported.
-    """
+def load_caches(paths: list[str], made_from: list, progress: bool) -> Iterator[CachedArrays]:
+    """The caches at `paths` that are intact and made from this. progress: report damaged and other ones on stderr."""
     for path in paths:
         try:
             found = read_cache(path)
-            check(found)
+            if found.made_from != made_from:
+                raise ValueError("it is of other data, or of another version")
+            yield found
         except OSError:
             continue
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             if progress:
                 print(f"note: the index {path} is not used ({error}): scanning again", file=sys.stderr)
-            continue
-        yield found
 
 
 def save_cache(made_from: list, arrays: dict[str, np.ndarray], paths: list[str], progress: bool) -> CachedArrays:
@@ -103,13 +101,13 @@ def save_cache(made_from: list, arrays: dict[str, np.ndarray], paths: list[str],
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             with atomic_write(path) as file:
                 checksums = _write(file, made_from, arrays)
-            with contextlib.suppress(OSError, ValueError):
-                written = read_cache(path, verify=False)
-                if _same(written, checksums):
-                    return written
-            break  # another process has replaced it since, by the index of other data
+            written = read_cache(path, verify=False)
         except OSError as error:
             reason = reason or f"{path}: cannot be written ({error.strerror})"
+            continue
+        if written.checksums == checksums:
+            return written
+        break  # another process has replaced it since, by the index of other data
     if reason and progress:
         print(f"note: {reason}; every start scans the images again, and every process holds its own index",
               file=sys.stderr)
@@ -117,17 +115,16 @@ def save_cache(made_from: list, arrays: dict[str, np.ndarray], paths: list[str],
 
 
 def _write(file: BinaryIO, made_from: list, arrays: dict[str, np.ndarray]) -> dict[str, int]:
-    """Write the file's contents. Returns the arrays' checksums."""
+    """Write the file's contents. Returns the arrays' checksums, without the volatile ones."""
     columns = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in arrays.items()}
     columns = dict(sorted(columns.items(), key=lambda item: -item[1].itemsize))
-    checksums = {name: zlib.crc32(array.data) for name, array in columns.items()}
-    described = {name: [array.dtype.str, array.shape, checksums[name]] for name, array in columns.items()}
+    described = {name: [array.dtype.str, array.shape, zlib.crc32(array.data)] for name, array in columns.items()}
     header = json.dumps({"made_from": made_from, "arrays": described}).encode()
     header += b" " * (-len(header) % 8)
     file.write(_HEAD.pack(_MAGIC, zlib.crc32(header), len(header)) + header)
     for array in columns.values():
         file.write(array.data)
-    return checksums
+    return {name: checksum for name, (_, _, checksum) in described.items() if name not in _VOLATILE}
 
 
 def read_cache(path: str, verify: bool = True) -> CachedArrays:
@@ -146,15 +143,13 @@ def read_cache(path: str, verify: bool = True) -> CachedArrays:
     cache = CachedArrays(header["made_from"], {}, path)
     position = _HEAD.size + length
     for name, (dtype, shape, checksum) in header["arrays"].items():
-        count = math.prod(shape)
-        size = count * np.dtype(dtype).itemsize
-        if position + size > len(content):
-            raise ValueError("it is truncated")
-        cache.arrays[name] = np.frombuffer(content, dtype, count, position).reshape(shape)
-        cache.checksums[name] = checksum
-        if verify and zlib.crc32(cache.arrays[name].data) != checksum:
+        array = np.frombuffer(content, dtype, math.prod(shape), position).reshape(shape)  # ValueError beyond the end
+        if verify and zlib.crc32(array.data) != checksum:
             raise ValueError(f"its {name} have a wrong checksum")
-        position += size
+        position += array.nbytes
+        cache.arrays[name] = array
+        if name not in _VOLATILE:
+            cache.checksums[name] = checksum
     if position != len(content):
         raise ValueError("it is too long")
     return cache
@@ -164,14 +159,9 @@ def _map_again(path: str, checksums: dict[str, int]) -> CachedArrays:
     """In another process of the run: the file that the first one has verified."""
     with contextlib.suppress(OSError, ValueError):
         cache = read_cache(path, verify=False)
-        if _same(cache, checksums):
+        if cache.checksums == checksums:
             return cache
     raise UserError(f"{path}: the index of the images has changed since this run started; start it again")
-
-
-def _same(cache: CachedArrays, checksums: dict[str, int]) -> bool:
-    """Whether the arrays are those with these checksums, the volatile ones apart."""
-    return all(cache.checksums.get(name) == value for name, value in checksums.items() if name not in VOLATILE)
 
 
 def _require_usable(path: str) -> None:

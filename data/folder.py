@@ -18,14 +18,15 @@ Its arrays, for D directories (sorted by name, empty ones included) and N images
 from __future__ import annotations
 
 import bisect
+import itertools
 import os
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from data.cache import CachedArrays, cache_paths, load_caches, save_cache
 from data.decode import check_header, read_bytes
@@ -50,42 +51,6 @@ _WAITING_RATIO = 2.0  # waiting for so many times the time of computing: a slow 
 T = TypeVar("T")
 
 
-class PackedNames(Sequence[str]):
-    """A list of names as bytes: 8 bytes beside each name, where a Python string costs 50."""
-
-    def __init__(self, names: memoryview | bytes, ends: np.ndarray) -> None:
-        self._names, self._ends = names, ends
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
-        start = int(self._ends[i - 1]) if i else 0
-        return os.fsdecode(bytes(self._names[start : int(self._ends[i])]))
-
-    def where(self, mask: np.ndarray) -> PackedNames:
-        """The names for which the mask, bool (len,), is true."""
-        return PackedNames(*_pack([self[k] for k in np.flatnonzero(mask).tolist()]))
-
-    def __reduce__(self) -> tuple[type[PackedNames], tuple]:
-        return PackedNames, (bytes(self._names), self._ends)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def __repr__(self) -> str:
-        return f"PackedNames({self[:3]}, {len(self)} in all)"
-
-
 class FaceFolder(TrainingSet):
     """The images below `path/train` if that directory exists, else below `path`: `<identity>/<image>`, not deeper.
 
@@ -106,14 +71,11 @@ class FaceFolder(TrainingSet):
         self.root = train if os.path.isdir(train) else path
         self._cache_paths = cache_paths(os.path.join(self.root, INDEX_NAME), os.fspath(index))
         self._use(_open_cache(self.root, self._cache_paths, progress))
-        directories = len(self._directories)
-        if not directories:
+        if not self._directories:
             raise UserError(f"{self.root}: has no sub-directories; images belong in {self.root}/<identity>/<image>")
         if not self._count():
-            raise UserError(
-                f"{self.root}: no images in its {directories} sub-directories; "
-                f"expected {self.root}/<identity>/<image> with one of {', '.join(IMAGE_EXTENSIONS)}"
-            )
+            raise UserError(f"{self.root}: no images in its {len(self._directories)} sub-directories; expected "
+                            f"{self.root}/<identity>/<image> with one of {', '.join(IMAGE_EXTENSIONS)}")
 
     @staticmethod
     def is_at(path: str) -> bool:
@@ -128,7 +90,7 @@ class FaceFolder(TrainingSet):
         self._directories = _directories(cache)
         has_images = np.diff(cache["first_image"]) > 0
         self._label_of = np.cumsum(has_images, dtype=np.int32) - 1  # (D,): the label of each directory with images
-        self.identities = self._directories if has_images.all() else self._directories.where(has_images)
+        self.identities = list(itertools.compress(self._directories, has_images))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what follows from the cache: another process maps it, or receives it once."""
@@ -171,20 +133,17 @@ class FaceFolder(TrainingSet):
         every start: repairing a file need not change its directory."""
         unchecked = np.setdiff1d(np.flatnonzero(self._cache["header_is_good"] == 0), self._dropped, assume_unique=True)
 
-        def check(chunk: range) -> tuple[int, list[tuple[int, str]]]:
+        def check(chunk: range) -> list[tuple[int, str]]:
             errors = []
             for position in unchecked[chunk.start : chunk.stop].tolist():
                 try:
                     check_header(self._path(position))
                 except UserError as error:
                     errors.append((position, str(error)))
-            return len(chunk), errors
+            return errors
 
-        errors: list[tuple[int, str]] = []
         with progress_bar("checking images", len(unchecked), progress) as bar:
-            for checked, found in in_chunks(check, len(unchecked)):
-                errors += found
-                bar.update(checked)
+            errors = list(_in_chunks(check, len(unchecked), bar))
         bad = np.array([position for position, _ in errors], dtype=np.int64)
         good = np.setdiff1d(unchecked, bad, assume_unique=True)
         if len(good):
@@ -203,98 +162,72 @@ class _Images(NamedTuple):
     """The images of one directory."""
 
     names: bytes
-    ends: np.ndarray  # uint32 (images,)
+    ends: np.ndarray  # (images,): where each name ends
     header_is_good: np.ndarray  # uint8 (images,)
 
 
 def _open_cache(root: str, paths: list[str], progress: bool) -> CachedArrays:
     """What `root` holds: from a cache as far as it is still right, else from a scan."""
     started = time.time_ns()
-    names = _list_directories(root)
-    packed, ends = _pack(names)
+    names = _list(root, lambda entry: entry.is_dir())
     stamps = _stamps(root, names)
     previous = None
-    for found in load_caches(paths, _require_sound, progress):
-        same_names = np.array_equal(found["directory_ends"], ends) and found["directory_names"].tobytes() == packed
-        if same_names and np.array_equal(found["stamps"], stamps):
+    for found in load_caches(paths, _MADE_FROM, progress):
+        if _directories(found) == names and np.array_equal(found["stamps"], stamps):
             return found
         previous = previous or found
     # `started` is before the directories are read: what changes while they are read is seen at the next start.
     reliable = stamps.max(axis=1, initial=0) < started - int(_SETTLED_SECONDS * 1e9)
     images = _scan(root, names, stamps, previous, progress)
+    packed, ends = _pack(names)
     return save_cache(_MADE_FROM, {
         "stamps": np.where(reliable[:, None], stamps, 0),
         "first_image": np.cumsum([0, *(len(some.ends) for some in images)], dtype=np.int64),
         "first_byte": np.cumsum([0, *(len(some.names) for some in images)], dtype=np.int64),
         "directory_ends": ends,
-        "name_ends": np.concatenate([np.empty(0, np.uint32), *(some.ends for some in images)]),
+        "name_ends": np.concatenate([np.empty(0, np.uint32), *(some.ends.astype(np.uint32) for some in images)]),
         "header_is_good": np.concatenate([np.empty(0, np.uint8), *(some.header_is_good for some in images)]),
         "directory_names": np.frombuffer(packed, np.uint8),
         "image_names": np.frombuffer(b"".join(some.names for some in images), np.uint8),
     }, paths, progress)
 
 
-def _require_sound(cache: CachedArrays) -> None:
-    """Raise ValueError for what checksums cannot exclude."""
-    if cache.made_from != _MADE_FROM:
-        raise ValueError("it is of another kind of data, or of another version")
-    for bounds, end in (("first_image", len(cache["name_ends"])), ("first_byte", len(cache["image_names"])),
-                        ("directory_ends", len(cache["directory_names"]))):
-        values = cache[bounds]
-        if len(values) and (values[0] < 0 or values[-1] != end or (np.diff(values) < 0).any()):
-            raise ValueError("its arrays contradict one another")
-    if len(cache["header_is_good"]) != len(cache["name_ends"]) or len(cache["first_byte"]) != len(cache["first_image"]):
-        raise ValueError("its arrays contradict one another")
-    if any((cache[names] == ord("/")).any() for names in ("directory_names", "image_names")):
-        raise ValueError("it has names that no file can have")
+def _directories(cache: CachedArrays) -> list[str]:
+    names, ends = cache["directory_names"].tobytes(), cache["directory_ends"].tolist()
+    return [os.fsdecode(names[start:end]) for start, end in zip([0, *ends], ends)]
 
 
-def _directories(cache: CachedArrays) -> PackedNames:
-    return PackedNames(cache["directory_names"].data, cache["directory_ends"])
+def _pack(names: list[str]) -> tuple[bytes, np.ndarray]:
+    """The names' bytes one after the other, and where each ends: int64."""
+    encoded = [os.fsencode(name) for name in names]
+    return b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
 
-def _list_directories(root: str) -> list[str]:
-    """The sorted names of the sub-directories, without hidden ones. Links to directories are followed."""
-    try:
-        with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    except OSError as error:
-        raise UserError(f"{error.filename or root}: cannot be read ({error.strerror})") from None
-
-
-def _list_images(directory: str) -> list[str]:
-    """The sorted names of the images, without hidden ones. A broken link stays: it is reported as unreadable."""
+def _list(directory: str, is_wanted: Callable[[os.DirEntry], bool]) -> list[str]:
+    """The sorted names of what is wanted, without hidden ones. Raises UserError."""
     try:
         with os.scandir(directory) as entries:
-            visible = (entry for entry in entries if not entry.name.startswith("."))
-            return sorted(entry.name for entry in visible
-                          if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.is_dir())
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_wanted(entry))
     except OSError as error:
         raise UserError(f"{error.filename or directory}: cannot be read ({error.strerror})") from None
 
 
+def _list_images(directory: str) -> list[str]:
+    """A broken link is an image, too: it is reported as unreadable."""
+    return _list(directory, lambda entry: entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.is_dir())
+
+
 def _stamps(root: str, names: list[str]) -> np.ndarray:
     """int64 (D, 2): when each directory was modified and when it was changed, which no program can set back."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def of_chunk(chunk: range) -> array[int]:
-        values = array("q")
-        for name in names[chunk.start : chunk.stop]:
-            try:
-                status = os.stat(name, dir_fd=descriptor)  # a shorter way than from the root
-            except OSError as error:
-                raise UserError(f"{root}/{name}: cannot be read ({error.strerror})") from None
-            values.append(status.st_mtime_ns)
-            values.append(status.st_ctime_ns)
-        return values
+    def of_chunk(chunk: range) -> list[tuple[int, int]]:
+        try:
+            results = [os.stat(f"{root}/{names[d]}") for d in chunk]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        return [(result.st_mtime_ns, result.st_ctime_ns) for result in results]
 
-    try:
-        values = array("q")
-        for part in in_chunks(of_chunk, len(names)):
-            values.extend(part)
-    finally:
-        os.close(descriptor)
-    return np.array(values, np.int64).reshape(-1, 2)
+    return np.array(list(_in_chunks(of_chunk, len(names))), np.int64).reshape(-1, 2)
 
 
 def _scan(
@@ -308,42 +241,27 @@ def _scan(
         for d in chunk:
             old = known.get(names[d])
             if previous is not None and old is not None and np.array_equal(previous["stamps"][old], stamps[d]):
-                numbers = slice(*previous["first_image"][old : old + 2])
-                packed = previous["image_names"][slice(*previous["first_byte"][old : old + 2])].tobytes()
-                images.append(_Images(packed, previous["name_ends"][numbers], previous["header_is_good"][numbers]))
+                numbers, letters = (slice(*previous[first][old : old + 2]) for first in ("first_image", "first_byte"))
+                images.append(_Images(previous["image_names"][letters].tobytes(), previous["name_ends"][numbers],
+                                      previous["header_is_good"][numbers]))
             else:
                 packed, ends = _pack(_list_images(f"{root}/{names[d]}"))
-                images.append(_Images(packed, ends.astype(np.uint32), np.zeros(len(ends), np.uint8)))
+                images.append(_Images(packed, ends, np.zeros(len(ends), np.uint8)))
         return images
 
-    images: list[_Images] = []
     with progress_bar("scanning directories", len(names), progress) as bar:
-        for some in in_chunks(of_chunk, len(names)):
-            images += some
-            bar.update(len(some))
-    return images
+        return list(_in_chunks(of_chunk, len(names), bar))
 
 
-def _pack(names: list[str]) -> tuple[bytes, np.ndarray]:
-    """The names' bytes one after the other, and where each ends: int64."""
-    text = "".join(names)
-    packed = os.fsencode(text)
-    # As many bytes as characters: then each name has as many bytes as characters, too.
-    lengths = map(len, names) if len(packed) == len(text) else (len(os.fsencode(name)) for name in names)
-    return packed, np.cumsum(np.fromiter(lengths, np.int64, len(names)))
-
-
-def in_chunks(work: Callable[[range], T], count: int) -> Iterator[T]:
-    """work(range) for consecutive ranges of 0..count, in order; in threads if the first one waited for the disk."""
+def _in_chunks(work: Callable[[range], list[T]], count: int, bar: tqdm | None = None) -> Iterator[T]:
+    """What work(range) gives for consecutive ranges of 0..count, in order; in threads if the first waited on disk."""
     chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    if not chunks:
-        return
     started, computed = time.perf_counter(), time.thread_time()
-    first = work(chunks[0])
-    computed, elapsed = time.thread_time() - computed, time.perf_counter() - started
-    yield first
-    if elapsed > (1 + _WAITING_RATIO) * computed:
-        with ThreadPoolExecutor(_THREADS) as threads:
-            yield from threads.map(work, chunks[1:])
-    else:
-        yield from map(work, chunks[1:])
+    results = [work(chunk) for chunk in chunks[:1]]
+    waited = time.perf_counter() - started > (1 + _WAITING_RATIO) * (time.thread_time() - computed)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        others = (threads.map if waited else map)(work, chunks[1:])
+        for chunk, found in zip(chunks, itertools.chain(results, others)):
+            yield from found
+            if bar is not None:
+                bar.update(len(chunk))

@@ -1,7 +1,7 @@
 """Evaluation sets in one file, such as insightface's `lfw.bin`: a pickle of (encoded images, two per pair; labels).
 
 These files come from the internet, and `pickle.load` runs whatever code a file names. Here a restricted unpickler
-accepts only the instructions that such files consist of, and replaces the few numpy names in them by inert stand-ins.
+accepts only the instructions that such files consist of, and replaces the few names in them by inert stand-ins.
 No code of the file runs, and memory is bounded by a small multiple of the file's size.
 
 Images stay on disk: a PairBin keeps where they lie, so sending it to another process costs about 20 bytes per image.
@@ -9,13 +9,11 @@ Images stay on disk: a PairBin keeps where they lie, so sending it to another pr
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -23,11 +21,22 @@ import numpy as np
 from data.decode import read_bytes
 from utils.errors import UserError
 
-_INTEGER_TYPES = ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
-_MAX_DIGITS = 200  # of a number written as text
-_MAX_DIMS = 64  # of an array, as in numpy
 # Between two images lie a few instructions, at most a numpy header.
 _MAX_GAP = 1024
+
+# All that files of evaluation sets contain. Sets, dicts, objects, persistent ids and extension codes are missing.
+_INSTRUCTIONS = """
+    PROTO FRAME STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING BINSTRING SHORT_BINSTRING
+    BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 MARK EMPTY_LIST LIST APPEND
+    APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
+    STACK_GLOBAL REDUCE BUILD
+""".split()
+
+# What stands for numpy's arrays in a file, before and since numpy 2, and for bytes that Python 3 wrote for Python 2.
+_NAMES = {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")} | {
+    (f"{core}.{module}", name) for core in ("numpy.core", "numpy._core")
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+}
 
 
 class PairBin:
@@ -48,38 +57,31 @@ class PairBin:
         self.path, self.flag = os.fspath(path), flag
         data = read_bytes(self.path)
         try:
-            images, self.is_same = _images_and_labels(_load(data))
-        except _Refused as error:
-            raise UserError(f"{flag} {self.path}: {error}") from None
+            images, self.is_same = _images_and_labels(_Unpickler(data).load())
+        except Exception as error:  # the unpickler raises exceptions of almost any type for damaged data
+            reason = str(error) if isinstance(error, _Refused) else (
+                "is not an evaluation set, or a damaged or truncated one: it was not loaded; download or pack it again "
+                f"({ascii(f'{type(error).__name__}: {error}')[1:-1][:80]})")
+            raise UserError(f"{flag} {self.path}: {reason}") from None
 
-        # Many files repeat an image for each of its pairs: images with equal digests are embedded once. A tiny file can
-        # refer to one object millions of times, so each object is hashed once.
-        number_of_digest: dict[bytes, int] = {}
-        number_of_object: dict[int, int] = {}
-        index = np.empty(len(images), dtype=np.int64)
-        first: list[int] = []
+        # Many files repeat an image for each of its pairs: equal images are embedded once. A tiny file can refer to one
+        # object millions of times, so each object is searched once. bytes keep their hash.
+        numbers: dict[bytes, int] = {}
         starts: list[int] = []
-        lengths: list[int] = []
-        self._in_memory: dict[int, bytes] = {}
         position = 0
-        for i, image in enumerate(images):
-            number = number_of_object.get(id(image))
-            if number is None:
-                start = data.find(image, position, position + len(image) + _MAX_GAP)
-                position = start + len(image) if start >= 0 else position
-                digest = hashlib.blake2b(image, digest_size=16).digest()
-                number = number_of_object[id(image)] = number_of_digest.setdefault(digest, len(number_of_digest))
-                if number == len(first):
-                    first.append(i)
-                    starts.append(start)
-                    lengths.append(len(image))
-                    if start < 0:  # written as text, as protocols 0 to 2 do: not in the file as it is
-                        self._in_memory[number] = image
-            index[i] = number
-        self.num_images = len(first)
+        for image in {id(image): image for image in images}.values():
+            start = data.find(image, position, position + len(image) + _MAX_GAP)
+            if start >= 0:
+                position = start + len(image)
+            if numbers.setdefault(image, len(starts)) == len(starts):
+                starts.append(start)
+        index = np.array([numbers[image] for image in images], dtype=np.int64)
+        self.num_images = len(numbers)
         self.index1, self.index2 = index[0::2].copy(), index[1::2].copy()
-        self._first, self._starts, self._lengths = np.array(first), np.array(starts), np.array(lengths)
-        self._descriptor: int | None = None
+        self._first = np.unique(index, return_index=True)[1]
+        self._starts, self._lengths = np.array(starts), np.array([len(image) for image in numbers])
+        # Written as text, as protocols 0 to 2 do: not in the file as they are.
+        self._in_memory = {number: image for image, number in numbers.items() if starts[number] < 0}
 
     def __len__(self) -> int:
         return len(self.is_same)
@@ -92,250 +94,131 @@ class PairBin:
         """(image i before decoding, its name). Raises UserError if the file has changed."""
         if i in self._in_memory:
             return self._in_memory[i], self.image_name(i)
-        length = int(self._lengths[i])
         try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            # pread, because forked loader workers share the descriptor and its position
-            data = os.pread(self._descriptor, length, int(self._starts[i]))
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(int(self._starts[i]))
+                data = file.read(int(self._lengths[i]))
         except OSError as error:
             raise UserError(f"{self.flag} {self.path}: cannot be read ({error.strerror})") from None
-        if len(data) < length:
+        if len(data) < self._lengths[i]:
             raise UserError(f"{self.flag} {self.path}: the file has become shorter since it was opened; start again")
         return data, self.image_name(i)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_descriptor": None}
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]  # not None: checked by getattr, as __init__ may have failed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the pickle must hold
-
-
-def _images_and_labels(content: Any) -> tuple[list[bytes], np.ndarray]:
-    """(images, is_same bool (P,)). Raises _Refused. Nothing here recurses: a file may nest lists without end."""
-    if not isinstance(content, (tuple, list)) or len(content) != 2:
-        raise _Refused(f"holds {_kind(content)}, not (images, labels)")
-    images, labels = content
-    if not isinstance(images, (tuple, list)):
-        raise _Refused(f"its images are {_kind(images)}, not a list")
-    encoded = [_image(image, number) for number, image in enumerate(images)]
-    is_same = _labels(labels)
-    if len(encoded) != 2 * len(is_same):
-        raise _Refused(f"has {len(encoded)} images and {len(is_same)} labels; there must be two images for each label")
-    return encoded, is_same
-
-
-def _image(image: Any, number: int) -> bytes:
-    """The bytes of an image: a string, or an array of bytes of any shape."""
-    if isinstance(image, _Array):
-        if image.numbers(f"image {number}").dtype != np.uint8:
-            raise _Refused(f"image {number} is an array of numbers, not of bytes (u1)")
-        image = image.data
-    if not isinstance(image, bytes):
-        raise _Refused(f"image {number} is {_kind(image)}, not bytes")
-    return image
-
-
-def _labels(labels: Any) -> np.ndarray:
-    """bool (P,) from a list of bools, of 0 and 1 or of numpy's scalars, or from an array of any integer type."""
-    if isinstance(labels, _Array) and len(labels.shape) == 1:
-        values = labels.numbers("the array of labels").tolist()
-    elif isinstance(labels, (tuple, list)):
-        values = [
-            label.numbers(f"label {number}").item() if isinstance(label, _Array) and label.shape == () else label
-            for number, label in enumerate(labels)
-        ]
-    else:
-        raise _Refused(f"its labels are {_kind(labels)}, not a list")
-    for number, value in enumerate(values):
-        if not isinstance(value, int) or value not in (0, 1):
-            shown = value if isinstance(value, int) and abs(value) < 2**63 else _kind(value)
-            raise _Refused(f"label {number} is {shown}, not True, False, 1 or 0")
-    return np.array(values, dtype=bool)
-
-
-def _kind(value: Any) -> str:
-    names = {_Array: "an array", _Dtype: "a dtype", str: "text", bytes: "bytes", type(None): "None"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The restricted unpickler
 
 
 class _Refused(Exception):
     """Why a file is not read."""
 
 
-@dataclass
-class _Dtype:
-    """Stands in for a numpy dtype."""
+class _Name(str):
+    """Stands in for what a file names. Calling it notes the arguments."""
 
-    code: str  # such as "u1"
-    order: str = "="
-
-    def set_state(self, state: tuple) -> None:
-        _, order, *_ = state  # version, byte order, ...
-        self.order = _text(order).replace("|", "=")
-        if self.order not in ("=", "<", ">"):
-            raise ValueError("not a byte order")
+    def __call__(self, *arguments: Any) -> _Call:
+        return _Call(self, arguments)
 
 
-@dataclass
-class _Array:
-    """Stands in for a numpy array, or for a scalar if the shape is (). It is empty until its state is set."""
+class _Call:
+    """What a file would have had a function make."""
 
-    dtype: _Dtype | None = None
-    shape: tuple[int, ...] = ()
-    data: bytes = b""
+    def __init__(self, name: str, arguments: tuple) -> None:
+        self.name, self.arguments = name, arguments
+        self.state: tuple | None = None
 
-    def set_state(self, state: tuple) -> None:
-        _, shape, dtype, _, data = state  # version, shape, dtype, is Fortran order, data
-        self.fill(dtype, shape, data)
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
 
-    def fill(self, dtype: _Dtype, shape: tuple[int, ...], data: bytes) -> _Array:
-        if dtype.code not in _INTEGER_TYPES:
-            raise _Refused(f"holds an array of {ascii(dtype.code)[:60]}, not of bytes or integers")
-        if not isinstance(shape, tuple) or len(shape) > _MAX_DIMS:
-            raise ValueError("not a shape")
-        if not all(isinstance(size, int) and 0 <= size < 2**63 for size in shape):
-            raise ValueError("not a shape")
-        self.dtype, self.shape, self.data = dtype, shape, _bytes(data)
-        return self
-
-    def numbers(self, name: str) -> np.ndarray:
-        """Its elements, one-dimensional. Raises _Refused if the data are not as long as the shape says."""
-        if self.dtype is None:
-            raise _Refused(f"{name} is an array without data")
-        if len(self.data) != math.prod(self.shape) * int(self.dtype.code[1:]):
-            raise _Refused(f"{name} has the shape {ascii(self.shape)[:60]} and {len(self.data)} bytes")
-        return np.frombuffer(self.data, np.dtype(self.dtype.order + self.dtype.code))
+    def array(self) -> np.ndarray:
+        """The array or the scalar, one-dimensional, over the file's bytes. Raises _Refused, or almost anything."""
+        if self.name == "scalar":
+            (dtype, data), shape = self.arguments, (1,)
+        elif self.name == "_frombuffer":
+            data, dtype, shape, _ = self.arguments
+        elif self.name == "_reconstruct" and self.state is not None:
+            _, shape, dtype, _, data = self.state  # version, shape, dtype, is Fortran order, data
+        else:
+            raise ValueError("an array without data")
+        code, order = _text(dtype.arguments[0]), _text(dtype.state[1])  # state: version, byte order, ...
+        if code not in ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"):
+            raise _Refused(f"holds an array of {ascii(code)[:60]}, not of bytes or integers")
+        array = np.frombuffer(data, np.dtype(order.replace("|", "=") + code))
+        if array.size != math.prod(shape):
+            raise ValueError("an array whose data do not have its shape")
+        return array
 
 
-_NDARRAY = object()  # stands in for the class: not callable
+class _Encoder:
+    """Stands in for _codecs.encode, for so many characters: a tiny file can ask for one text again and again.
 
-
-def _text(value: Any) -> str:
-    """A str, which Python 2 writes as bytes."""
-    return value if isinstance(value, str) else _bytes(value).decode("utf-8")
-
-
-def _bytes(value: Any) -> bytes:
-    if not isinstance(value, bytes):
-        raise ValueError("not bytes")
-    return value
-
-
-def _stand_ins() -> dict[tuple[str, str], Any]:
-    """What replaces the names in a file: numpy's arrays, before and since numpy 2, and how Python 3 writes bytes for 2.
-
-    They refer to no unpickler: a cycle would keep all images in memory until the garbage collector runs.
+    It is no method of the unpickler, because a cycle would keep all images in memory until the garbage collector runs.
     """
-    encoded: dict[int, tuple[str, bytes]] = {}
 
-    def encode(text: str, encoding: Any) -> bytes:
-        """Each text is encoded once, however often the file asks for it."""
-        if _text(encoding).lower() not in ("latin1", "latin-1", "iso-8859-1"):
-            raise ValueError("not the encoding that bytes are written in")
-        if id(text) not in encoded:
-            encoded[id(text)] = text, text.encode("latin-1")
-        return encoded[id(text)][1]
+    def __init__(self, characters: int) -> None:
+        self._left = characters
 
-    def reconstruct(kind: Any, *_: Any) -> _Array:
-        if kind is not _NDARRAY:
-            raise ValueError("not numpy's ndarray")
-        return _Array()
-
-    stand_ins = {
-        ("_codecs", "encode"): encode,
-        ("numpy", "ndarray"): _NDARRAY,
-        ("numpy", "dtype"): lambda code, *_: _Dtype(_text(code)),
-    }
-    for core in ("numpy.core", "numpy._core"):
-        stand_ins[f"{core}.multiarray", "_reconstruct"] = reconstruct
-        stand_ins[f"{core}.multiarray", "scalar"] = lambda dtype, data: _Array().fill(dtype, (), data)
-        stand_ins[f"{core}.numeric", "_frombuffer"] = lambda data, dtype, shape, _: _Array().fill(dtype, shape, data)
-    return stand_ins
+    def __call__(self, text: str, encoding: str | bytes) -> bytes:
+        self._left -= len(text)
+        if self._left < 0 or _text(encoding) not in ("latin1", "latin-1"):
+            raise ValueError("not what bytes are written as")
+        return text.encode("latin-1")
 
 
 _PythonUnpickler: Any = pickle._Unpickler  # Any: its attributes have no types
 
 
-class _Instructions(dict[int, Callable[["_Unpickler"], None]]):
-    """What the unpickler does by instruction; refuses all others."""
-
-    def __missing__(self, code: int) -> Callable[[_Unpickler], None]:
-        raise _Refused(f"has the pickle instruction {bytes([code])!r}, which evaluation sets do not contain: the file "
-                       "is damaged or holds something else, and was not loaded")
-
-
 class _Unpickler(_PythonUnpickler):
-    """The pickle -> numbers, strings, lists and tuples of Python, _Array, _Dtype. Raises _Refused, or almost anything.
+    """The pickle -> numbers, strings, lists and tuples of Python, and _Call. Raises _Refused, or almost anything.
 
     This is Python's own unpickler in Python, not the one in C: that one allocates whatever memo index or length a file
     claims (in Python 3.11 ten bytes make it take 16 GiB), and cannot leave out instructions.
     """
 
-    # All that files of evaluation sets contain. Sets, dicts, objects, persistent ids and extension codes are missing.
-    dispatch = _Instructions({
-        code[0]: _PythonUnpickler.dispatch[code[0]]
-        for code in (
-            pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT,
-            pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING,
-            pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.UNICODE, pickle.BINUNICODE,
-            pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.MARK, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND,
-            pickle.APPENDS, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.GET,
-            pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE,
-            pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE,
-        )
-    })
+    dispatch = {code: _PythonUnpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _INSTRUCTIONS)}
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
-        self._stand_ins = _stand_ins()
+        self._encoder = _Encoder(len(data))
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._stand_ins[module, name]
-        except KeyError:
+        if (module, name) not in _NAMES:
             raise _Refused(f"names {ascii(f'{module}.{name}')[:80]}, which evaluation sets do not contain: it may hold "
-                           "code and was not loaded; get it from a source that you trust") from None
+                           "code and was not loaded; get it from a source that you trust")
+        return self._encoder if name == "encode" else _Name(name)
 
     def load_bytearray8(self) -> None:
         """As bytes. The inherited method first allocates the length that the file claims."""
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
-    def load_integer(self) -> None:
-        """A number as text. Parsing takes quadratic time."""
-        line = self.readline()[:-1]
-        if len(line) > _MAX_DIGITS:
-            raise ValueError("too many digits")
-        self.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line.removesuffix(b"L")))
-
-    def load_build(self) -> None:
-        """Only stand-ins have a state."""
-        state = self.stack.pop()
-        self.stack[-1].set_state(state)
-
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.READONLY_BUFFER[0]] = lambda self: None
-    dispatch[pickle.INT[0]] = dispatch[pickle.LONG[0]] = load_integer
-    dispatch[pickle.BUILD[0]] = load_build
 
 
-def _load(data: bytes) -> Any:
-    """What the pickle holds. Raises _Refused."""
-    if data[0] not in _Unpickler.dispatch:
-        raise _Refused("is not an evaluation set: it is not a pickle")
-    try:
-        return _Unpickler(data).load()
-    except _Refused:
-        raise
-    except Exception as error:  # the unpickler raises exceptions of almost any type for damaged data
-        reason = ascii(str(error))[1:-1][:80] or type(error).__name__
-        raise _Refused(f"is a damaged pickle, or a truncated one ({reason}); download or pack it again") from None
+def _text(value: str | bytes) -> str:
+    """A str, which Python 2 writes as bytes."""
+    return value if isinstance(value, str) else value.decode()
+
+
+def _images_and_labels(content: Any) -> tuple[list[bytes], np.ndarray]:
+    """(images, is_same bool (P,)). Raises _Refused, or almost anything. Does not recurse: lists may nest deeply."""
+    images, labels = content
+    if not isinstance(images, (tuple, list)) or not isinstance(labels, (tuple, list, _Call)):
+        raise _Refused(f"does not hold a list of images and a list of labels, but {reprlib.repr(content)}")
+    encoded = [_image(image, number) for number, image in enumerate(images)]
+    if isinstance(labels, _Call):
+        labels = labels.array().tolist()
+    else:
+        labels = [label.array().item() if isinstance(label, _Call) else label for label in labels]
+    for number, label in enumerate(labels):
+        if not isinstance(label, int) or label not in (0, 1):
+            raise _Refused(f"label {number} is {reprlib.repr(label)}, not True, False, 1 or 0")
+    if len(encoded) != 2 * len(labels):
+        raise _Refused(f"has {len(encoded)} images and {len(labels)} labels; there must be two images for each label")
+    return encoded, np.array(labels, dtype=bool)
+
+
+def _image(image: Any, number: int) -> bytes:
+    """The bytes of an image: a string, or an array of bytes of any shape."""
+    if isinstance(image, _Call):
+        array = image.array()
+        image = array.base if array.dtype == np.uint8 else array
+    if not isinstance(image, bytes):
+        raise _Refused(f"image {number} is {reprlib.repr(image)}, not bytes")
+    return image

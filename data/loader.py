@@ -47,21 +47,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self, num_samples: int, global_batch: int, micro_batches: int, rank: int, world_size: int, seed: int
     ) -> None:
         if global_batch % (micro_batches * world_size):
-            raise UserError(
-                f"the global batch of {global_batch} is not divisible by {world_size} processes x "
-                f"{micro_batches} micro-batches; change --batch-size or --accumulation-steps"
-            )
+            raise UserError(f"the global batch of {global_batch} is not divisible by {world_size} processes x "
+                            f"{micro_batches} micro-batches; change --batch-size or --accumulation-steps")
         if num_samples < global_batch:
-            raise UserError(
-                f"{num_samples} images are fewer than one global batch of {global_batch}; use a smaller --batch-size"
-            )
-        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        self.num_samples = num_samples
-        self.global_batch = global_batch
-        self.micro_batches = micro_batches
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
+            raise UserError(f"{num_samples} images are fewer than one global batch of {global_batch}; "
+                            "use a smaller --batch-size")
+        self.num_samples, self.global_batch, self.micro_batches = num_samples, global_batch, micro_batches
+        self.rank, self.world_size, self.seed = rank, world_size, seed
         self.steps_per_epoch = num_samples // global_batch
         self.images_per_batch = global_batch // micro_batches // world_size
         self.set_position(0, 0)
@@ -69,8 +61,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def set_position(self, epoch: int, step_in_epoch: int) -> None:
         """The next iteration starts at global batch `step_in_epoch` (0 to steps_per_epoch) of `epoch`."""
         assert 0 <= step_in_epoch <= self.steps_per_epoch, f"step {step_in_epoch} of {self.steps_per_epoch}"
-        self._epoch = epoch
-        self._step_in_epoch = step_in_epoch
+        self._epoch, self._step_in_epoch = epoch, step_in_epoch
 
     def __len__(self) -> int:
         """Micro-batches from the position to the epoch's end."""
@@ -171,6 +162,7 @@ class _BatchLoader(DataLoader):
         self, dataset: Any, batches: Iterable[list[int]], images_per_batch: int, workers: int, pin_memory: bool = False,
         *, persistent: bool = False, ignored: Iterable[signal.Signals] = STOP_SIGNALS,
     ) -> None:
+        # All batches that workers read ahead, and the one that is being copied out.
         self._slots = _SharedSlots(_PREFETCH * workers + 1, images_per_batch) if workers > 0 else None
         # Not DataLoader's own pinning, which would see the slots' numbers while the pixels lie in the slots.
         self._pins = pin_memory
@@ -192,14 +184,13 @@ class _BatchLoader(DataLoader):
         for loaded in super().__iter__():
             if isinstance(loaded, str):
                 raise UserError(loaded)
-            images = loaded.images
-            if images is None:
-                assert self._slots is not None and loaded.slot is not None
-                images = self._slots.take_out(loaded.slot, len(loaded.labels), self._pins)
+            images, labels, indices, skipped = loaded
+            if self._slots is not None:
+                images = self._slots.take_out(images, len(labels), self._pins)
             elif self._pins:
                 images = images.pin_memory()
-            labels = torch.tensor(loaded.labels, dtype=torch.int64, pin_memory=self._pins)
-            yield TrainBatch(images, labels, torch.tensor(loaded.indices, dtype=torch.int64), loaded.skipped)
+            labels = torch.tensor(labels, dtype=torch.int64, pin_memory=self._pins)
+            yield TrainBatch(images, labels, torch.tensor(indices, dtype=torch.int64), skipped)
 
 
 class _SharedSlots:
@@ -215,25 +206,18 @@ class _SharedSlots:
         memory = mmap.mmap(-1, count * n * 3 * IMAGE_SIZE**2)  # anonymous, shared with forked processes
         pixels = np.frombuffer(memory, dtype=np.uint8).reshape(count, n, IMAGE_SIZE, IMAGE_SIZE, 3)
         self.images = torch.from_numpy(pixels).permute(0, 1, 4, 2, 3)  # uint8 (count, n, 3, 112, 112)
-        self._free: list[int] = []
-
-    def free_all(self) -> None:
-        """At the start of an iteration: nobody reads the batches of an abandoned one."""
-        self._free = list(range(len(self.images)))
-
-    def lend(self) -> int | None:
-        return self._free.pop() if self._free else None
+        self.free: list[int] = []
 
     def take_out(self, slot: int, n: int, pin: bool) -> torch.Tensor:
         """A copy of the slot's first n images. The slot is free from then on."""
         images = self.images[slot, :n]
         batch = torch.empty_like(images, pin_memory=pin).copy_(images)
-        self._free.append(slot)
+        self.free.append(slot)
         return batch
 
 
 class _SlotSampler(Sampler):
-    """What a worker is asked for: (a free slot or None, a list of indices)."""
+    """What a worker is asked for: (a free slot, or None without slots; a list of indices)."""
 
     def __init__(self, batches: Iterable[list[int]], slots: _SharedSlots | None) -> None:
         self._batches, self._slots = batches, slots
@@ -243,21 +227,12 @@ class _SlotSampler(Sampler):
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[int | None, list[int]]]:
-        # DataLoader asks for the first batch once its workers have answered all earlier requests.
         if self._slots is not None:
-            self._slots.free_all()
+            # DataLoader asks for the first batch once its workers have answered all earlier requests, and nobody
+            # reads the batches of an abandoned iteration.
+            self._slots.free = list(range(len(self._slots.images)))
         for indices in self._batches:
-            yield self._slots.lend() if self._slots is not None else None, indices
-
-
-class _Loaded(NamedTuple):
-    """A TrainBatch on its way through a pipe: the images themselves, or the slot in which they lie."""
-
-    images: torch.Tensor | None
-    slot: int | None
-    labels: list[int]
-    indices: list[int]
-    skipped: int
+            yield self._slots.free.pop() if self._slots is not None else None, indices
 
 
 class _BatchReader(Dataset):
@@ -276,14 +251,17 @@ class _BatchReader(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, request: tuple[int | None, list[int]]) -> _Loaded | str:
-        """DataLoader's hook for a whole batch. A string says what is wrong with a bad image."""
+    def __getitems__(
+        self, request: tuple[int | None, list[int]]
+    ) -> tuple[torch.Tensor | int, list[int], list[int], int] | str:
+        """DataLoader's hook for a whole batch: a TrainBatch, with the number of the slot in which its images lie.
+
+        Without slots, with the images themselves. A string says what is wrong with a bad image.
+        """
         slot, samples = request
-        if slot is None:
-            shape = (len(samples), IMAGE_SIZE, IMAGE_SIZE, 3)
-            images = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        if self._slots is None:
+            images = torch.empty((len(samples), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         else:
-            assert self._slots is not None
             images = self._slots.images[slot, : len(samples)]
         # File descriptor 2 can be redirected in a worker, which has one thread.
         in_worker = get_worker_info() is not None
@@ -297,7 +275,7 @@ class _BatchReader(Dataset):
         if messages:
             self._report_damage(indices)
         skipped = sum(index != i for index, i in zip(indices, samples))
-        return _Loaded(images if slot is None else None, slot, labels, indices, skipped)
+        return images if slot is None else slot, labels, indices, skipped
 
     def _read(self, i: int, pixels: torch.Tensor) -> tuple[int, int]:
         """Write sample i to `pixels`, or the next readable one if bad ones are skipped. Returns (its index, label)."""

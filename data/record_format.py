@@ -18,10 +18,10 @@ Labels are float32: class numbers and keys above 2^24 are not exact.
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Sequence
-from typing import BinaryIO, TypeVar
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -35,7 +35,6 @@ MAGIC_BYTES = struct.pack("<I", MAGIC)
 FRAME = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<IfQQ")
 WHOLE, FIRST, BETWEEN, LAST = range(4)
-_IDX_BLOCK = 1 << 24  # bytes of an .idx that are parsed at a time
 
 Integer = TypeVar("Integer", int, np.ndarray)
 
@@ -51,16 +50,9 @@ def labels_record(key: int, labels: Sequence[float]) -> bytes:
 
 
 def _frames(record: bytes) -> bytes:
-    cuts = []
-    at = record.find(MAGIC_BYTES)
-    while at >= 0:
-        aligned = at % 4 == 0
-        if aligned:
-            cuts.append(at)
-        at = record.find(MAGIC_BYTES, at + (4 if aligned else 1))
-    starts, ends = [0, *(cut + 4 for cut in cuts)], [*cuts, len(record)]
+    cuts = (4 * np.flatnonzero(np.frombuffer(record, "<u4", len(record) // 4) == MAGIC)).tolist()
     frames = bytearray()
-    for k, (start, end) in enumerate(zip(starts, ends)):
+    for k, (start, end) in enumerate(zip([0, *(cut + 4 for cut in cuts)], [*cuts, len(record)])):
         part = WHOLE if not cuts else FIRST if k == 0 else LAST if k == len(cuts) else BETWEEN
         frames += FRAME.pack(MAGIC, part << 29 | end - start) + record[start:end]
     return bytes(frames.ljust(padded(len(frames)), b"\0"))
@@ -76,79 +68,42 @@ def image_start(record: bytes) -> int:
     return RECORD_HEADER.size + 4 * int.from_bytes(record[:4], "little")
 
 
-def join_frames(data: bytes, name: str) -> tuple[bytes, int]:
-    """(the record whose frames `data` begins with, where they end). Raises UserError naming the record by `name`."""
-    parts, at, part = [], 0, None
-    while part not in (WHOLE, LAST):
-        if at + FRAME.size > len(data):
-            raise UserError(f"{name}: its last part is missing")
-        magic, word = FRAME.unpack_from(data, at)
-        part, length = word >> 29, word & MAX_PART_BYTES
-        require_frame(magic, part, first=at == 0, name=name)
-        parts.append(data[at + FRAME.size : at + FRAME.size + length])
-        at += FRAME.size + padded(length)
-    return MAGIC_BYTES.join(parts), at
+def find_parts(head_at: Callable[[int], bytes], offset: int, limit: int, name: str) -> Iterator[tuple[int, int]]:
+    """Where the bytes of each part of the record at `offset` begin and end, counted as `offset` is.
 
-
-def require_frame(magic: int, part: int, *, first: bool, name: str, hint: str = "") -> None:
-    """Raise UserError unless a frame has this magic and part number, the `first` of a record or a later one."""
-    if magic != MAGIC:
-        raise UserError(f"{name}: no frame begins where one should (found 0x{magic:08x}, not 0x{MAGIC:08x})"
-                        f"{hint or '; the file is damaged: fetch it again'}")
-    if part not in ((WHOLE, FIRST) if first else (BETWEEN, LAST)):
-        what = "begins with" if first else "continues with"
-        raise UserError(f"{name}: the record {what} part {part} of 0 (whole), 1 (first), 2 (between), 3 (last)"
-                        f"{hint or '; the file is damaged: fetch it again'}")
-
-
-def write_idx(file: BinaryIO, keys: np.ndarray, offsets: np.ndarray) -> None:
-    """A line for each record, in the order given."""
-    for start in range(0, len(keys), 1 << 16):
-        part = slice(start, start + (1 << 16))
-        file.write("".join(map("%d\t%d\n".__mod__, zip(keys[part].tolist(), offsets[part].tolist()))).encode())
+    head_at: the 8 bytes from an offset on, fewer at the end of the file.
+    limit: where the next record begins, or the file ends.
+    Raises UserError, naming the record by `name`: no frame begins where one should, or one goes beyond the limit.
+    """
+    at, expected = offset, (WHOLE, FIRST)
+    while True:
+        magic, word = FRAME.unpack(head_at(at).ljust(FRAME.size, b"\0"))
+        part, start, end = word >> 29, at + FRAME.size, at + FRAME.size + (word & MAX_PART_BYTES)
+        if magic != MAGIC or part not in expected:
+            raise UserError(f"{name}: no frame begins at offset {at}, where a part of {expected} should (0x{magic:08x} "
+                            f"and {part}): the file is truncated or damaged; fetch it again")
+        at = padded(end)
+        if at > limit:
+            raise UserError(f"{name}: needs the bytes up to {at}, but has those up to {limit}: the file is truncated "
+                            "or damaged; fetch it again")
+        yield start, end
+        if part in (WHOLE, LAST):
+            return
+        expected = (BETWEEN, LAST)
 
 
 def read_idx(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets) of an .idx file: int64 (records,) each, in its order. Raises UserError naming file and line."""
-    parts, lines = [], 0
+    """(keys, offsets) of an .idx file: int64 (records,) each, in its order. Raises UserError naming file and row."""
     try:
-        with open(path, "rb") as file:
-            while text := file.read(_IDX_BLOCK):
-                text += file.readline()
-                if b"\r" in text:
-                    text = text.replace(b"\r\n", b"\n")
-                parts.append(_parse_idx(text if text.endswith(b"\n") else text + b"\n", path, lines))
-                lines += len(parts[-1][0])
+        with open(path, encoding="latin-1") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the file is empty
+            lines = np.loadtxt(file, np.int64, comments=None, delimiter="\t", ndmin=2)
+        if lines.shape[1] != 2 or lines.min() < 0:
+            raise ValueError("these are not two numbers from 0")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if not parts:
-        raise UserError(f"{path}: the file is empty; remove it to have it rebuilt from the records")
-    keys, offsets = (np.concatenate(arrays) for arrays in zip(*parts))
+    except ValueError as error:
+        reason = ascii(str(error))[1:-1][:100]
+        raise UserError(f"{path}: needs lines of 'key<tab>offset' ({reason}); remove it to have it rebuilt") from None
+    keys, offsets = lines.T
     return keys, offsets
-
-
-def _parse_idx(text: bytes, path: str, lines_before: int) -> tuple[np.ndarray, np.ndarray]:
-    characters = np.frombuffer(text, np.uint8)
-    ends, tabs = np.flatnonzero(characters == ord("\n")), np.flatnonzero(characters == ord("\t"))
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    digits = characters - np.uint8(ord("0"))  # wraps around: every other character is above 9
-    # As many tabs as lines, the k-th within the k-th line, and nothing else but digits: one tab in each.
-    if (
-        len(tabs) != len(ends) or int((digits > 9).sum()) != 2 * len(ends)
-        or not np.all((starts < tabs) & (tabs + 1 < ends) & (tabs - starts <= 18) & (ends - tabs <= 19))
-    ):
-        for number, line in enumerate(text.split(b"\n"), start=lines_before + 1):
-            if not re.fullmatch(rb"[0-9]{1,18}\t[0-9]{1,18}", line):
-                shown = ascii(line[:60].decode("latin-1"))
-                raise UserError(f"{path}:{number}: expected 'key<tab>offset', got {shown}; remove this file to have it "
-                                "rebuilt from the records")
-    return _decimal(digits, starts, tabs), _decimal(digits, tabs + 1, ends)
-
-
-def _decimal(digits: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """int64 (n,): the numbers that digits[starts[k]:ends[k]] spell."""
-    values = np.zeros(len(starts), np.int64)
-    for place in range(int((ends - starts).max())):
-        at = ends - 1 - place
-        values += np.where(at >= starts, digits[np.maximum(at, 0)], 0) * np.int64(10**place)
-    return values

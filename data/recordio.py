@@ -1,7 +1,7 @@
 """Training on insightface's and MXNet's packages of images, without MXNet. data/record_format.py has the format; files:
 
     train.rec, train.idx    the records, and where they begin
-    train.rec.index         the cache of a scan over all headers (see `_Scan` and data.cache)
+    train.rec.index         the cache of a scan over all headers (see data.cache)
     train.identities.txt    names of the identities, a line each, by label (optional: scripts/pack.py)
     train.files.txt         `<identity>/<file>` of every image, a line each, by key (optional: scripts/pack.py)
 
@@ -11,44 +11,46 @@ uint32; bad int64, the positions of images that cannot be used; num_classes int6
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import weakref
-import zlib
 from array import array
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data.cache import CachedArrays, cache_paths, load_caches, save_cache
-from data.decode import IMAGE_SIZE, JPEG_FRAME_MARKERS, check_encoded
+from data.decode import IMAGE_SIZE, JPEG_FRAME_MARKERS, check_encoded, read_bytes
 from data.progress import progress_bar
 from data.record_format import (
     FRAME,
-    LAST,
     MAGIC,
+    MAGIC_BYTES,
     MAX_CLASSES,
     MAX_PART_BYTES,
     RECORD_HEADER,
     WHOLE,
+    find_parts,
     image_start,
-    join_frames,
     padded,
     read_idx,
-    require_frame,
-    write_idx,
 )
 from data.training_set import TrainingSet
 from utils.errors import UserError
 from utils.files import atomic_write
 
-# The file is scanned in blocks of this many bytes. The head of a block's last record is read to the length _HEAD, which
-# holds the frame header of all but a few JPEGs; those are read one by one.
+# The scan reads blocks of this many bytes, and after each as much as holds the frame header of all but a few JPEGs,
+# which are read one by one.
 _BLOCK = 1 << 24
 _HEAD = 1 << 16
 # The scan gathers a whole record header and a label wherever a frame begins; zeros after the block make that safe.
 _MARGIN = 64
+_MAX_RECORD_BYTES = 1 << 26  # far more than an image of 112x112 has
+# What the scan keeps of a record. bad: not known to be an image of 112x112.
+_SCANNED = np.dtype([("size", "u4"), ("label", "f4"), ("id", "u8"), ("empty", "?"), ("bad", "?")])
 _CACHE_VERSION = 3
 
 
@@ -69,17 +71,14 @@ class RecordIODataset(TrainingSet):
     def __init__(
         self, path: str | os.PathLike[str], *, index: str | os.PathLike[str] = "auto", progress: bool = True
     ) -> None:
-        path = os.fspath(path)
-        found = _find_rec(path)
+        found = _find_rec(os.fspath(path))
         if found is None:
             raise UserError(f"{path}: no .rec file, and no directory that holds train.rec; give one of them")
         self.root = found
         self._open()
         paths = cache_paths(f"{found}.index", os.fspath(index))
-        made_from = self._made_from()
-        caches = (cache for cache in load_caches(paths, _require_sound, progress) if cache.made_from == made_from)
-        self._cache = next(caches, None) or self._scan_file(made_from, paths, progress)
-        self.identities = _read_identities(_beside(found, ".identities.txt"), found, int(self._cache["num_classes"][0]))
+        self._cache = next(load_caches(paths, self._made_from(), progress), None) or self._scan_file(paths, progress)
+        self.identities = _read_identities(_beside(found, ".identities.txt"), int(self._cache["num_classes"][0]))
 
     @staticmethod
     def is_at(path: str) -> bool:
@@ -95,20 +94,12 @@ class RecordIODataset(TrainingSet):
         self._size = os.fstat(self._descriptor).st_size
 
     def _made_from(self) -> list:
-        """What a cache is made from: the .rec by size and time, the .idx by size and checksum of its two ends.
-
-        The .idx has no time here: nodes that start together without one all write the same .idx.
-        """
-        rec = os.fstat(self._descriptor)
-        try:
-            with open(self._idx, "rb") as file:
-                idx_size = os.fstat(file.fileno()).st_size
-                checksum = zlib.crc32(file.read(_HEAD))
-                file.seek(max(0, idx_size - _HEAD))
-                checksum = zlib.crc32(file.read(_HEAD), checksum)
-        except OSError:
-            idx_size, checksum = -1, 0
-        return ["package", _CACHE_VERSION, rec.st_size, rec.st_mtime_ns, idx_size, checksum]
+        """What a cache is made from: the .rec and the .idx, by size and time."""
+        made_from: list = ["package", _CACHE_VERSION, self._size, os.fstat(self._descriptor).st_mtime_ns]
+        with contextlib.suppress(OSError):  # there may be none
+            idx = os.stat(self._idx)
+            made_from += [idx.st_size, idx.st_mtime_ns]
+        return made_from
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_descriptor", "_close")}
@@ -116,6 +107,7 @@ class RecordIODataset(TrainingSet):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._open()
+        # Without the .idx: nodes that start together without one all write it.
         if self._made_from()[:4] != self._cache.made_from[:4]:
             raise UserError(f"{self.root}: has changed since this run started; start it again")
 
@@ -134,46 +126,58 @@ class RecordIODataset(TrainingSet):
         return int(self._cache["labels"][position])
 
     def _encoded(self, position: int) -> tuple[bytes, str]:
-        offset, size = int(self._cache["offsets"][position]), int(self._cache["sizes"][position])
-        name = self._name(int(self._cache["keys"][position]), offset)
-        record, end = join_frames(self._read(size, offset, name), name)
-        if end != size or len(record) < RECORD_HEADER.size:
-            raise UserError(f"{name}: its length has changed since {self.root} was scanned; start again")
+        key, offset, size = (int(self._cache[name][position]) for name in ("keys", "offsets", "sizes"))
+        name = self._name(key, offset)
+        record, end = self._record(offset, offset + size, name)
         image = record[image_start(record) :]
-        if not image:
-            raise UserError(f"{name}: the record holds no image")
+        if not image or end != offset + size:
+            raise UserError(f"{name}: holds no image, or has changed since {self.root} was scanned; fetch it again")
         return image, name
 
     def _find_bad(self, progress: bool) -> tuple[np.ndarray, str]:
         """The scan has checked all headers."""
         bad = np.setdiff1d(self._cache["bad"], self._dropped, assume_unique=True)
-        if not len(bad):
-            return bad, ""
-        try:
-            check_encoded(*self._encoded(int(bad[0])))
-        except UserError as error:
-            return bad, str(error)
-        raise UserError(f"{self.root}: its index {self._cache.path} is of another file; remove the index")
+        if len(bad):
+            try:
+                check_encoded(*self._encoded(int(bad[0])))
+            except UserError as error:
+                return bad, str(error)
+            raise UserError(f"{self.root}: its index {self._cache.path} is of another file; remove the index")
+        return bad, ""
 
     def _name(self, key: int, offset: int) -> str:
         return f"{self.root}: record {key} at offset {offset}"
 
+    def _record(self, offset: int, limit: int, name: str) -> tuple[bytes, int]:
+        """(the record at `offset`, where its frames end, at most at `limit`). Raises UserError naming it by `name`."""
+        data = self._read(min(limit - offset, _MAX_RECORD_BYTES), offset, name)
+
+        def head_at(at: int) -> bytes:
+            return data[at - offset : at - offset + FRAME.size]
+
+        parts = []
+        for start, end in find_parts(head_at, offset, offset + len(data), name):
+            parts.append(data[start - offset : end - offset])
+        return MAGIC_BYTES.join(parts), padded(end)
+
     def _read(self, size: int, offset: int, name: str) -> bytes:
+        """That many bytes, or those up to the end of the file."""
         try:
             data = os.pread(self._descriptor, size, offset)
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-        if len(data) < size:
-            raise UserError(f"{name}: the file is truncated, {size - len(data)} bytes are missing; fetch it again")
+        if len(data) < min(size, self._size - offset):
+            raise UserError(f"{name}: the file has become shorter since it was opened; start again when it is complete")
         return data
 
     # -----------------------------------------------------------------------------------------------------------------
     # The scan. Rows of its arrays are records in the order of the file.
 
-    def _scan_file(self, made_from: list, paths: list[str], progress: bool) -> CachedArrays:
+    def _scan_file(self, paths: list[str], progress: bool) -> CachedArrays:
         """Scan all records, check them, and save the cache. Rebuilds a missing .idx."""
         if not self._size:
             raise UserError(f"{self.root}: the file is empty")
+        before = self._made_from()
         has_idx = os.path.exists(self._idx)
         with progress_bar("reading records", None, progress, unit="B", unit_scale=True) as bar:
             bar.reset(self._size if has_idx else 2 * self._size)
@@ -181,251 +185,162 @@ class RecordIODataset(TrainingSet):
                 keys, offsets = read_idx(self._idx)
                 order = np.argsort(offsets, kind="stable")
                 keys, offsets = keys[order], offsets[order]
-                self._require_offsets_in_file(keys, offsets)
+                self._check_offsets(keys, offsets)
             else:
                 offsets = self._find_records(bar)
                 keys = np.arange(len(offsets))
-            scan = self._scan(keys, offsets, bar)
+            scanned = self._scan(keys, offsets, bar)
         if not has_idx:
             # Writers put the key into the record too, but no reader needs it, and some writers leave it 0.
-            ids = scan.ids
-            if int(ids.max()) < 2**32 and len(np.unique(ids)) == len(ids):
+            ids = scanned["id"]
+            if ids.max() < 2**32 and len(np.unique(ids)) == len(ids):
                 keys = ids.astype(np.int64)
-            try:
-                with atomic_write(self._idx) as file:
-                    write_idx(file, keys, offsets)
-            except OSError:
-                pass  # save_cache reports a directory that cannot be written
-            # The .rec as it was before the scan, in case that it has changed meanwhile.
-            made_from = [*made_from[:4], *self._made_from()[4:]]
-        return save_cache(made_from, self._choose_images(keys, offsets, scan), paths, progress)
+            with contextlib.suppress(OSError), atomic_write(self._idx) as file:  # save_cache reports such a directory
+                file.writelines(b"%d\t%d\n" % line for line in zip(keys, offsets))
+        arrays = self._choose_images(keys, offsets, scanned)
+        # The .rec as it was before the scan, in case that it has changed meanwhile.
+        return save_cache(before[:4] + self._made_from()[4:], arrays, paths, progress)
 
-    def _require_offsets_in_file(self, keys: np.ndarray, offsets: np.ndarray) -> None:
-        """keys, offsets: int64 (records,), sorted by offset."""
-        remedy = (f"{self._idx} belongs to another file, or one of them is damaged; remove {self._idx} to have it "
-                  "rebuilt")
-        twice = np.flatnonzero(np.diff(offsets) == 0)
-        if len(twice):
-            row = int(twice[0])
-            name = self._name(keys[row], offsets[row])
-            raise UserError(f"{name}: record {keys[row + 1]} has the same offset; {remedy}")
-        for wrong, what in (
-            (offsets >= self._size, f"beyond the end of the file, which has {self._size} bytes: it is truncated, or"),
-            (offsets % 4 != 0, "not a multiple of 4;"),
-        ):
-            rows = np.flatnonzero(wrong)
-            if len(rows):
-                raise UserError(f"{self._name(keys[rows[0]], offsets[rows[0]])}: the offset is {what} {remedy}")
-        if offsets[0] != 0:
-            raise UserError(f"{self.root}: {self._idx} lists no record at offset 0; {remedy}")
+    def _check_offsets(self, keys: np.ndarray, offsets: np.ndarray) -> None:
+        """Raise UserError unless records can begin there. keys, offsets: int64 (records,), sorted by offset."""
+        wrong = (offsets % 4 != 0) | (offsets >= self._size) | (np.diff(offsets, prepend=-1) == 0)
+        wrong[0] |= offsets[0] != 0
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise UserError(f"{self._name(keys[row], offsets[row])}: no record begins there. Offsets in {self._idx} "
+                            f"should differ, begin with 0, be multiples of 4, and lie within the {self._size} bytes "
+                            "of the .rec file: fetch both files again, or remove the .idx file to have it rebuilt")
 
     def _find_records(self, bar: tqdm) -> np.ndarray:
         """The offsets of all records, from frame to frame: int64 (records,)."""
-        offsets = array("q")
-        block, base, at, begun = b"", 0, 0, 0
-        whole = True
-        while at < self._size:
-            name = f"{self.root}: offset {at}"
-            if at + FRAME.size > base + len(block):
-                bar.update(len(block))
-                block, base = self._read(min(_BLOCK, self._size - at), at, name), at
-                if len(block) < FRAME.size:
-                    raise UserError(f"{name}: the file is truncated within the head of a frame; fetch it again")
-            magic, word = FRAME.unpack_from(block, at - base)
-            part, length = word >> 29, word & MAX_PART_BYTES
-            require_frame(magic, part, first=whole, name=name)
-            if whole:
-                offsets.append(at)
-                begun = at
-            whole = part in (WHOLE, LAST)
-            at += FRAME.size + padded(length)
-            if at > self._size:
-                raise UserError(f"{self._name(len(offsets) - 1, begun)}: the file is truncated within it, "
-                                f"{at - self._size} bytes are missing; fetch it again")
-        if not whole:
-            raise UserError(f"{self._name(len(offsets) - 1, begun)}: the file is truncated before its last part; "
-                            "fetch it again")
+        offsets, at = array("q"), 0
+        try:
+            with open(self.root, "rb", buffering=1 << 20) as file:
+
+                def head_at(at: int) -> bytes:
+                    file.seek(at)
+                    return file.read(FRAME.size)
+
+                while at < self._size:
+                    start = at
+                    for _, end in find_parts(head_at, start, self._size, self._name(len(offsets), start)):
+                        at = padded(end)
+                    offsets.append(start)
+                    bar.update(at - start)
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be read ({error.strerror})") from None
         return np.frombuffer(offsets, dtype=np.int64)
 
-    def _scan(self, keys: np.ndarray, offsets: np.ndarray, bar: tqdm) -> _Scan:
-        """Every record's head, a block of records at a time; keys are for errors. All int64 (records,), by offset."""
-        scan = _Scan(len(offsets))
+    def _scan(self, keys: np.ndarray, offsets: np.ndarray, bar: tqdm) -> np.ndarray:
+        """_SCANNED (records,), by offset: what every record's head says, a block of records at a time."""
+        scanned = np.zeros(len(offsets), _SCANNED)
         bounds = np.append(offsets[1:], self._size)
-        buffer = np.empty(_BLOCK + _HEAD + _MARGIN, dtype=np.uint8)
         start = 0
         while start < len(offsets):
             base = int(offsets[start])
-            stop = max(int(np.searchsorted(offsets, base + _BLOCK)), start + 1)
-            size = min(int(offsets[stop - 1]) + _HEAD, self._size) - base
-            rows = slice(start, stop)
-            self._read_into(buffer, size, base)
-            quick = scan.fill(rows, buffer, size, offsets[rows] - base, bounds[rows] - base)
-            for row in (start + np.flatnonzero(~quick)).tolist():
-                self._scan_one(scan, row, int(keys[row]), int(offsets[row]), int(bounds[row]))
-            bar.update(int(bounds[stop - 1]) - base)
-            start = stop
-        return scan
+            rows = slice(start, int(np.searchsorted(offsets, base + _BLOCK)))
+            data = self._read(_BLOCK + _HEAD, base, f"{self.root}: offset {base}")
+            done = _scan_block(data, offsets[rows] - base, bounds[rows] - base, scanned[rows])
+            for row in (start + np.flatnonzero(~done)).tolist():
+                scanned[row] = self._scan_one(int(keys[row]), int(offsets[row]), int(bounds[row]))
+            bar.update(int(bounds[rows][-1]) - base)
+            start = rows.stop
+        return scanned
 
-    def _read_into(self, buffer: np.ndarray, size: int, offset: int) -> None:
-        """Fill the buffer with `size` bytes of the file, then zeros."""
-        try:
-            got = os.preadv(self._descriptor, [buffer.data[:size]], offset)
-        except OSError as error:
-            raise UserError(f"{self.root}: cannot be read at offset {offset} ({error.strerror})") from None
-        if got < size:
-            raise UserError(f"{self.root}: became shorter while it was read; start again when it is complete")
-        buffer[size : size + _MARGIN] = 0
-
-    def _scan_one(self, scan: _Scan, row: int, key: int, offset: int, bound: int) -> None:
-        """A record that `_Scan.fill` left: of several parts, damaged, or with an image that is not plainly a JPEG of
-        112x112."""
+    def _scan_one(self, key: int, offset: int, bound: int) -> tuple[int, float, int, bool, bool]:
+        """_SCANNED of a record that `_scan_block` left: of several parts, damaged, or not plainly a JPEG of 112x112."""
         name = self._name(key, offset)
-        size = self._frames_end(name, offset, bound) - offset
-        if size >= 2**31:  # what one pread can give
-            raise UserError(f"{name}: has {size} bytes, which is no image")
-        record, _ = join_frames(self._read(size, offset, name), name)
-        if len(record) < RECORD_HEADER.size:
-            raise UserError(f"{name}: has {len(record)} bytes, less than a record's header")
-        flag, label, id, _ = RECORD_HEADER.unpack_from(record)
+        record, end = self._record(offset, bound, name)
+        if end != bound:
+            raise UserError(f"{name}: ends at offset {end}, but the next record begins, or the file ends, at {bound}: "
+                            f"it or {self._idx} is damaged; fetch both again, or remove the latter to have it rebuilt")
         start = image_start(record)
         if start > len(record):
-            raise UserError(f"{name}: its header announces {flag} labels, more than its {len(record)} bytes hold")
+            raise UserError(f"{name}: has {len(record)} bytes, fewer than its header needs; fetch the file again")
+        flag, label, id, _ = RECORD_HEADER.unpack_from(record)
         if flag:
-            label = struct.unpack_from("<f", record, RECORD_HEADER.size)[0]
-        scan.sizes[row], scan.labels[row], scan.ids[row] = size, label, id
-        scan.empty[row] = start == len(record)
-        scan.bad[row] = True
-        if not scan.empty[row]:
-            try:
-                check_encoded(record[start:], name)
-                scan.bad[row] = False
-            except UserError:
-                pass  # check_headers reports it
+            (label,) = struct.unpack_from("<f", record, RECORD_HEADER.size)
+        bad = True
+        with contextlib.suppress(UserError):  # check_headers reports it
+            check_encoded(record[start:], name)
+            bad = False
+        return end - offset, label, id, start == len(record), bad
 
-    def _frames_end(self, name: str, offset: int, bound: int) -> int:
-        """Where the frames of the record at `offset` end. That must be at `bound`, where the next record begins."""
-        at, part = offset, None
-        while part not in (WHOLE, LAST):
-            head = self._read(min(FRAME.size, bound - at), at, name)
-            if len(head) < FRAME.size:
-                raise self._overrun(name, at + FRAME.size, bound)
-            magic, word = FRAME.unpack(head)
-            part, length = word >> 29, word & MAX_PART_BYTES
-            require_frame(magic, part, first=at == offset, name=name, hint=self._idx_hint())
-            at += FRAME.size + padded(length)
-            if at > bound:
-                raise self._overrun(name, at, bound)
-        if at < bound:
-            rest = (f"the next record begins at {bound}: the bytes between belong to no record" if bound < self._size
-                    else f"the {bound - at} bytes after it belong to no record")
-            raise UserError(f"{name}: ends at offset {at}, and {rest}{self._idx_hint()}")
-        return at
-
-    def _overrun(self, name: str, end: int, bound: int) -> UserError:
-        if bound == self._size:
-            what = f"the file has {bound}: it is truncated; fetch it again"
-        else:
-            what = f"overlaps the next record at {bound}{self._idx_hint()}"
-        return UserError(f"{name}: needs the bytes up to {end}, and {what}")
-
-    def _idx_hint(self) -> str:
-        if not os.path.exists(self._idx):
-            return ""
-        return f"; the file or {self._idx} is damaged (remove the latter to have it rebuilt)"
-
-    def _choose_images(self, keys: np.ndarray, offsets: np.ndarray, scan: _Scan) -> dict[str, np.ndarray]:
+    def _choose_images(self, keys: np.ndarray, offsets: np.ndarray, scanned: np.ndarray) -> dict[str, np.ndarray]:
         """The cache's arrays: images without record 0 and the identity records, sorted by key, their labels checked."""
         order = np.argsort(keys, kind="stable")
-        twice = np.flatnonzero(np.diff(keys[order]) == 0)
-        if len(twice):
-            row = order[twice[0]]
-            raise UserError(f"{self._idx}: the key {keys[row]} appears twice; remove this file to have it rebuilt")
-        if keys[order[-1]] >= 2**32:
-            raise UserError(f"{self._idx}: the key {keys[order[-1]]} is above {2**32 - 1}")
-        images, num_classes = order, None
-        if keys[order[0]] == 0 and scan.empty[order[0]]:
-            name = self._name(0, offsets[order[0]])
-            record, _ = join_frames(self._read(int(scan.sizes[order[0]]), int(offsets[order[0]]), name), name)
-            labels = np.frombuffer(record, "<f4", offset=RECORD_HEADER.size)
-            if len(labels) >= 2:
-                others = order[1:]
-                first = _first_identity(labels[:2], keys[others], scan.empty[others], name)
-                images, num_classes = others[keys[others] < first], int((keys[others] >= first).sum())
-                if len(images) != first - 1:
-                    raise UserError(f"{name}: announces the images 1 to {first - 1}, but {self._idx} has {len(images)} "
-                                    f"of them; fetch both files again, or remove {self._idx} to have it rebuilt")
-        if not len(images):
+        keys, offsets, scanned = keys[order], offsets[order], scanned[order]
+        wrong = np.diff(keys, append=2**32) <= 0  # the key that follows is the same; or the last one is too large
+        if wrong.any():
+            raise UserError(f"{self._idx}: the key {keys[wrong.argmax()]} appears twice or is above {2**32 - 1}; "
+                            "remove this file to have it rebuilt")
+        images, num_classes, limit = slice(None), None, MAX_CLASSES
+        if keys[0] == 0 and scanned["empty"][0]:
+            name = self._name(0, offsets[0])
+            record, _ = self._record(int(offsets[0]), int(offsets[0] + scanned["size"][0]), name)
+            announced = np.frombuffer(record, "<f4", offset=RECORD_HEADER.size)[:2]
+            if len(announced) == 2:
+                begin = _first_identity(announced, keys[1:], scanned["empty"][1:], name)
+                images, num_classes = slice(1, begin), len(keys) - begin
+                limit = num_classes
+        offsets, keys, scanned = offsets[images], keys[images], scanned[images]
+        if not len(keys):
             raise UserError(f"{self.root}: holds no image")
-        labels = scan.labels[images]
-        limit = MAX_CLASSES if num_classes is None else num_classes
+        labels = scanned["label"]
         with np.errstate(invalid="ignore"):  # the comparisons of NaN, which are False
-            wrong = np.flatnonzero(~((labels >= 0) & (labels < limit) & (labels == np.floor(labels))))
-        if len(wrong):
-            row = images[wrong[0]]
-            source = "float32 labels allow" if num_classes is None else "record 0 announces"
-            name = self._name(keys[row], offsets[row])
-            raise UserError(f"{name}: its label {scan.labels[row]:.9g} is not one of the classes 0 to {limit - 1} that "
-                            f"{source}")
-        if num_classes is None:
-            num_classes = int(labels.max()) + 1
+            right = (labels >= 0) & (labels < limit) & (labels == np.floor(labels))
+        if not right.all():
+            row = int(right.argmin())
+            raise UserError(f"{self._name(keys[row], offsets[row])}: its label {labels[row]:.9g} is not one of the "
+                            f"classes 0 to {limit - 1} that record 0 announces, or float32 labels allow")
         return {
-            "offsets": offsets[images], "sizes": scan.sizes[images], "labels": labels.astype(np.int32),
-            "keys": keys[images].astype(np.uint32), "bad": np.flatnonzero(scan.bad[images]),
-            "num_classes": np.array([num_classes]),
+            "offsets": offsets, "sizes": scanned["size"], "labels": labels.astype(np.int32),
+            "keys": keys.astype(np.uint32), "bad": np.flatnonzero(scanned["bad"]),
+            "num_classes": np.array([num_classes or int(labels.max()) + 1]),
         }
 
 
 def _first_identity(announced: np.ndarray, keys: np.ndarray, empty: np.ndarray, name: str) -> int:
-    """The key of the first identity record.
+    """How many records of the package precede the first identity record, record 0 included.
 
-    announced: float32 (2,), record 0's labels; keys, empty: (records,), of the others, sorted by key. Where float32
-    rounds, the first record without an image near the announced key is taken.
+    announced: float32 (2,), record 0's labels; keys, empty: (records,), of the others, sorted by key. float32 rounds
+    keys above 2^24: the first record without an image near the announced key is the one.
     """
-    first, end = (float(label) for label in announced)
-    if not (1 <= first <= end <= 2**32 and first == int(first) and end == int(end)):
-        raise UserError(f"{name}: announces identity records with the impossible keys {first:.9g} to {end:.9g}")
-    if end <= 2**24:
-        present = int((keys >= first).sum())
-        if present != int(end - first):
-            raise UserError(f"{name}: announces {int(end - first)} identity records, and there are {present}; "
-                            "fetch the .rec and .idx files again")
-        return int(first)
-    near = np.flatnonzero((np.abs(keys - first) <= np.spacing(announced[0])) & empty)
-    return int(keys[near[0]]) if len(near) else int(first)
+    first, end = announced.astype(float)
+    tolerance = float(np.spacing(np.float32(len(keys)))) if len(keys) >= 2**24 else 0.0
+    near = np.flatnonzero(empty & (np.abs(keys - first) <= tolerance))
+    images = int(near[0]) if len(near) else int((keys < first).sum())
+    identities = len(keys) - images
+    if not (abs(images + 1 - first) <= tolerance and abs(identities - (end - first)) <= 2 * tolerance):
+        raise UserError(f"{name}: announces identity records with keys from {first:.9g} up to {end:.9g}, but there are "
+                        f"{images} images before them and {identities} such records; fetch the .rec and .idx files "
+                        "again, or remove the .idx file to have it rebuilt")
+    return images + 1
 
 
-class _Scan:
-    """The heads of `count` records, by offset. bad: not known to be an image of 112x112."""
+def _scan_block(data: bytes, at: np.ndarray, bounds: np.ndarray, scanned: np.ndarray) -> np.ndarray:
+    """Fill `scanned`, _SCANNED (n,), with the records of `data` that begin `at` and must end at `bounds`, int64 (n,).
 
-    def __init__(self, count: int) -> None:
-        self.sizes = np.zeros(count, np.uint32)
-        self.labels = np.zeros(count, np.float32)
-        self.ids = np.zeros(count, np.uint64)
-        self.empty = np.zeros(count, bool)
-        self.bad = np.zeros(count, bool)
-
-    def fill(self, rows: slice, block: np.ndarray, size: int, at: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """Read the records that begin at `at` and must end at `bounds`, int64 (n,), in the `size` bytes of `block`.
-
-        Returns bool (n,): which records are done. They are whole, sound, and have no image or a JPEG of 112x112.
-        """
-        words = block[: size // 4 * 4 + _MARGIN].view("<u4")
-        word = at >> 2
-        frame, flags = words[word + 1].astype(np.int64), words[word + 2].astype(np.int64)
-        length = frame & MAX_PART_BYTES
-        starts, ends = at + FRAME.size + RECORD_HEADER.size + 4 * flags, at + FRAME.size + length
-        sound = (
-            (words[word] == MAGIC) & (frame >> 29 == WHOLE) & (at + FRAME.size + padded(length) == bounds)
-            & (length >= RECORD_HEADER.size) & (starts <= ends)
-        )
-        self.sizes[rows] = np.where(sound, bounds - at, 0)
-        self.labels[rows] = np.where(flags > 0, words[word + 8], words[word + 3]).view("<f4")
-        self.ids[rows] = words[word + 4] | words[word + 5].astype(np.uint64) << np.uint64(32)
-        self.empty[rows] = self.bad[rows] = starts == ends
-        done = sound & (starts == ends)
-        images = np.flatnonzero(sound & (starts < ends))
-        done[images] = _right_jpegs(block, starts[images], np.minimum(ends[images], size))
-        return done
+    Returns bool (n,): which records are done. They are whole, sound, and have no image or a JPEG of 112x112.
+    """
+    block = np.frombuffer(data[: len(data) // 4 * 4] + bytes(_MARGIN), np.uint8)
+    words = block.view("<u4")
+    word = at >> 2
+    frame, flags = words[word + 1].astype(np.int64), words[word + 2].astype(np.int64)
+    length = frame & MAX_PART_BYTES
+    starts, ends = at + FRAME.size + RECORD_HEADER.size + 4 * flags, at + FRAME.size + length
+    sound = (
+        (words[word] == MAGIC) & (frame >> 29 == WHOLE) & (at + FRAME.size + padded(length) == bounds)
+        & (length >= RECORD_HEADER.size) & (starts <= ends)
+    )
+    scanned["size"] = np.where(sound, bounds - at, 0)
+    scanned["label"] = np.where(flags > 0, words[word + 8], words[word + 3]).view("<f4")
+    scanned["id"] = words[word + 4] | words[word + 5].astype(np.uint64) << np.uint64(32)
+    scanned["empty"] = scanned["bad"] = starts == ends
+    done = sound & (starts == ends)
+    images = np.flatnonzero(sound & (starts < ends))
+    done[images] = _right_jpegs(block, starts[images], np.minimum(ends[images], len(data)))
+    return done
 
 
 def _right_jpegs(block: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -464,16 +379,6 @@ def _big_endian(block: np.ndarray, at: np.ndarray) -> np.ndarray:
 # Beside the .rec file
 
 
-def _require_sound(cache: CachedArrays) -> None:
-    """Raise ValueError for what checksums cannot exclude."""
-    labels, bad, num_classes = cache["labels"], cache["bad"], int(cache["num_classes"][0])
-    if not 0 <= labels.min() <= labels.max() < num_classes <= MAX_CLASSES:
-        raise ValueError("its labels are not class numbers")
-    same_length = len({len(cache[name]) for name in ("labels", "offsets", "sizes", "keys")}) == 1
-    if not same_length or len(bad) and not 0 <= bad.min() <= bad.max() < len(labels):
-        raise ValueError("its arrays contradict one another")
-
-
 def _find_rec(path: str) -> str | None:
     if os.path.isfile(path):
         return path if path.endswith(".rec") else None
@@ -485,27 +390,15 @@ def _beside(rec: str, ending: str) -> str:
     return rec.removesuffix(".rec") + ending
 
 
-def read_names(path: str) -> list[str]:
-    """The lines of identities.txt or files.txt. File systems take names as bytes, so no encoding is assumed."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if lines[-1] == b"":
-        lines.pop()
-    return [os.fsdecode(line) for line in lines]
-
-
-def _read_identities(path: str, rec: str, num_classes: int) -> list[str]:
+def _read_identities(path: str, num_classes: int) -> list[str]:
+    """The lines of the file, or the labels if there is none. File systems take names as bytes, whatever encoding."""
     if not os.path.exists(path):
         return [str(label) for label in range(num_classes)]
-    names = read_names(path)
+    names = os.fsdecode(read_bytes(path)).removesuffix("\n").split("\n")
     if len(names) != num_classes:
-        raise UserError(f"{path}: has {len(names)} names for the {num_classes} identities of {rec}; fetch it again, or "
-                        "remove it to use labels as names")
-    if len(set(names)) < len(names):
-        ordered = sorted(names)
-        twice = next(name for name, following in zip(ordered, ordered[1:]) if name == following)
-        raise UserError(f"{path}: the name {ascii(twice)} appears twice; correct it, or remove the file")
+        raise UserError(f"{path}: has {len(names)} names for the {num_classes} identities of the package; fetch it "
+                        "again, or remove it to use labels as names")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: the name {ascii(name)} appears twice; correct it, or remove the file")
     return names

@@ -228,7 +228,7 @@ def test_resampling_is_adaptive_pooling_then_interpolation():
     top, left, side, resolution = torch.tensor(
         [[0, 10, 27, 5, 0], [0, 0, 28, 20, 3], [112, 100, 84, 90, 109], [112, 37, 84, 16, 64]]
     )
-    out = module._resample(112, images.float(), top, left, side, resolution)
+    out = module._resample(images.float(), top, left, side, resolution)
     assert torch.equal(out[0], images[0].float())  # the whole window at full resolution is the image itself
     for i in range(5):
         window = images[i : i + 1, :, top[i] : top[i] + side[i], left[i] : left[i] + side[i]].double()

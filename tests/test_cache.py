@@ -17,7 +17,7 @@ import torch
 
 from data import folder as module
 from data.cache import _HEAD, CachedArrays, cache_paths, read_cache, save_cache
-from data.folder import INDEX_NAME, FaceFolder, PackedNames
+from data.folder import INDEX_NAME, FaceFolder
 from data.loader import GlobalBatchSampler, build_train_loader
 from data.recordio import RecordIODataset
 from scripts import pack
@@ -149,32 +149,6 @@ def test_a_damaged_index_is_never_used(tmp_path, settled, capsys):
         note = capsys.readouterr().err
         assert str(path) in note and "not used" in note and note.count("\n") == 1
         assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (
-            lambda arrays: {
-                "image_names": np.where(arrays["image_names"] == ord("j"), ord("/"), arrays["image_names"])
-            },
-            "names",
-        ),
-        (lambda arrays: {"first_image": -arrays["first_image"]}, "contradict"),
-        (lambda arrays: {"first_byte": arrays["first_byte"][::-1]}, "contradict"),
-        (lambda arrays: {"header_is_good": arrays["header_is_good"][1:]}, "contradict"),
-    ],
-)
-def test_a_right_checksum_is_not_enough(tmp_path, settled, capsys, change, reason):
-    make_tree(tmp_path)
-    settled()
-    expected = listing(FaceFolder(tmp_path, index="auto"))
-    path = str(tmp_path / INDEX_NAME)
-    cache = read_cache(path)
-    changed = {name: array.astype(cache[name].dtype) for name, array in change(cache.arrays).items()}
-    save_cache(cache.made_from, {**cache.arrays, **changed}, [path], progress=False)
-    assert listing(FaceFolder(tmp_path, index="auto", progress=True)) == expected
-    assert reason in capsys.readouterr().err
 
 
 def test_an_index_of_another_version_is_replaced(tmp_path, settled, capsys):
@@ -404,16 +378,12 @@ def test_the_training_keeps_an_index(faces, tmp_path, settled, read_directories)
     assert len(open_for_training(root, "--index", "none")) == 48 and len(read_directories) == 8
 
 
-def test_packed_names():
+def test_names_of_any_bytes():
     names = ["a", "", "Gökçe", os.fsdecode(b"\xff"), "b"]
-    packed = PackedNames(*module._pack(names))
-    assert packed == names and list(packed) == names and len(packed) == 5
-    assert packed[-1] == "b" and packed[1:4] == names[1:4] and "Gökçe" in packed
-    assert packed.where(np.array([1, 0, 1, 0, 1], bool)) == ["a", "Gökçe", "b"]
-    assert packed != names[:4]
-    for outside in (5, -6):
-        with pytest.raises(IndexError):
-            packed[outside]
+    packed, ends = module._pack(names)
+    assert ends.tolist() == [1, 1, 8, 9, 10]
+    assert module._directories(CachedArrays([], {"directory_names": np.frombuffer(packed, np.uint8),
+                                                 "directory_ends": ends})) == names
 
 
 def test_a_package_is_opened_by_main_and_loads_what_the_folder_loads(faces, tmp_path):

@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import decode
-from data import loader as module
 from data.augment import prepare_batch
 from data.decode import read_image
 from data.folder import FaceFolder
@@ -256,14 +255,6 @@ def test_batches_from_files_hold_the_pixels_of_decode_image(faces, workers, worl
                 assert batch.indices.tolist() == wanted and batch.labels.tolist() == folder.labels[wanted].tolist()
                 assert torch.equal(batch.images, expected[wanted])
                 assert batch.images.permute(0, 2, 3, 1).is_contiguous()
-
-
-def test_batches_arrive_without_a_free_slot(faces, monkeypatch):
-    folder, sampler = FaceFolder(faces), sampler_of(num_samples=48, global_batch=8)
-    expected = list(loader_of(folder, sampler, workers=1))
-    monkeypatch.setattr(module._SharedSlots, "lend", lambda self: None)
-    for a, b in zip(loader_of(folder, sampler, workers=1), expected, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
 def test_without_torchvisions_operator_pillow_gives_the_same(faces, monkeypatch):

@@ -1,5 +1,4 @@
 import contextlib
-import io
 import os
 import pickle
 import re
@@ -17,12 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import cache, record_format, recordio
-from data.cache import read_cache, save_cache
+from data import cache, recordio
 from data.decode import decode_image
 from data.folder import FaceFolder
 from data.loader import GlobalBatchSampler, build_train_loader
-from data.record_format import image_record, labels_record, read_idx, write_idx
+from data.record_format import image_record, labels_record, read_idx
 from data.recordio import RecordIODataset
 from utils.errors import UserError
 
@@ -76,13 +74,11 @@ def test_what_is_a_package(tmp_path):
             RecordIODataset(tmp_path / other)
     assert RecordIODataset(b).root == f"{b}/train/train.rec"
     assert data.RecordIODataset is RecordIODataset
-    with pytest.raises(AttributeError, match="no attribute 'RecordIO'"):
-        data.RecordIO  # noqa: B018
 
 
-def test_importing_data_stays_cheap():
+def test_importing_the_generator_of_images_stays_cheap():
     """scripts/synthesize.py starts worker processes that have no use for torch."""
-    code = "import sys, data, scripts.synthesize; sys.exit('torch' in sys.modules)"
+    code = "import sys, scripts.synthesize; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent.parent).returncode == 0
 
 
@@ -204,18 +200,6 @@ def test_a_damaged_index_file_is_made_again(tmp_path, keep):
         path.write_bytes(content[:keep])
     assert RecordIODataset(tmp_path).labels.tolist() == LABELS
     assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("change, reason", [
-    ({"labels": np.full(9, 3, np.int32)}, "class numbers"), ({"labels": np.full(9, -1, np.int32)}, "class numbers"),
-    ({"bad": np.array([9])}, "contradict"), ({"labels": np.zeros(8, np.int32)}, "contradict"),
-])
-def test_an_index_that_contradicts_itself_is_made_again(tmp_path, capsys, change, reason):
-    RecordIODataset(write(tmp_path, insightface()))
-    right = read_cache(str(tmp_path / "train.rec.index"))
-    save_cache(right.made_from, {**right.arrays, **change}, [str(tmp_path / "train.rec.index")], progress=False)
-    assert RecordIODataset(tmp_path).labels.tolist() == LABELS
-    assert reason in capsys.readouterr().err
 
 
 @contextlib.contextmanager
@@ -375,7 +359,7 @@ DAMAGED = {
     "empty": ({"train.rec": b""}, "train.rec: the file is empty"),
     "truncated": (
         {"train.rec": REC[:-4]},
-        f"train.rec: record 12 at offset {LAST}: needs the bytes up to {len(REC)}, and the file has {len(REC) - 4}",
+        f"train.rec: record 12 at offset {LAST}: needs the bytes up to {len(REC)}, but has those up to {len(REC) - 4}",
     ),
     "truncated in a head": (
         {"train.rec": REC[: LAST + 4]},
@@ -383,50 +367,50 @@ DAMAGED = {
     ),
     "truncated before a record": (
         {"train.rec": REC[:LAST]},
-        f"record 12 at offset {LAST}: the offset is beyond the end of the file",
+        f"record 12 at offset {LAST}: no record begins there",
     ),
     "bytes at the end": (
         {"train.rec": REC + bytes(8)},
-        f"record 12 at offset {LAST}: ends at offset {len(REC)}, and the 8 bytes after it belong to no",
+        f"record 12 at offset {LAST}: ends at offset {len(REC)}, but .* {len(REC) + 8}",
     ),
     "longer": (
         {"train.rec": with_length(4)},
-        f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 4}, and overlaps",
+        f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 4}, but has those up to {THIRD}",
     ),
     "shorter": (
         {"train.rec": with_length(-4)},
-        f"record 2 at offset {SECOND}: ends at offset {THIRD - 4}, and the next",
+        f"record 2 at offset {SECOND}: ends at offset {THIRD - 4}, but .* {THIRD}",
     ),
     "no magic": (
         {"train.rec": patch(REC, SECOND, b"abcd")},
-        f"record 2 at offset {SECOND}: no frame begins where one should .found 0x64636261, not 0xced7230a",
+        f"record 2 at offset {SECOND}: no frame begins at offset {SECOND}, .*0x64636261",
     ),
     "a last part first": (
         {"train.rec": patch(REC, SECOND + 7, b"\x60")},
-        f"record 2 at offset {SECOND}: the record begins with part 3 of",
+        f"record 2 at offset {SECOND}: no frame begins .* and 3",
     ),
     "a first part, no other": (
         {"train.rec": patch(REC, SECOND + 7, b"\x20")},
-        f"record 2 at offset {SECOND}: needs the bytes up to {THIRD + 8}, and overlaps",
+        f"record 2 at offset {SECOND}: no frame begins at offset {THIRD}",
     ),
     "too many labels": (
         {"train.rec": patch(REC, SECOND + 8, b"\0\0\0\x7f")},
-        f"record 2 at offset {SECOND}: its header announces 2130706432 labels",
+        f"record 2 at offset {SECOND}: has .* fewer than its header needs",
     ),
     "no room for a header": (
         package([(0, frame(b"abc")), *im2rec()[1:]]),
-        "record 0 at offset 0: has 3 bytes, less than",
+        "record 0 at offset 0: has 3 bytes, fewer than",
     ),
     "labels only": (package([(5, frame(record([], 5)))]), "train.rec: .*1 of 1 images? (are|is) bad"),
-    "no image": (package(insightface()[9:10]), "announces 3 identity records, and there are 0"),
+    "no image": (package(insightface()[9:10]), "record 0 at offset 0: announces identity records .* 0 such"),
     "record 0 alone": (package([(0, frame(record([1.0, 1.0], 0)))]), "train.rec: holds no image"),
     "record 0 with nonsense": (
         {"train.rec": patch(REC, OFFSETS[9] + 32, struct.pack("<2f", 3.5, float("nan")))},
-        f"record 0 at offset {OFFSETS[9]}: .*impossible keys 3.5 to nan",
+        f"record 0 at offset {OFFSETS[9]}: announces .* 3.5 up to nan",
     ),
     "an identity record too few": (
         package(insightface()[:-1]),
-        "record 0 at .*: announces 3 identity records, and there are 2",
+        "record 0 at .*: announces .* 9 images before them and 2 such",
     ),
     "idx of another file": (
         {"train.idx": IDX.replace(b"2\t%d" % SECOND, b"2\t%d" % (SECOND + 4))},
@@ -434,33 +418,31 @@ DAMAGED = {
     ),
     "idx without a line": (
         {"train.idx": IDX.replace(b"3\t%d\n" % THIRD, b"")},
-        f"record 2 at offset {SECOND}: ends at offset {THIRD}, and the next",
+        f"record 2 at offset {SECOND}: ends at offset {THIRD}, but",
     ),
-    "idx without the first line": ({"train.idx": IDX[4:]}, "train.idx lists no record at offset 0"),
+    "idx without the first line": (
+        {"train.idx": IDX[4:]}, f"record 2 at offset {SECOND}: no record begins there.*begin with 0"),
     "an offset twice": (
         {"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % SECOND)},
-        "record 3 has the same offset",
+        f"record 3 at offset {SECOND}: no record begins there",
     ),
     "a key twice": ({"train.idx": IDX.replace(b"3\t", b"2\t", 1)}, "train.idx: the key 2 appears twice"),
     "an odd offset": (
         {"train.idx": IDX.replace(b"3\t%d" % THIRD, b"3\t%d" % (THIRD + 1))},
-        "the offset is not a multiple of 4",
+        f"record 3 at offset {THIRD + 1}: no record begins there.*multiples of 4",
     ),
-    "a huge key": ({"train.idx": IDX.replace(b"3\t", b"4294967296\t", 1)}, "the key 4294967296 is above"),
-    "empty idx": ({"train.idx": b""}, "train.idx: the file is empty; remove it"),
+    "a huge key": (
+        {"train.idx": IDX.replace(b"3\t", b"4294967296\t", 1)}, "the key 4294967296 appears twice or is above"),
+    "empty idx": ({"train.idx": b""}, "train.idx: needs lines .*remove it"),
     "words in the idx": (
         {"train.idx": IDX.replace(b"3\t", b"three\t", 1)},
-        r"train.idx:3: expected 'key<tab>offset', got 'three\\t",
+        "train.idx: needs lines of 'key<tab>offset' .*'three' .* row 2",
     ),
-    "blanks in the idx": ({"train.idx": IDX.replace(b"3\t", b"3 ", 1)}, "train.idx:3: expected 'key<tab>offset'"),
-    "three columns": ({"train.idx": IDX.replace(b"3\t", b"3\t3\t", 1)}, "train.idx:3: expected 'key<tab>offset'"),
-    "a tab that moved": ({"train.idx": b"1\t\t0\n3\n"}, "train.idx:1: expected 'key<tab>offset'"),
-    "a negative offset": ({"train.idx": IDX.replace(b"1\t0", b"1\t-0", 1)}, "train.idx:1: expected 'key<tab>offset'"),
-    "a number of 19 digits": (
-        {"train.idx": IDX.replace(b"1\t0", b"1\t" + b"0" * 19, 1)},
-        "train.idx:1: expected 'key<tab>offset'",
-    ),
-    "a blank line": ({"train.idx": IDX + b"\n"}, "train.idx:14: expected 'key<tab>offset', got ''"),
+    "blanks in the idx": ({"train.idx": IDX.replace(b"3\t", b"3 ", 1)}, "train.idx: needs lines"),
+    "three columns": ({"train.idx": IDX.replace(b"3\t", b"3\t3\t", 1)}, "train.idx: needs lines"),
+    "a tab that moved": ({"train.idx": b"1\t\t0\n3\n"}, "train.idx: needs lines"),
+    "a negative offset": ({"train.idx": IDX.replace(b"1\t0", b"1\t-4", 1)}, "train.idx: needs lines"),
+    "a number of 20 digits": ({"train.idx": IDX.replace(b"1\t0", b"1\t" + b"9" * 20, 1)}, "train.idx: needs lines"),
 }
 
 
@@ -476,21 +458,25 @@ def test_damage_is_named(tmp_path, damage):
 
 
 WITHOUT_IDX = {
-    "truncated": (REC[:-4], f"record 12 at offset {LAST}: the file is truncated within it, 4 bytes"),
+    "truncated": (REC[:-4], f"record 12 at offset {LAST}: needs the bytes up to {len(REC)}, but"),
     "truncated in a head": (
         REC[: LAST + 4],
-        f"train.rec: offset {LAST}: the file is truncated within the head of a frame",
+        f"record 12 at offset {LAST}: needs the bytes up to",
     ),
     "truncated before the last part": (
         REC + frame(b"12345678", 1),
-        f"record 13 at offset {len(REC)}: the file is truncated before its",
+        f"record 13 at offset {len(REC)}: no frame begins at offset {len(REC) + 16}, .* truncated",
     ),
-    "bytes at the end": (REC + bytes(8), f"train.rec: offset {len(REC)}: no frame begins where one should"),
-    "shorter": (with_length(-4), f"train.rec: offset {THIRD - 4}: no frame begins where one should"),
-    "longer": (with_length(4), f"train.rec: offset {THIRD + 4}: no frame begins where one should"),
-    "a last part first": (patch(REC, SECOND + 7, b"\x60"), f"offset {SECOND}: the record begins with part 3"),
-    "a whole record within parts": (REC + frame(b"12345678", 1) + frame(b"1234"), "the record continues with part 0"),
-    "something else": (b"these are not the records you are looking for" * 9, "train.rec: offset 0: no frame begins"),
+    "bytes at the end": (REC + bytes(8), f"record 13 at offset {len(REC)}: no frame begins"),
+    "shorter": (with_length(-4), f"record 2 at offset {THIRD - 4}: no frame begins"),
+    "longer": (with_length(4), f"record 2 at offset {THIRD + 4}: no frame begins"),
+    "a last part first": (patch(REC, SECOND + 7, b"\x60"), f"record 1 at offset {SECOND}: no frame begins .* and 3"),
+    "a whole record within parts": (
+        REC + frame(b"12345678", 1) + frame(b"1234"),
+        f"record 13 at .*: no frame begins at offset {len(REC) + 16}, .* and 0"),
+    "something else": (
+        b"these are not the records you are looking for" * 9, "train.rec: record 0 at offset 0: no frame begins"),
+    "parts without end": (frame(b"", 1) + frame(b"", 2) * 50_000, "record 0 at offset 0: no frame begins"),
 }
 
 
@@ -530,12 +516,12 @@ def test_damage_after_the_scan_is_named_when_read(tmp_path):
     times = path.stat()
     for damaged, expected in (
         (patch(REC, SECOND, b"abcd"), f"train.rec: record 2 at offset {SECOND}: no frame begins"),
-        (with_length(-4), f"train.rec: record 2 at offset {SECOND}: its length has changed"),
-        (with_length(4), f"train.rec: record 2 at offset {SECOND}: its length has changed"),
-        (patch(REC, SECOND + 7, b"\x20"), f"train.rec: record 2 at offset {SECOND}: its last part is missing"),
-        (patch(REC, SECOND + 8, b"\0\0\1\0"), f"train.rec: record 2 at offset {SECOND}: the record holds no image"),
+        (with_length(-4), f"train.rec: record 2 at offset {SECOND}: .*has changed"),
+        (with_length(4), f"train.rec: record 2 at offset {SECOND}: needs the bytes up to {THIRD + 4}"),
+        (patch(REC, SECOND + 7, b"\x20"), f"train.rec: record 2 at offset {SECOND}: no frame begins"),
+        (patch(REC, SECOND + 8, b"\0\0\1\0"), f"train.rec: record 2 at offset {SECOND}: holds no image"),
         (patch(REC, SECOND + 40, bytes(400)), f"train.rec: record 2 at offset {SECOND}: not a JPEG"),
-        (REC[: SECOND + 100], f"train.rec: record 2 at offset {SECOND}: the file is truncated"),
+        (REC[: SECOND + 100], f"train.rec: record 2 at offset {SECOND}: the file has become shorter"),
     ):
         with path.open("r+b") as file:
             file.write(damaged)
@@ -575,9 +561,9 @@ def test_bad_images(tmp_path, capsys):
 
 
 def test_where_float32_rounds_the_first_identity():
-    """17,000,001 images: record 0 says 17,000,002 or 17,000,000, never the odd number."""
+    """16,777,218 images: record 0 says 16,777,220, as the odd number is no float32."""
     first = 2**24 + 3
-    keys = np.arange(first - 9, first + 9)
+    keys = np.arange(1, first + 5)
     empty = keys >= first
     announced = np.array([first, first + 5], np.float32)
     assert int(announced[0]) != first
@@ -586,21 +572,17 @@ def test_where_float32_rounds_the_first_identity():
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_idx_files(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(record_format, "_IDX_BLOCK", 100)
+def test_idx_files(tmp_path, ending):
     rng = np.random.default_rng(0)
     keys, offsets = 10 ** rng.integers(0, 17, (2, 500)) * rng.integers(1, 10, (2, 500)) + rng.integers(0, 9, (2, 500))
-    stream = io.BytesIO()
-    write_idx(stream, keys, offsets)
     lines = [f"{key}\t{offset}" for key, offset in zip(keys, offsets)]
-    assert stream.getvalue().decode().splitlines() == lines
     path = tmp_path / "train.idx"
     path.write_text(ending.join(lines), newline="")  # without an end of the last line
     read = read_idx(str(path))
     assert np.array_equal(read[0], keys) and np.array_equal(read[1], offsets)
     lines[321] = "9"
     path.write_text(ending.join(lines), newline="")
-    with pytest.raises(UserError, match="train.idx:322: expected"):
+    with pytest.raises(UserError, match="train.idx: needs lines .* row 322"):
         read_idx(str(path))
 
 
