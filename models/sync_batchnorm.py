@@ -19,11 +19,9 @@ class CpuSyncBatchNorm(_BatchNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+        pass  # the base class requires a method
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
         # Outside autocast, in the parameters' precision: fp16 squares overflow above 256.
@@ -58,9 +56,7 @@ def convert_sync_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            synced.weight, synced.bias = child.weight, child.bias
-            synced.running_mean, synced.running_var = child.running_mean, child.running_var
-            synced.num_batches_tracked = child.num_batches_tracked
+            synced._parameters, synced._buffers = child._parameters, child._buffers
             setattr(module, name, synced)
         else:
             convert_sync_batchnorm(child, device_type)
