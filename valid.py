@@ -91,7 +91,9 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
     backbone, source = load(options)
     if context.is_main:
         processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""
-        print(f"=> {source}\n=> device {processes}{describe(context.device)}, batch size {options.batch_size}, "
+        device = (f"cuda ({torch.cuda.get_device_name(context.device)})" if context.device.type == "cuda"
+                  else f"cpu ({torch.get_num_threads()} threads)")
+        print(f"=> {source}\n=> device {processes}{device}, batch size {options.batch_size}, "
               f"{options.workers} workers" + (", with mirrored images" if options.flip else ""), flush=True)
     started = time.perf_counter()
     results: dict[str, Result] = {}
@@ -136,12 +138,6 @@ def load(options: Options) -> tuple[nn.Module, str]:
     assert options.arch is not None
     torch.manual_seed(options.seed or 0)
     return build_backbone(options.arch), f"untrained {options.arch}, seed {options.seed or 0}"
-
-
-def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def output_files(options: Options) -> dict[str, str]:

@@ -88,9 +88,6 @@ class MarginClassifier(nn.Module):
             for buffer, old in zip(self.margin.buffers(), before):
                 buffer.copy_(torch.where(skipped > 0, old, buffer))
 
-    def extra_repr(self) -> str:
-        return f"classes={self.shard.num_classes}, shard=[{self.shard.start}, {self.shard.stop}), scale={self.scale}"
-
 
 def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) -> float:
     """MiB of this process for saved probabilities: a quarter of what class centers, gradient and momentum leave.
@@ -98,10 +95,8 @@ def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) ->
     It depends on the machine's whole memory, not on what is free now: a resumed run must compute as before. `processes`
     share the CPU's memory; a GPU belongs to one process. With `fused_update` there is no gradient.
     """
-    if centers.is_cuda:
-        total = torch.cuda.get_device_properties(centers.device).total_memory
-    else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    total = (torch.cuda.get_device_properties(centers.device).total_memory if centers.is_cuda
+             else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes)
     return automatic_memory_bytes(centers.nbytes, total, fused_update) / 2**20
 
 

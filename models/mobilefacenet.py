@@ -4,7 +4,7 @@ Chen, Liu, Gao, Han 2018, "MobileFaceNets: Efficient CNNs for Accurate Real-time
 (https://arxiv.org/abs/1804.07573), table 1: inverted bottlenecks with PReLU, and a global depthwise convolution, which
 learns a weight for each position of the last map where other networks average.
 
-Shapes: n images, c channels, h x h pixels, d embedding size.
+Shapes: n images, c channels, h x h pixels, d embedding size (128 in the paper).
 """
 
 from __future__ import annotations
@@ -99,10 +99,7 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """Embedding = features(fc(global_depthwise(widen(bottlenecks(stem_depthwise(stem(images))))))).
-
-    d is 128 in the paper.
-    """
+    """Embedding = features(fc(global_depthwise(widen(bottlenecks(stem_depthwise(stem(images)))))))."""
 
     def __init__(self, embedding_size: int = 512) -> None:
         super().__init__()
@@ -120,15 +117,10 @@ class MobileFaceNet(nn.Module):
         self.fc = nn.Linear(FINAL_CHANNELS, embedding_size, bias=False)
         self.features = nn.BatchNorm1d(embedding_size)
         self.features.weight.requires_grad_(False)  # fixed, because the embedding is L2-normalised afterwards
-        self._initialise()
 
-    def _initialise(self) -> None:
-        """Weights normal(0, gain^2 / fan_in) (He et al. 2015, eq. 10 and 15), gain by the activation that follows.
-
-        fan_in, because torch's fan_out ignores groups and would make the depthwise weights 8 to 23 times too small.
-        Before a BatchNorm, a smaller weight means a larger effective learning rate. A block with a shortcut starts
-        close to the identity; models/README.md has the measurement.
-        """
+        # Weights normal(0, gain^2 / fan_in) (He et al. 2015, eq. 10 and 15), gain by the activation that follows.
+        # fan_in, because torch's fan_out ignores groups and would make the depthwise weights 8 to 23 times too small.
+        # A block with a shortcut starts close to the identity. models/README.md says why.
         for module in self.modules():
             if isinstance(module, Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=PRELU_SLOPE)

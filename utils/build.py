@@ -32,18 +32,15 @@ class TrainingModel(nn.Module):
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (n, 3, 112, 112), labels (n,) -> (loss, num_closer, finite): see MarginClassifier.
-
-        finite: bool scalar, whether all embeddings of this rank are finite.
-        """
+        """images (n, 3, 112, 112), labels (n,) -> loss and num_closer of MarginClassifier; bool scalar, whether all
+        embeddings of this rank are finite."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             embedding = self.backbone(images)
         return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
 
 
 def build_training(
-    context: DistContext, options: Options, seed: int, num_images: int, global_batch: int,
-    identities: Sequence[str] = (),
+    context: DistContext, options: Options, seed: int, num_images: int, global_batch: int, identities: Sequence[str] = ()
 ) -> tuple[TrainState, DistributedDataParallel]:
     """Collective. Backbone, this rank's classes and optimizers, with the same initial weights at every world size."""
     torch.backends.cudnn.benchmark = True

@@ -103,9 +103,8 @@ class Flag:
 def flag(*names: str, default: Any = None, choices: Iterable[str] | None = None, **settings: Any) -> Any:
     """A dataclass field that is a flag. The arguments are those of Flag; `help` is required."""
     definition = Flag(names, default=default, choices=None if choices is None else tuple(choices), **settings)
-    return dataclasses.field(
-        default=dataclasses.MISSING if definition.required else default, metadata={"flag": definition}
-    )
+    return dataclasses.field(default=dataclasses.MISSING if definition.required else default,
+                             metadata={"flag": definition})
 
 
 def flags_of(options: type) -> dict[str, Flag]:

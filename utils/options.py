@@ -26,20 +26,18 @@ SECTIONS = ("data", "model", "loss", "training", "schedule", "optimizer", "outpu
 class Options(ProcessFlags, ScheduleFlags):
     """What the user asked for. Options never change; a derived value gets a name of its own."""
 
-    data: str | None = flag(
-        "data", metavar="DIR", section="data", per_node=True,
-        help="training images, aligned, 112x112: DIR/train/<identity>/*.jpg if DIR/train exists, else "
-             "DIR/<identity>/*.jpg; or a RecordIO package, as a directory or .rec file")
+    data: str | None = flag("data", metavar="DIR", section="data", per_node=True,
+                            help="training images, aligned, 112x112: DIR/train/<identity>/*.jpg if DIR/train exists, "
+                                 "else DIR/<identity>/*.jpg; or a RecordIO package, as a directory or .rec file")
     index: str = flag(
         "--index", default="auto", metavar="FILE", section="data", per_node=True,
         help="file that keeps the list of a folder's images, so that the next start need not read every header again; "
              "auto: in DIR, or among the user's caches if DIR is read-only; none: keep no list")
     skip_bad_images: bool = flag("--skip-bad-images", default=False, section="data",
                                  help="count and skip images that cannot be read, instead of stopping at the first")
-    augment: str = flag(
-        "--augment", default="flip", choices=("none", "flip", "standard", "strong"), section="data",
-        help="flip: random mirror; standard: also random shifts of up to 6 pixels; strong: also, each in some images, "
-             "crop, low resolution, blur, brightness, contrast, saturation, gray")
+    augment: str = flag("--augment", default="flip", choices=("none", "flip", "standard", "strong"), section="data",
+                        help="flip: random mirror; standard: also random shifts of up to 6 pixels; strong: also, each "
+                             "in some images, crop, low resolution, blur, brightness, contrast, saturation, gray")
     workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0, section="data", per_node=True,
                         help="data loading processes of this node, shared among its ranks")
 
@@ -64,13 +62,11 @@ class Options(ProcessFlags, ScheduleFlags):
                            help="images per step of this node: the total over its processes and micro-batches")
     accumulation_steps: int = flag("--accumulation-steps", default=1, metavar="K", at_least=1, section="training",
                                    help="micro-batches per step")
-    seed: int | None = flag(
-        "--seed", metavar="S", at_least=0, below=2**63, default_text="drawn, printed and stored", section="training",
-        help="seed of all random numbers")
-    on_nonfinite: str = flag(
-        "--on-nonfinite", default="stop", choices=("stop", "skip"), section="training",
-        help="if the loss is inf or NaN: stop before anything is saved, or skip the step, leaving weights, momentum "
-             "and BatchNorm statistics unchanged")
+    seed: int | None = flag("--seed", metavar="S", at_least=0, below=2**63, default_text="drawn, printed and stored",
+                            section="training", help="seed of all random numbers")
+    on_nonfinite: str = flag("--on-nonfinite", default="stop", choices=("stop", "skip"), section="training",
+                             help="if the loss is inf or NaN: stop before anything is saved, or skip the step, "
+                                  "leaving weights, momentum and BatchNorm statistics unchanged")
 
     optimizer: str = flag("--optimizer", default="sgd", metavar="NAME", choices=OPTIMIZERS, section="optimizer",
                           help="optimizer of backbone and class centers")
@@ -81,10 +77,9 @@ class Options(ProcessFlags, ScheduleFlags):
 
     output: str = flag("--output", default=".", metavar="DIR", section="output", per_node=True,
                        default_text="the current directory", help="directory for checkpoints and metrics")
-    resume: str = flag(
-        "--resume", default="", metavar="PATH", section="output", per_node=True,
-        help="checkpoint.pth.tar to continue from, or to evaluate; auto: the newest intact checkpoint in --output, or "
-             "a fresh run if there is none")
+    resume: str = flag("--resume", default="", metavar="PATH", section="output", per_node=True,
+                       help="checkpoint.pth.tar to continue from, or to evaluate; auto: the newest intact checkpoint "
+                            "in --output, or a fresh run if there is none")
     init_from: str = flag(
         "--init-from", default="", metavar="PATH", section="output", per_node=True,
         help="start a fresh run from the weights in a checkpoint.pth.tar, a published backbone, or a file from "
@@ -123,9 +118,8 @@ class Options(ProcessFlags, ScheduleFlags):
         help="with --enable-model-parallel: dimension to shard; 1 or -1, the classes")
     enable_zero_optim: bool = flag("--enable-zero-optim", default=False, section="parallelism and precision",
                                    help="shard the optimizer state of replicated parameters (ZeRO stage 1)")
-    enable_amp_mode: bool = flag(
-        "--enable-amp-mode", default=False, section="parallelism and precision",
-        help="mixed-precision backbone; class centers and softmax stay in float32")
+    enable_amp_mode: bool = flag("--enable-amp-mode", default=False, section="parallelism and precision",
+                                 help="mixed-precision backbone; class centers and softmax stay in float32")
     amp_dtype: str | None = flag(
         "--amp-dtype", choices=("auto", "bf16", "fp16"), default_text="auto", section="parallelism and precision",
         help="with --enable-amp-mode; auto: bf16 where the device supports it, else fp16 with loss scaling")
@@ -133,18 +127,16 @@ class Options(ProcessFlags, ScheduleFlags):
                           section="parallelism and precision",
                           help="float64 computes everything in double precision, for verification")
 
-    classifier: str = flag(
-        "--classifier", default="fused", choices=("fused", "torchshard"), section="speed and memory",
-        help="fused: walk over the classes in chunks and never hold all logits; torchshard: the reference composed of "
-             "torchshard's functions, for comparison")
+    classifier: str = flag("--classifier", default="fused", choices=("fused", "torchshard"), section="speed and memory",
+                           help="fused: walk over the classes in chunks and never hold all logits; torchshard: the "
+                                "reference composed of torchshard's functions, for comparison")
     classifier_memory_mib: int | None = flag(
         "--classifier-memory-mib", metavar="MIB", at_least=0, section="speed and memory",
         default_text="a quarter of the memory that the class centers leave free",
         help="memory per process for probabilities saved for the backward pass, which recomputes those that do not fit")
-    fuse_classifier_update: bool = flag(
-        "--fuse-classifier-update", default=False, section="speed and memory",
-        help="update the class centers within the backward pass: their gradient is never stored, which takes 8 bytes "
-             "per value instead of 12")
+    fuse_classifier_update: bool = flag("--fuse-classifier-update", default=False, section="speed and memory",
+                                        help="update the class centers within the backward pass: their gradient is "
+                                             "never stored, which takes 8 bytes per value instead of 12")
     compile: bool = flag("--compile", default=False, section="speed and memory", help="torch.compile the backbone")
     channels_last: bool = flag("--channels-last", default=False, section="speed and memory",
                                help="NHWC memory layout of the backbone: faster with half precision on GPUs")
@@ -165,20 +157,15 @@ def main_flags() -> dict[str, Flag]:
 
 def loss_flags() -> dict[str, Flag]:
     """The settings of all losses as flags that are unset by default; --help shows each loss's defaults."""
-    owners: dict[str, dict[str, Flag]] = {}
-    for loss, margin in MARGINS.items():
-        for field, definition in flags_of(margin).items():
-            owners.setdefault(field, {})[loss] = definition
+    flags = {loss: flags_of(margin) for loss, margin in MARGINS.items()}
     merged = {}
-    for field, of_loss in owners.items():
-        losses: dict[str, list[str]] = {}  # by help text
-        for loss, definition in of_loss.items():
-            losses.setdefault(definition.help, []).append(loss)
+    for field in dict.fromkeys(field for own in flags.values() for field in own):
+        of_loss = {loss: own[field] for loss, own in flags.items() if field in own}
+        first, texts = next(iter(of_loss.values())), {one.help for one in of_loss.values()}
         merged[field] = dataclasses.replace(
-            next(iter(of_loss.values())), default=None, at_least=None, above=None, at_most=None, below=None,
+            first, default=None, at_least=None, above=None, at_most=None, below=None,
             default_text=", ".join(f"{loss} {one.describe_default() or 'off'}" for loss, one in of_loss.items()),
-            help="; ".join(text if len(losses) == 1 else f"{', '.join(of)}: {text}" for text, of in losses.items()),
-        )
+            help=first.help if len(texts) == 1 else "; ".join(f"{loss}: {one.help}" for loss, one in of_loss.items()))
     return merged
 
 
@@ -241,8 +228,12 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
         yield o.pair_list is not None, f"--pair-list {o.pair_list}: is for --evaluate; add it, or use --val-pairs"
         yield (o.imgs_root is not None and not o.val_pairs,
                f"--imgs-root {o.imgs_root}: is for --evaluate or --val-pairs; add one of them, or drop it")
-    yield (o.val_freq is not None and not (o.val_pairs or o.val_bin),
-           f"--val-freq {o.val_freq}: has no effect without --val-pairs or --val-bin; add one of them")
+    for name, setting, other, has_other in (
+        ("--val-freq", o.val_freq, "--val-pairs or --val-bin", bool(o.val_pairs or o.val_bin)),
+        ("--model-parallel-dim", o.model_parallel_dim, "--enable-model-parallel", o.enable_model_parallel),
+        ("--amp-dtype", o.amp_dtype, "--enable-amp-mode", o.enable_amp_mode),
+    ):
+        yield setting is not None and not has_other, f"{name} {setting}: has no effect without {other}; add it"
 
     # --resume auto is allowed: a job that is requeued starts from these weights once, and later from its own.
     yield (bool(o.init_from) and o.resume not in ("", AUTO),
@@ -252,17 +243,12 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     yield (o.start_epoch is not None and o.start_epoch >= o.epochs,
            f"--start-epoch {o.start_epoch}: the run ends after --epochs {o.epochs}; give a smaller epoch")
 
-    yield (o.model_parallel_dim is not None and not o.enable_model_parallel,
-           f"--model-parallel-dim {o.model_parallel_dim}: has no effect without --enable-model-parallel; add it")
     yield (o.model_parallel_dim == 0,
-           "--model-parallel-dim 0: would shard the embedding dimension, and no rank could normalize a cosine or apply "
-           "the margin before the whole (batch, classes) matrix is summed over the ranks; shard the classes with "
-           "--model-parallel-dim 1")
+           "--model-parallel-dim 0: would shard the embedding dimension, but every rank needs whole cosines for the "
+           "margin; shard the classes with --model-parallel-dim 1")
     yield (o.model_parallel_dim not in (None, 1, -1),
            f"--model-parallel-dim {o.model_parallel_dim}: give 1 or -1, the class dimension")
 
-    yield (o.amp_dtype is not None and not o.enable_amp_mode,
-           f"--amp-dtype {o.amp_dtype}: has no effect without --enable-amp-mode; add it")
     yield (o.enable_amp_mode and o.precision == "float64",
            "--enable-amp-mode with --precision float64: drop one of them")
     for name, is_set in ((f"--classifier-memory-mib {o.classifier_memory_mib}", o.classifier_memory_mib is not None),

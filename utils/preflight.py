@@ -1,7 +1,4 @@
-"""What main.py checks, opens and prints before it starts any process.
-
-Each function raises UserError for a flag, a file or data that cannot work, so that mistakes show before the first step.
-"""
+"""What main.py checks, opens and prints before it starts any process, so that mistakes show before the first step."""
 
 from __future__ import annotations
 

@@ -89,13 +89,11 @@ def embed_images(
     if context.world_size > 1:
         rows = all_gather_rows(rows.to(context.device), None).cpu()[:total]
 
-    not_finite, zero = rows[:, 0].isnan(), int((rows == 0).all(dim=1).sum())
-    rows[not_finite] = 0
-    count = int(not_finite.sum())
-    if context.is_main and zero + count:
-        print(f"warning: {zero + count} of {len(rows)} embeddings are unusable ({count} NaN or infinite, {zero} zero); "
-              "they are set to zero", file=sys.stderr)
-    return rows.numpy()
+    zero, not_finite = int((rows == 0).all(dim=1).sum()), int(rows[:, 0].isnan().sum())
+    if context.is_main and zero + not_finite:
+        print(f"warning: {zero + not_finite} of {total} embeddings are unusable ({not_finite} NaN or infinite, {zero} "
+              "zero); they are set to zero", file=sys.stderr)
+    return rows.nan_to_num_(0).numpy()
 
 
 def _unit_rows(output: torch.Tensor) -> torch.Tensor:

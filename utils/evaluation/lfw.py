@@ -59,8 +59,7 @@ def evaluate(
     embeddings1, embeddings2: (P, d) floats of any length, the two images of each pair. is_same: (P,) bool or 0/1.
 
     Folds: the pairs of each label are split, in their order, into `folds` contiguous parts whose sizes differ by at
-    most one, longer parts first. A list in the official order (fold by fold) and one sorted by label give the same
-    folds. A label with fewer pairs than `folds` reduces the number of folds to its pairs.
+    most one, longer parts first. A label with fewer pairs than `folds` reduces the number of folds to its pairs.
 
     val: per fold, the threshold at which the false accept rate on the other folds reaches 1e-3, interpolated linearly
     on the grid 0, 0.001, ..., 3.999 (the last grid point of a flat stretch at exactly 1e-3; 0 if it is never reached).

@@ -59,7 +59,7 @@ class PairEvalSet:
         pairs = self.pairs
         if self.folds < FOLDS:
             print(f"warning: too few pairs of a label for {FOLDS} folds; using {self.folds}", file=sys.stderr)
-        unusable = ~embeddings.any(axis=1)
+        unusable = np.logical_not(embeddings.any(axis=1))
         if unusable.any():
             affected = np.count_nonzero(unusable[pairs.index1] | unusable[pairs.index2])
             print(f"warning: {affected} of {len(pairs)} pairs lack a usable embedding and count as errors; "
