@@ -40,7 +40,8 @@ class TrainingModel(nn.Module):
 
 
 def build_training(
-    context: DistContext, options: Options, seed: int, num_images: int, global_batch: int, identities: Sequence[str] = ()
+    context: DistContext, options: Options, seed: int, num_images: int, global_batch: int,
+    identities: Sequence[str] = (),
 ) -> tuple[TrainState, DistributedDataParallel]:
     """Collective. Backbone, this rank's classes and optimizers, with the same initial weights at every world size."""
     torch.backends.cudnn.benchmark = True

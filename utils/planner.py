@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes
 from utils.dist.sharding import ClassShard
 
-IMAGE_VALUES, FLOAT, LABEL = 3 * 112 * 112, 4, 8  # values, bytes, bytes
+IMAGE_VALUES = 3 * 112 * 112
+FLOAT, LABEL = 4, 8  # bytes
 # An allowance for GPU memory outside PyTorch's allocator: the CUDA context, NCCL's buffers, cuBLAS and cuDNN.
 CUDA_ALLOWANCE = 1536 * 2**20
 
