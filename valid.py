@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -15,15 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models import build_backbone, check_arch
+from models import BACKBONES, build_backbone
 from utils.checkpoint.weights import open_weights
 from utils.dist.context import DistContext
 from utils.errors import UserError, exit_on_user_error
-from utils.evaluation.plots import MONTAGE_FORMATS, PLOT_FORMATS, check_picture, require_matplotlib
+from utils.evaluation import plots
 from utils.evaluation.protocol import EvalSet, Result
-from utils.evaluation.report import write_json, write_montage, write_roc
 from utils.evaluation.sets import Source, check_images, evaluate_set, open_sets
-from utils.files import require_writable
+from utils.files import atomic_write, require_writable
 from utils.flags import flag, parse_flags
 from utils.launch.plan import NodeFlags, is_first_process, plan_node
 from utils.launch.spawn import launch
@@ -42,8 +42,8 @@ class Options(NodeFlags):
                                 help="sets in one file each, such as lfw.bin,cfp_fp.bin, with or without a list")
     resume: str | None = flag("--resume", metavar="PATH", section="model",
                               help="checkpoint.pth.tar, or the weights of a published backbone")
-    arch: str | None = flag("-a", "--arch", metavar="ARCH", section="model", default_text="that of the checkpoint",
-                            help="architecture; required with --untrained")
+    arch: str | None = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, default_text="that of the checkpoint",
+                            section="model", help="architecture, required with --untrained")
     untrained: bool = flag("--untrained", default=False, section="model",
                            help="random initial weights instead of --resume, as a baseline")
     seed: int | None = flag("--seed", metavar="S", at_least=0, below=2**63, section="model", default_text="0",
@@ -91,7 +91,9 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
     backbone, source = load(options)
     if context.is_main:
         processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""
-        print(f"=> {source}\n=> device {processes}{describe(context.device)}, batch size {options.batch_size}, "
+        device = (f"cuda ({torch.cuda.get_device_name(context.device)})" if context.device.type == "cuda"
+                  else f"cpu ({torch.get_num_threads()} threads)")
+        print(f"=> {source}\n=> device {processes}{device}, batch size {options.batch_size}, "
               f"{options.workers} workers" + (", with mirrored images" if options.flip else ""), flush=True)
     started = time.perf_counter()
     results: dict[str, Result] = {}
@@ -107,9 +109,25 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
         print(f"=> {name}: {result.details}")
     for name, result in results.items():
         print((f"{name}\n" if len(results) > 1 else "") + result.report)
-    write = {"--json": write_json, "--plot": write_roc, "--montage": write_montage}
     for name, path in output_files(options).items():
-        write[name](name, path, results)
+        write(name, path, results)
+
+
+def write(name: str, path: str, results: dict[str, Result]) -> None:
+    """Write the file of the flag `name`. Raises UserError."""
+    try:
+        if name == "--plot":
+            plots.draw_roc([curve for result in results.values() for curve in result.curves], path)
+        elif name == "--montage":
+            drawing = [result.montage for result in results.values() if result.montage]
+            plots.draw_montage([section for montage in drawing for section in montage()], path)
+        else:
+            objects = {set_name: result.json for set_name, result in results.items()}
+            content = {"sets": objects} if len(objects) > 1 else next(iter(objects.values()))
+            with atomic_write(path) as file:
+                file.write(json.dumps(content, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
 
 
 def load(options: Options) -> tuple[nn.Module, str]:
@@ -118,15 +136,8 @@ def load(options: Options) -> tuple[nn.Module, str]:
         weights = open_weights(options.resume, options.arch)
         return weights.backbone, f"{weights.arch} of {options.resume}"
     assert options.arch is not None
-    seed = options.seed or 0
-    torch.manual_seed(seed)
-    return build_backbone(options.arch), f"untrained {options.arch}, seed {seed}"
-
-
-def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    torch.manual_seed(options.seed or 0)
+    return build_backbone(options.arch), f"untrained {options.arch}, seed {options.seed or 0}"
 
 
 def output_files(options: Options) -> dict[str, str]:
@@ -148,22 +159,19 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise UserError("--resume is missing: give a checkpoint, or --untrained with -a ARCH for a baseline")
     if o.untrained and not o.arch:
         raise UserError("--untrained: give the architecture with -a ARCH, such as -a mobilefacenet")
-    if o.arch:
-        check_arch(o.arch)
     if o.seed is not None and not o.untrained:
         raise UserError(f"--seed {o.seed}: only --untrained draws random weights; drop one of them, or add --untrained")
     if o.resume and not os.path.exists(o.resume):
         raise UserError(f"--resume {o.resume}: no such file")
     flag_of: dict[str, str] = {}
     for name, path in output_files(o).items():
-        other_flag = flag_of.setdefault(os.path.abspath(path), name)
-        if other_flag != name:
-            raise UserError(f"{name} {path}: is also the file of {other_flag}; choose another name")
+        if (other := flag_of.setdefault(os.path.abspath(path), name)) != name:
+            raise UserError(f"{name} {path}: is also the file of {other}; choose another name")
     if o.plot is not None:
-        check_picture("--plot", o.plot, PLOT_FORMATS)
-        require_matplotlib("--plot")
+        plots.check_picture("--plot", o.plot, plots.PLOT_FORMATS)
+        plots.require_matplotlib("--plot")
     if o.montage is not None:
-        check_picture("--montage", o.montage, MONTAGE_FORMATS)
+        plots.check_picture("--montage", o.montage, plots.MONTAGE_FORMATS)
     return o
 
 

@@ -32,8 +32,8 @@ RowUpdate = Callable[[slice, Tensor, Tensor], None]
 # Logit of a column that is left out: exp(this - any logit) is 0, and this - this is no NaN, as it would be of -inf.
 _LEFT_OUT = -1e30
 
-# Columns of a chunk's buffer beside its K classes. The first one takes the writes for targets of other chunks; 16 of
-# them (64 bytes, a cache line, in float32) keep the rows aligned.
+# Columns of a chunk's buffer beside its K classes. The first takes the writes for targets of other chunks; 16 of them
+# (64 bytes, a cache line, in float32) keep the rows aligned.
 SPARE_COLUMNS = 16
 
 # Bytes that the buffers of a chunk may fill of a CPU's cache: about the share of L2 and L3 of one core.
@@ -45,18 +45,9 @@ _FP16_GAIN = 2.0**13
 
 
 def margin_softmax(
-    embedding: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    margin: Margin,
-    *,
-    scale: float,
-    group: dist.ProcessGroup | None,
-    norm: Tensor | None = None,
-    saved_probs_mib: float = 0.0,
-    matmul_dtype: torch.dtype | None = None,
-    update: RowUpdate | None = None,
-    chunk: int | None = None,
+    embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float,
+    group: dist.ProcessGroup | None, norm: Tensor | None = None, saved_probs_mib: float = 0.0,
+    matmul_dtype: torch.dtype | None = None, update: RowUpdate | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. The loss of the module's docstring, and how many classes are closer than the target.
 
@@ -112,39 +103,38 @@ class _Walk:
     matmul_dtype: torch.dtype | None
     update: RowUpdate | None
 
-    @property
     def chunks(self) -> list[slice]:
         """Rows of the centers, K at a time."""
         return [slice(first, min(first + self.chunk, self.size)) for first in range(0, self.size, self.chunk)]
 
-    def target_columns(self, target: Tensor) -> Tensor:
+    def columns(self, target: Tensor) -> Tensor:
         """(chunks, N) int64: the target's column in each chunk, or the spare column K if it is not in the chunk."""
-        first = torch.arange(0, self.size, self.chunk, device=target.device).unsqueeze(1)
-        column = target - first
-        inside = (column >= 0) & (column < self.chunk)
-        return torch.where(inside, column, self.chunk)
+        column = target - torch.arange(0, self.size, self.chunk, device=target.device).unsqueeze(1)
+        return torch.where((column >= 0) & (column < self.chunk), column, self.chunk)
 
     def rounded(self, tensor: Tensor) -> Tensor:
         return tensor if self.matmul_dtype is None else tensor.to(self.matmul_dtype)
 
-    def center_operand(self, centers: Tensor, factor: Tensor) -> Tensor:
+    def operand(self, centers: Tensor, factor: Tensor) -> Tensor:
         """Centers of a chunk (K, d) for the products: in low precision times `factor` = s / |w|, (K,).
 
         In full precision the factor is applied to the (N, K) side, which needs no copy of the centers.
         """
-        return centers if self.matmul_dtype is None else (centers * factor.unsqueeze(1)).to(self.matmul_dtype)
+        return centers if self.matmul_dtype is None else self.rounded(centers * factor.unsqueeze(1))
 
-    def scaled_cosines(self, embedding: Tensor, centers: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-        """out (N, K) = s * cosine, from the results of `rounded` and `center_operand`."""
+    def scaled_cosines(self, embedding: Tensor, centers: Tensor, factor: Tensor, out: Tensor) -> None:
+        """out (N, K) = s * cosine, from the results of `rounded` and `operand`."""
         _multiply(embedding, centers.t(), out)
-        return out if self.matmul_dtype is not None else out.mul_(factor)
+        if self.matmul_dtype is None:
+            out.mul_(factor)
 
-    def map_negatives(self, logits: Tensor, cosine: Tensor, phi: Tensor) -> Tensor:
-        """Apply the margin's g to `logits`, s * cosine (N, K), in place. Returns the slope of g, (N, K).
+    def map_negatives(self, logits: Tensor, cosine: Tensor, phi: Tensor) -> Tensor | None:
+        """Apply the margin's g, if it has one, to `logits`, s * cosine (N, K), in place. Returns g's slope, (N, K).
 
         cosine, phi: (N,), of the targets.
         """
-        assert self.margin.negatives is not None
+        if self.margin.negatives is None:
+            return None
         mapped, slope = self.margin.negatives(logits / self.scale, cosine.unsqueeze(1), phi.unsqueeze(1))
         torch.mul(mapped, self.scale, out=logits)
         return slope
@@ -168,9 +158,8 @@ class _MarginSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, embedding: Tensor, centers: Tensor, norm: Tensor | None, target: Tensor,
-                walk: _Walk) -> tuple[Tensor, Tensor]:
-        rows, chunks, margin = embedding.shape[0], walk.chunks, walk.margin
+    def forward(ctx, embedding: Tensor, centers: Tensor, norm: Tensor | None, target: Tensor, walk: _Walk):
+        rows, chunks, margin, dtype = embedding.shape[0], walk.chunks(), walk.margin, embedding.dtype
         cosine = all_reduce_sum(_target_cosine(embedding, target, centers), walk.group)
         margin.observe(cosine, norm)
         phi, slope, norm_slope = margin.target(cosine, norm)
@@ -178,10 +167,10 @@ class _MarginSoftmax(torch.autograd.Function):
 
         buffer = embedding.new_empty(rows, walk.chunk + SPARE_COLUMNS)
         compared = torch.empty_like(buffer)
-        saved_dtype = torch.bfloat16 if walk.matmul_dtype == torch.bfloat16 else buffer.dtype
+        saved_dtype = torch.bfloat16 if walk.matmul_dtype == torch.bfloat16 else dtype
         saved_chunks = min(len(chunks), walk.saved_bytes // (buffer.numel() * saved_dtype.itemsize))
         saved_probs = buffer.new_empty(saved_chunks, *buffer.shape, dtype=saved_dtype)
-        columns = walk.target_columns(target)
+        columns = walk.columns(target)
         factor = centers.new_empty(centers.shape[0])
         running_max = embedding.new_empty(len(chunks), rows)  # after each chunk
         maximum = embedding.new_full((rows,), _LEFT_OUT)
@@ -189,25 +178,24 @@ class _MarginSoftmax(torch.autograd.Function):
         not_closer = embedding.new_zeros(rows, dtype=torch.float64)
         operand = walk.rounded(embedding)
         for number, classes in enumerate(chunks):
-            here, width, chunk_factor = centers[classes], classes.stop - classes.start, factor[classes]
+            here, chunk_factor, save = centers[classes], factor[classes], number < saved_chunks
             torch.linalg.vector_norm(here, dim=1, out=chunk_factor).clamp_(min=1e-12).reciprocal_().mul_(walk.scale)
-            save = number < saved_chunks
-            block = saved_probs[number] if save and saved_dtype == buffer.dtype else buffer
-            logits = block[:, :width]
-            walk.scaled_cosines(operand, walk.center_operand(here, chunk_factor), chunk_factor, logits)
+            block = saved_probs[number] if save and saved_dtype == dtype else buffer
+            logits = block[:, :len(here)]
+            walk.scaled_cosines(operand, walk.operand(here, chunk_factor), chunk_factor, logits)
             block.scatter_(1, columns[number].unsqueeze(1), _LEFT_OUT)
             # "<=" and not ">": a NaN on either side must count against the hit.
-            not_closer += torch.le(logits, bar, out=compared[:, :width]).sum(dim=1)
-            if margin.negatives is not None:
-                negative_slope = walk.map_negatives(logits, cosine, phi)
+            not_closer += torch.le(logits, bar, out=compared[:, :len(here)]).sum(dim=1)
+            negative_slope = walk.map_negatives(logits, cosine, phi)
+            if negative_slope is not None:
                 block.scatter_(1, columns[number].unsqueeze(1), _LEFT_OUT)
             previous, maximum = maximum, torch.maximum(maximum, logits.amax(dim=1), out=running_max[number])
             logits.sub_(maximum.unsqueeze(1)).exp_()
             sum_exp.mul_((previous - maximum).exp_()).add_(logits.sum(dim=1))
-            if save and margin.negatives is not None:
+            if save and negative_slope is not None:
                 logits.mul_(negative_slope)
             if save and block is buffer:
-                saved_probs[number, :, :width] = logits
+                saved_probs[number, :, :len(here)] = logits
 
         # Merge the ranks' partial sums in float64. A rank without classes adds 0 * exp(_LEFT_OUT - maximum) = 0.
         part = torch.stack([maximum.double(), sum_exp.double(), walk.size - not_closer])
@@ -216,20 +204,16 @@ class _MarginSoftmax(torch.autograd.Function):
         log_others = maximum + (parts[:, 1] * (parts[:, 0] - maximum).exp()).sum(dim=0).log()
         target_logit = walk.scale * phi.double()
         row_loss = torch.logaddexp(log_others - target_logit, torch.zeros_like(target_logit))
-        log_total = target_logit + row_loss
         logit_grad = -torch.sigmoid(log_others - target_logit)
-        num_closer = parts[:, 2].sum(dim=0).long()
+        loss, num_closer = row_loss.mean().to(dtype), parts[:, 2].sum(dim=0).long()
 
-        dtype = embedding.dtype
         # Each rank knows the gradient of every norm: the owner of the target gives it, so that the sum has it once.
         norm_grad = None if norm_slope is None else torch.where(
             target >= 0, logit_grad * norm_slope * (walk.scale / rows), 0.0).to(dtype)
-        ctx.walk = walk
-        ctx.save_for_backward(embedding, centers, factor, columns, log_total.to(dtype), (logit_grad * slope).to(dtype),
-                              running_max, saved_probs, cosine, phi, norm_grad)
+        ctx.save_for_backward(embedding, centers, factor, columns, (target_logit + row_loss).to(dtype),
+                              (logit_grad * slope).to(dtype), running_max, saved_probs, cosine, phi, norm_grad)
+        ctx.walk, ctx.finite = walk, loss.isfinite()
         ctx.mark_non_differentiable(num_closer)
-        loss = row_loss.mean().to(dtype)
-        ctx.finite = loss.isfinite()
         return loss, num_closer
 
     @staticmethod
@@ -253,36 +237,35 @@ class _MarginSoftmax(torch.autograd.Function):
         centers_grad = torch.empty_like(centers) if needs_centers and walk.update is None else None
         chunk_grad = product if walk.update is None else torch.empty_like(product)
         operand = walk.rounded(embedding)
-        for number, classes in enumerate(walk.chunks):
-            here, width, chunk_factor = centers[classes], classes.stop - classes.start, factor[classes]
-            center_operand = walk.center_operand(here, chunk_factor)
-            probability = buffer[:, :width]
+        for number, classes in enumerate(walk.chunks()):
+            here, chunk_factor = centers[classes], factor[classes]
+            center_operand, probability = walk.operand(here, chunk_factor), buffer[:, :len(here)]
             if number < len(saved_probs):
-                torch.mul(saved_probs[number, :, :width], (running_max[number].unsqueeze(1) - shift).exp_(),
+                torch.mul(saved_probs[number, :, :len(here)], (running_max[number].unsqueeze(1) - shift).exp_(),
                           out=probability)
             else:
                 walk.scaled_cosines(operand, center_operand, chunk_factor, probability)
-                if walk.margin.negatives is None:
-                    probability.sub_(shift).exp_()
-                else:
-                    negative_slope = walk.map_negatives(probability, cosine, phi)
-                    probability.sub_(shift).exp_().mul_(negative_slope)
+                negative_slope = walk.map_negatives(probability, cosine, phi)
+                probability.sub_(shift).exp_()
+                if negative_slope is not None:
+                    probability.mul_(negative_slope)
             buffer.scatter_(1, columns[number].unsqueeze(1), target_column)
             weight = chunk_factor * unit
             if walk.matmul_dtype is None:
                 embedding_grad.addmm_(probability.mul_(weight), here)
             else:
-                probability = probability.to(walk.matmul_dtype)
+                probability = walk.rounded(probability)
                 embedding_grad += _multiply(probability, center_operand, part)
             if not needs_centers:
                 continue
 
-            grad = chunk_grad[:width] if centers_grad is None else centers_grad[classes]
+            grad = chunk_grad[:len(here)] if centers_grad is None else centers_grad[classes]
             _multiply(probability.t(), operand, grad)
             if walk.matmul_dtype is not None:
                 grad.mul_(weight.unsqueeze(1))
             # Through w / |w|: the component along w drops out. (factor / s)^2 = 1 / |w|^2.
-            along = torch.mul(grad, here, out=product[:width]).sum(dim=1).mul_((chunk_factor / walk.scale).square_())
+            along = torch.mul(grad, here, out=product[:len(here)]).sum(dim=1)
+            along.mul_((chunk_factor / walk.scale).square_())
             grad.addcmul_(here, along.unsqueeze(1), value=-1)
             if walk.update is not None:
                 walk.update(classes, grad, ctx.finite)

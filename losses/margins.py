@@ -3,11 +3,8 @@
 A margin turns the cosine between an embedding and the center of its own class into phi; the loss's target logit is
 scale * phi. It computes phi's slopes itself: the fused loss needs no graph, and they stay finite where phi's are not.
 
-Some losses keep running statistics of norms or cosines, as buffers of the margin. They change once per optimizer step,
-after it, by the rows of the global batch over all ranks and micro-batches, and never in a step that is skipped. All
-micro-batches of a step therefore use the values of the step before, one step behind the papers. The losses pass each
-batch to `observe`; `models.classifier.MarginClassifier.end_step`, which the training loop calls after each optimizer
-step, passes what was observed to `update`.
+Some losses keep running statistics of norms or cosines, as buffers of the margin: losses/README.md has the rule. The
+losses pass each batch to `observe`; `models.classifier.MarginClassifier.end_step` passes what was observed to `update`.
 """
 
 from __future__ import annotations
@@ -26,20 +23,18 @@ from utils.flags import flag
 class Margin(nn.Module):
     """Base of all margins. A subclass is a @dataclass(eq=False, repr=False) whose fields are its flags.
 
-    uses_norm: `target` needs the norms of the embeddings.
-    has_statistics: the margin defines `update`.
-    negatives: None, or a method that maps the other cosines; see `negatives` below.
+    A loss that maps the other cosines defines
 
         def negatives(self, cosine: Tensor, target: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]
 
-    takes the cosines (N, K) of a chunk of classes, and of each row the target cosine and phi, (N, 1), as constants.
+    It takes the cosines (N, K) of a chunk of classes, and of each row the target cosine and phi, (N, 1), as constants.
     It returns the mapped cosines and the slopes of the map, (N, K). It works element by element: which classes form a
     chunk must not matter. A class that takes no part gets a large negative finite value and slope 0. The column of the
     target itself is ignored.
     """
 
-    uses_norm: ClassVar[bool] = False
-    has_statistics: ClassVar[bool] = False
+    uses_norm: ClassVar[bool] = False  # `target` needs the norms of the embeddings
+    has_statistics: ClassVar[bool] = False  # the margin defines `update`
     negatives: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
 
     def __post_init__(self) -> None:
@@ -90,13 +85,12 @@ class WithSlopes(torch.autograd.Function):
     """value, with given slopes (None: 0) as its derivatives by `first` and `second`; all of one shape."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, slope: Tensor, second_slope: Tensor | None, first: Tensor,
-                second: Tensor | None) -> Tensor:
+    def forward(ctx, value, slope, second_slope, first, second):
         ctx.save_for_backward(slope, second_slope)
         return value.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor | None]:
+    def backward(ctx, grad):
         slope, second_slope = ctx.saved_tensors
         return None, None, None, grad * slope, None if second_slope is None else grad * second_slope
 

@@ -1,7 +1,7 @@
 """The margin softmax written for reading: plain PyTorch, and a composition of torchshard's parts.
 
-`losses.fused.margin_softmax` computes the same and is compared with both; the equation stands there. Arguments and
-results are the same too. Both hold about ten tensors of the logits' size (N, R).
+Equation, arguments and results are those of `losses.fused.margin_softmax`, which is compared with both. Both hold about
+ten tensors of the logits' size (N, R).
 """
 
 from __future__ import annotations
@@ -17,31 +17,17 @@ from utils.dist.sharding import parallel_cross_entropy
 
 
 def margin_softmax_plain(
-    embedding: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    margin: Margin,
-    *,
-    scale: float,
-    group: dist.ProcessGroup | None = None,
+    embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float, group: None = None,
     norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`margin_softmax` by its equation, in one process that has all classes (`group` None)."""
-    if group is not None:
-        raise ValueError("margin_softmax_plain needs all classes in one process; give group=None")
-    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, None, norm)
+    """`margin_softmax` by its equation, in one process that has all classes."""
+    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm)
     return F.cross_entropy(logits, target), num_closer
 
 
 def margin_softmax_torchshard(
-    embedding: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    margin: Margin,
-    *,
-    scale: float,
-    group: dist.ProcessGroup | None,
-    norm: Tensor | None = None,
+    embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float,
+    group: dist.ProcessGroup | None, norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. `margin_softmax` through torchshard's parallel_cross_entropy.
 
@@ -59,17 +45,10 @@ def margin_softmax_torchshard(
 
 
 def _shard_logits(
-    embedding: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    margin: Margin,
-    scale: float,
-    group: dist.ProcessGroup | None,
+    embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, scale: float, group: dist.ProcessGroup | None,
     norm: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Collective over `group`. This rank's logits (N, R), and num_closer (N,). Ownership of a target is a mask: no host
-    synchronisation.
-    """
+    """Collective over `group`. This rank's logits (N, R), and num_closer (N,), without host synchronisation."""
     cosine = embedding @ F.normalize(centers).t()
     owned, column = target >= 0, target.clamp(min=0).unsqueeze(1)
     zeros = embedding.new_zeros(len(target))

@@ -27,40 +27,27 @@ class MarginClassifier(nn.Module):
     DistributedDataParallel averages the gradients.
 
     Args:
-        weight: the centers of this rank, from `class_centers`.
-        shard: the classes that they are.
+        weight: the centers of this rank, from `class_centers`, which are the classes of `shard`.
         margin: one of losses.margins.MARGINS.
         scale: s.
-        group: the model-parallel group, or None.
         loss: `margin_softmax`, usually with some of its arguments bound, or a form of `losses.softmax`.
     """
 
     def __init__(
-        self,
-        weight: nn.Parameter,
-        shard: ClassShard,
-        margin: Margin,
-        *,
-        scale: float,
-        group: dist.ProcessGroup | None,
-        loss: Callable[..., tuple[Tensor, Tensor]] = margin_softmax,
+        self, weight: nn.Parameter, shard: ClassShard, margin: Margin, *, scale: float,
+        group: dist.ProcessGroup | None, loss: Callable[..., tuple[Tensor, Tensor]] = margin_softmax,
     ) -> None:
         super().__init__()
-        self.weight, self.margin = weight, margin
+        self.weight, self.margin, self._loss = weight, margin, loss
         self.shard, self.scale, self.group = shard, scale, group
-        self._loss = loss
 
     def forward(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Collective over the group.
+        """Collective over the group. Embeddings (n, d), any float dtype, not normalised, and labels (n,) int64 -> loss,
+        num_closer.
 
-        Args:
-            embedding: (n, d), any float dtype, not normalised.
-            label: (n,) int64 in [0, C).
-
-        Returns:
-            loss: scalar in the centers' dtype.
-            num_closer: int64, (N,) sharded or (n,) replicated: how many classes are closer to the embedding than its
-                own (0: a top-1 hit).
+        loss: scalar in the centers' dtype.
+        num_closer: int64, (N,) sharded or (n,) replicated: how many classes are closer to the embedding than its own
+            (0: a top-1 hit).
         """
         # Out of autocast: a logit of 64 * cos in bf16 would be off by up to 0.12.
         with torch.autocast(embedding.device.type, enabled=False):
@@ -74,53 +61,42 @@ class MarginClassifier(nn.Module):
                 else:  # in one collective
                     both = GatherRows.apply(torch.cat([embedding, norm.unsqueeze(1)], dim=1), self.group)
                     embedding, norm = both[:, :-1].contiguous(), both[:, -1]
-            owned = (label >= self.shard.start) & (label < self.shard.stop)
-            target = torch.where(owned, label - self.shard.start, -1)
+            start, stop = self.shard.start, self.shard.stop
+            target = torch.where((label >= start) & (label < stop), label - start, -1)
             return self._loss(embedding, target, self.weight, self.margin, scale=self.scale, group=self.group,
                               norm=norm)
 
     @torch.no_grad()
     def end_step(self, skipped: Tensor | None = None) -> None:
-        """Collective. Update the margin's running statistics; the training loop calls this after each optimizer step.
+        """Collective. Update the margin's running statistics with the rows of all ranks and micro-batches of a step.
 
-        The statistics see the rows of all ranks and micro-batches of the step. They do not change if it is skipped.
+        The training loop calls this after each optimizer step.
 
-        Args:
-            skipped: float32 scalar on the device, the same on all ranks: 1 if the step was skipped. None: it was not.
+        skipped: float32 scalar on the device, the same on all ranks: 1 if the step was skipped, and the statistics must
+            not change. None: it was not.
         """
         observed = self.margin.observed()
         if observed is None:
             return
         cosine, norm = observed
         if self.group is None and dist.is_initialized():  # sharded rows are the global batch already
-            everyone = dist.group.WORLD
-            assert everyone is not None
-            cosine = all_gather_rows(cosine, everyone)
-            norm = None if norm is None else all_gather_rows(norm, everyone)
+            cosine = all_gather_rows(cosine, None)
+            norm = None if norm is None else all_gather_rows(norm, None)
         before = [buffer.clone() for buffer in self.margin.buffers()]
         self.margin.update(cosine, norm)
         if skipped is not None:
             for buffer, old in zip(self.margin.buffers(), before):
                 buffer.copy_(torch.where(skipped > 0, old, buffer))
 
-    def extra_repr(self) -> str:
-        return f"classes={self.shard.num_classes}, shard=[{self.shard.start}, {self.shard.stop}), scale={self.scale}"
-
 
 def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) -> float:
     """MiB of this process for saved probabilities: a quarter of what class centers, gradient and momentum leave.
 
-    It depends on the machine's whole memory, not on what is free now: a resumed run must compute as before.
-
-    Args:
-        centers: the class centers (C_r, d), on the device.
-        processes: how many share the CPU's memory. A GPU belongs to one process.
-        fused_update: there is no gradient.
+    It depends on the machine's whole memory, not on what is free now: a resumed run must compute as before. `processes`
+    share the CPU's memory; a GPU belongs to one process. With `fused_update` there is no gradient.
     """
-    if centers.is_cuda:
-        total = torch.cuda.get_device_properties(centers.device).total_memory
-    else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    total = (torch.cuda.get_device_properties(centers.device).total_memory if centers.is_cuda
+             else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes)
     return automatic_memory_bytes(centers.nbytes, total, fused_update) / 2**20
 
 
@@ -130,12 +106,8 @@ CENTER_BLOCK = 8192
 
 
 def class_centers(
-    shard: ClassShard,
-    embedding_size: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    parallel_dim: int | None = None,
+    shard: ClassShard, embedding_size: int, seed: int, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32, parallel_dim: int | None = None,
 ) -> nn.Parameter:
     """`initial_centers` as a parameter; `parallel_dim` (1 or -1) registers it with torchshard as this rank's shard."""
     weight = nn.Parameter(initial_centers(shard, embedding_size, seed, device, dtype))
@@ -145,10 +117,7 @@ def class_centers(
 
 
 def initial_centers(
-    shard: ClassShard,
-    embedding_size: int,
-    seed: int,
-    device: torch.device | str = "cpu",
+    shard: ClassShard, embedding_size: int, seed: int, device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Rows [start, stop) of the initial class centers: (C_r, d) on the device, each row uniform on the unit sphere.
@@ -171,6 +140,5 @@ def initial_centers(
     # NumPy releases the interpreter's lock while it draws. One thread would take minutes for 10 million classes.
     blocks = range(shard.start // CENTER_BLOCK, -(-shard.stop // CENTER_BLOCK)) if shard.size else range(0)
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        for _ in pool.map(draw, blocks):
-            pass
+        list(pool.map(draw, blocks))
     return centers

@@ -21,7 +21,7 @@ BLOCK_COUNTS: dict[str, tuple[int, int, int, int]] = {
     "iresnet200": (6, 26, 60, 6),
 }
 
-STAGE_CHANNELS = (64, 128, 256, 512)
+STEM_CHANNELS, STAGE_CHANNELS = 64, (64, 128, 256, 512)
 FINAL_MAP_SIZE = 7  # 112 pixels, halved by each of the four stages
 
 
@@ -46,8 +46,7 @@ class IBasicBlock(nn.Module):
             self.downsample = nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.prelu(self.bn2(self.conv1(self.bn1(x))))
-        out = self.bn3(self.conv2(out))
+        out = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
         out += x if self.downsample is None else self.downsample(x)
         return out
 
@@ -61,32 +60,21 @@ def stage(in_channels: int, out_channels: int, blocks: int) -> nn.Sequential:
 class IResNet(nn.Module):
     """Embedding = features(fc(flatten(bn2(layer4(layer3(layer2(layer1(prelu(bn1(conv1(images)))))))))).
 
-    Args:
-        block_counts: residual blocks of the four stages, one of BLOCK_COUNTS.
-        embedding_size: d.
-
-    The published networks have a dropout of rate 0 before `fc`, which is left out.
+    block_counts: residual blocks of the four stages, one of BLOCK_COUNTS.
     """
 
     def __init__(self, block_counts: tuple[int, int, int, int], embedding_size: int = 512) -> None:
         super().__init__()
         self.embedding_size = embedding_size
-        self.conv1 = conv(3, STAGE_CHANNELS[0], 3)
-        self.bn1 = nn.BatchNorm2d(STAGE_CHANNELS[0])
-        self.prelu = nn.PReLU(STAGE_CHANNELS[0])
-        self.layer1 = stage(STAGE_CHANNELS[0], STAGE_CHANNELS[0], block_counts[0])
-        self.layer2 = stage(STAGE_CHANNELS[0], STAGE_CHANNELS[1], block_counts[1])
-        self.layer3 = stage(STAGE_CHANNELS[1], STAGE_CHANNELS[2], block_counts[2])
-        self.layer4 = stage(STAGE_CHANNELS[2], STAGE_CHANNELS[3], block_counts[3])
+        self.conv1 = conv(3, STEM_CHANNELS, 3)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        self.prelu = nn.PReLU(STEM_CHANNELS)
+        self.layer1, self.layer2, self.layer3, self.layer4 = map(
+            stage, (STEM_CHANNELS, *STAGE_CHANNELS), STAGE_CHANNELS, block_counts)
         self.bn2 = nn.BatchNorm2d(STAGE_CHANNELS[3])
         self.fc = nn.Linear(STAGE_CHANNELS[3] * FINAL_MAP_SIZE**2, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size)
-        # Fixed, because the embedding is L2-normalised afterwards.
-        self.features.weight.requires_grad_(False)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Convolutions normal(0, 0.1); BatchNorm weight 1, bias 0, `fc` and PReLU torch's defaults."""
+        self.features.weight.requires_grad_(False)  # fixed, because the embedding is L2-normalised afterwards
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, mean=0.0, std=0.1)

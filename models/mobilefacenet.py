@@ -4,7 +4,7 @@ Chen, Liu, Gao, Han 2018, "MobileFaceNets: Efficient CNNs for Accurate Real-time
 (https://arxiv.org/abs/1804.07573), table 1: inverted bottlenecks with PReLU, and a global depthwise convolution, which
 learns a weight for each position of the last map where other networks average.
 
-Shapes: n images, c channels, h x h pixels, d embedding size.
+Shapes: n images, c channels, h x h pixels, d embedding size (128 in the paper).
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ RESIDUAL_GAIN = 0.2
 
 
 class _CpuPReLU(torch.autograd.Function):
-    """y = max(x, 0) + slope * min(x, 0), with a vectorised backward.
-
-    torch's own backward branches on every element and takes a quarter of this network's training step on a CPU;
-    this one is branch-free and gives the same gradients.
+    """PReLU whose backward is vectorised: torch's own branches on every element and takes a quarter of this network's
+    training step on a CPU.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx, x, slope):
         ctx.save_for_backward(x, slope)
         return F.prelu(x, slope)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad):
         x, slope = ctx.saved_tensors
         grad_slope = (grad * x.clamp(max=0)).sum((0, 2, 3))
         grad_where_positive = torch.ops.aten.threshold_backward(grad, x, 0)
@@ -101,21 +99,14 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """Embedding = features(fc(global_depthwise(widen(bottlenecks(stem_depthwise(stem(images))))))).
-
-    Args:
-        embedding_size: d; 128 in the paper.
-
-    As in IResNet, the last BatchNorm has a fixed gain of 1, because the embedding is L2-normalised afterwards.
-    """
+    """Embedding = features(fc(global_depthwise(widen(bottlenecks(stem_depthwise(stem(images)))))))."""
 
     def __init__(self, embedding_size: int = 512) -> None:
         super().__init__()
         self.embedding_size = embedding_size
         self.stem = activated(Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1))
         self.stem_depthwise = activated(Conv2d(STEM_CHANNELS, STEM_CHANNELS, 3, padding=1, groups=STEM_CHANNELS))
-        blocks = []
-        channels = STEM_CHANNELS
+        blocks, channels = [], STEM_CHANNELS
         for expansion, out_channels, count, first_stride in BOTTLENECKS:
             for stride in [first_stride] + [1] * (count - 1):
                 blocks.append(Bottleneck(channels, out_channels, expansion, stride))
@@ -125,19 +116,11 @@ class MobileFaceNet(nn.Module):
         self.global_depthwise = linear(Conv2d(FINAL_CHANNELS, FINAL_CHANNELS, FINAL_MAP_SIZE, groups=FINAL_CHANNELS))
         self.fc = nn.Linear(FINAL_CHANNELS, embedding_size, bias=False)
         self.features = nn.BatchNorm1d(embedding_size)
-        self.features.weight.requires_grad_(False)
-        self._initialise()
+        self.features.weight.requires_grad_(False)  # fixed, because the embedding is L2-normalised afterwards
 
-    def _initialise(self) -> None:
-        """Weights normal(0, gain^2 / fan_in) (He et al. 2015, eq. 10 and 15), gain by the activation that follows.
-
-        fan_in, because torch's fan_out ignores groups and would make the depthwise weights 8 to 23 times too small.
-        Before a BatchNorm, a smaller weight means a larger effective learning rate.
-
-        A block with a shortcut starts close to the identity: the last BatchNorm of its residual has weight 0.2. The
-        mean loss of steps 21 to 40 on 60 identities (SGD 0.1, batch 32, one seed) was 8.7. Weight 1 gave 9.3; weight 0
-        gave 8.6, but leaves all other weights of the block without a gradient in the first step.
-        """
+        # Weights normal(0, gain^2 / fan_in) (He et al. 2015, eq. 10 and 15), gain by the activation that follows.
+        # fan_in, because torch's fan_out ignores groups and would make the depthwise weights 8 to 23 times too small.
+        # A block with a shortcut starts close to the identity. models/README.md says why.
         for module in self.modules():
             if isinstance(module, Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=PRELU_SLOPE)

@@ -19,33 +19,28 @@ class CpuSyncBatchNorm(_BatchNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+        pass  # the base class requires a method
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
-        # Outside autocast, in the parameters' precision: fp16 squares overflow above 256.
-        with torch.autocast("cpu", enabled=False):
-            return self._normalise(input.to(self.weight.dtype)).to(input.dtype)
-
-    def _normalise(self, input: Tensor) -> Tensor:
-        world_size = dist.get_world_size()
-        dims = [0, *range(2, input.dim())]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        mean = AllReduceSum.apply(input.mean(dims)) / world_size
-        centered = input - mean.view(shape)
-        # A second pass about the common mean: E[x^2] - mean^2 would cancel in float32.
-        variance = AllReduceSum.apply(centered.square().mean(dims)) / world_size
+        world_size, dims, shape = dist.get_world_size(), [0, *range(2, input.dim())], [1, -1] + [1] * (input.dim() - 2)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
-        with torch.no_grad():
-            count = input.numel() // input.shape[1] * world_size
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return centered * ((variance + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
+        # Outside autocast, in the parameters' precision: fp16 squares overflow above 256.
+        with torch.autocast("cpu", enabled=False):
+            x = input.to(self.weight.dtype)
+            mean = AllReduceSum.apply(x.mean(dims)) / world_size
+            centered = x - mean.view(shape)
+            # A second pass about the common mean: E[x^2] - mean^2 would cancel in float32.
+            variance = AllReduceSum.apply(centered.square().mean(dims)) / world_size
+            with torch.no_grad():
+                count = x.numel() // x.shape[1] * world_size
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            scaled = centered * ((variance + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
+        return scaled.to(input.dtype)
 
 
 def convert_sync_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
@@ -58,9 +53,7 @@ def convert_sync_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            synced.weight, synced.bias = child.weight, child.bias
-            synced.running_mean, synced.running_var = child.running_mean, child.running_var
-            synced.num_batches_tracked = child.num_batches_tracked
+            synced._parameters, synced._buffers = child._parameters, child._buffers
             setattr(module, name, synced)
         else:
             convert_sync_batchnorm(child, device_type)

@@ -62,11 +62,6 @@ def test_a_bad_image_raises_its_own_error(workers: int) -> None:
     assert backbone.training
 
 
-def test_no_images() -> None:
-    with pytest.raises(ValueError, match="no images"):
-        embed_images(Pixels(), Colours(0), ALONE, batch_size=4, workers=0)
-
-
 def test_unusable_embeddings_become_zero_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     images, backbone = Colours(20), Pixels()
     factor = torch.ones(20)
@@ -151,7 +146,6 @@ def test_embedding_leaves_the_random_state() -> None:
     state = torch.get_rng_state()
     embed_images(Pixels(), Colours(4), ALONE, batch_size=2, workers=1, progress=False)
     assert (torch.get_rng_state() == state).all()
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -184,5 +184,3 @@ def test_convolution_gradient_has_the_weights_strides():
 def test_build_backbone_errors():
     with pytest.raises(UserError, match="resnet50.*iresnet18, .*mobilefacenet"):
         build_backbone("resnet50")
-    with pytest.raises(UserError, match="embedding size 0"):
-        build_backbone("iresnet18", 0)

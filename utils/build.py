@@ -27,17 +27,13 @@ from utils.training.state import Position, TrainState
 class TrainingModel(nn.Module):
     """Images and labels -> loss: the module that DistributedDataParallel wraps. Autocast covers the backbone only."""
 
-    def __init__(
-        self, backbone: nn.Module, classifier: MarginClassifier, autocast_dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, backbone: nn.Module, classifier: MarginClassifier, autocast_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (n, 3, 112, 112), labels (n,) -> (loss, num_closer, finite): see MarginClassifier.
-
-        finite: bool scalar, whether all embeddings of this rank are finite.
-        """
+        """images (n, 3, 112, 112), labels (n,) -> loss and num_closer of MarginClassifier; bool scalar, whether all
+        embeddings of this rank are finite."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             embedding = self.backbone(images)
         return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
@@ -72,7 +68,14 @@ def build_training(
     skip_nonfinite = options.on_nonfinite == "skip"
     row_sgd = RowSGD(weight, skip_nonfinite=skip_nonfinite, **sgd) if options.fuse_classifier_update else None
     margin = MARGINS[options.loss](**options.loss_settings)
-    loss = classifier_loss(options, context, weight, autocast_dtype, row_sgd)
+    loss: Callable[..., tuple[Tensor, Tensor]] = margin_softmax_torchshard
+    if options.classifier == "fused":
+        saved_probs_mib: float | None = options.classifier_memory_mib
+        if saved_probs_mib is None:
+            saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update)
+        loss = functools.partial(
+            margin_softmax, saved_probs_mib=saved_probs_mib, update=row_sgd.update_rows if row_sgd else None,
+            matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU
     classifier = MarginClassifier(weight, shard, margin, scale=options.scale, group=group, loss=loss)
 
     model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, dtype)
@@ -89,21 +92,3 @@ def build_training(
         margin=margin,
     )
     return state, wrapped
-
-
-def classifier_loss(
-    options: Options, context: DistContext, weight: nn.Parameter, autocast_dtype: torch.dtype | None,
-    row_sgd: RowSGD | None,
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The margin softmax for --classifier, --classifier-memory-mib and --fuse-classifier-update."""
-    if options.classifier == "torchshard":
-        return margin_softmax_torchshard
-    saved_probs_mib: float | None = options.classifier_memory_mib
-    if saved_probs_mib is None:
-        saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update)
-    return functools.partial(
-        margin_softmax,
-        saved_probs_mib=saved_probs_mib,
-        matmul_dtype=autocast_dtype if context.device.type == "cuda" else None,  # slower on a CPU
-        update=None if row_sgd is None else row_sgd.update_rows,
-    )

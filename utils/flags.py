@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import operator
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -29,30 +30,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Flag:
-    """The definition of a flag.
+    """The definition of a flag."""
 
-    names: such as ("--lr", "--learning-rate"); a name without dashes is an optional positional argument.
-    default_text: the default as --help shows it, if the value itself would not explain it; "" shows none.
-    required: the command line must contain the flag. Its dataclass field has no default.
-    per_node: nodes of one run may have different values.
-    at_least, above, at_most, below: bounds of a number, or of each number in a list. Numbers are always finite.
-    type, is_list: from the field's annotation; `flags_of` sets them.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # such as ("--lr", "--learning-rate"); without dashes: an optional positional argument
     help: str
     section: str = "options"
     default: Any = None
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
-    default_text: str | None = None
-    required: bool = False
-    per_node: bool = False
-    at_least: float | None = None
+    default_text: str | None = None  # the default as --help shows it, if the value would not explain it; "" shows none
+    required: bool = False  # the command line must contain the flag; its dataclass field has no default
+    per_node: bool = False  # nodes of one run may have different values
+    at_least: float | None = None  # bounds of a number, or of each number in a list; numbers are always finite
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    type: Any = None
+    type: Any = None  # `flags_of` takes these two from the field's annotation
     is_list: bool = False
 
     @property
@@ -84,28 +77,23 @@ class Flag:
         if self.choices is not None and not set(values) <= set(self.choices):
             raise UserError(f"{self.describe(value)}: choose {'from' if self.is_list else 'one of'} "
                             f"{', '.join(self.choices)}")
-        if self.type in (int, float) and not all(map(self._in_range, values)):
-            raise UserError(f"{self.describe(value)}: give a {self._range()}")
-
-    def _in_range(self, number: float) -> bool:
-        return (math.isfinite(number)
-                and (self.at_least is None or number >= self.at_least) and (self.above is None or number > self.above)
-                and (self.at_most is None or number <= self.at_most) and (self.below is None or number < self.below))
-
-    def _range(self) -> str:
-        bounds = {"of at least": self.at_least, "above": self.above, "up to": self.at_most, "below": self.below}
-        words = " and ".join(f"{word} {_text(bound)}" for word, bound in bounds.items() if bound is not None)
-        return f"number {words}" if words else "finite number"
+        bounds = [(words, bound, holds) for words, bound, holds in (
+            ("of at least", self.at_least, operator.ge), ("above", self.above, operator.gt),
+            ("up to", self.at_most, operator.le), ("below", self.below, operator.lt)) if bound is not None]
+        for number in values if self.type in (int, float) else ():
+            if not math.isfinite(number) or not all(holds(number, bound) for _, bound, holds in bounds):
+                given = " and ".join(f"{words} {_text(bound)}" for words, bound, _ in bounds)
+                raise UserError(f"{self.describe(value)}: give a " + (f"number {given}" if given else "finite number"))
 
     def add_to(self, group: Any, field: str) -> None:
         """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""
         default = self.describe_default()
         text = self.describe_help() + (f" (default: {default})" if default else "")
         arguments: dict[str, Any] = {"default": self.default, "help": text.replace("%", "%%")}
-        if not self.names[0].startswith("-"):
-            arguments["nargs"] = "?"
+        if self.names[0].startswith("-"):
+            arguments |= {"dest": field, "required": self.required}
         else:
-            arguments.update(dest=field, required=self.required)
+            arguments["nargs"] = "?"
         if self.type is bool:
             arguments["action"] = "store_true" if self.default is False else argparse.BooleanOptionalAction
         else:
@@ -117,24 +105,21 @@ class Flag:
 def flag(*names: str, default: Any = None, choices: Iterable[str] | None = None, **settings: Any) -> Any:
     """A dataclass field that is a flag. The arguments are those of Flag; `help` is required."""
     definition = Flag(names, default=default, choices=None if choices is None else tuple(choices), **settings)
-    return dataclasses.field(
-        default=dataclasses.MISSING if definition.required else default, metadata={"flag": definition}
-    )
+    return dataclasses.field(default=dataclasses.MISSING if definition.required else default,
+                             metadata={"flag": definition})
 
 
 def flags_of(options: type) -> dict[str, Flag]:
     """{field name: Flag} of a dataclass; fields that are not flags are left out."""
-    annotations = typing.get_type_hints(options)
-    flags = {}
+    annotations, flags = typing.get_type_hints(options), dict[str, Flag]()
     for field in dataclasses.fields(options):
         if "flag" in field.metadata:
             kind = annotations[field.name]
-            if type(None) in typing.get_args(kind):
-                kind = next(part for part in typing.get_args(kind) if part is not type(None))
+            if type(None) in typing.get_args(kind):  # ... | None
+                kind = typing.get_args(kind)[0]
             is_list = typing.get_origin(kind) is tuple
-            flags[field.name] = dataclasses.replace(
-                field.metadata["flag"], type=typing.get_args(kind)[0] if is_list else kind, is_list=is_list
-            )
+            flags[field.name] = dataclasses.replace(field.metadata["flag"], is_list=is_list,
+                                                    type=typing.get_args(kind)[0] if is_list else kind)
     return flags
 
 
@@ -163,10 +148,9 @@ def check_values(options: Any) -> None:
 
 def describe_section(options: Any, section: str) -> str:
     """The values of a section's flags: "schedule step, lr 0.1, lr-milestones 10,16,21"."""
-    values = {definition: getattr(options, field) for field, definition in flags_of(type(options)).items()
-              if definition.section == section}
-    return ", ".join(definition.describe(value).removeprefix("--") for definition, value in values.items()
-                     if value is not None)
+    return ", ".join(definition.describe(value).removeprefix("--")
+                     for field, definition in flags_of(type(options)).items()
+                     if definition.section == section and (value := getattr(options, field)) is not None)
 
 
 def flag_tables(flags: Mapping[str, Flag], sections: Iterable[str] = ()) -> str:
@@ -176,13 +160,12 @@ def flag_tables(flags: Mapping[str, Flag], sections: Iterable[str] = ()) -> str:
         lines = [f"| {section} | default | |", "|---|---|---|"]
         for definition in members.values():
             names = [name for name in definition.names if name.startswith("-")]
-            if definition.type is bool and definition.default is not False:
-                names += [f"--no-{name[2:]}" for name in names if name.startswith("--")]
-            usage = ", ".join(f"`{name}`" for name in names)
-            if definition.type is not bool and (value := definition.metavar or "|".join(definition.choices or ())):
-                usage += f" `{value}`"
-            text = re.sub(r"([<*])", r"\\\1", definition.describe_help())
-            cells = (usage.strip(), definition.describe_default(), text)
+            value = definition.metavar or "|".join(definition.choices or ())
+            if definition.type is bool:
+                names += [f"--no-{name[2:]}" for name in names if definition.default is not False]
+                value = ""
+            usage = ", ".join(f"`{name}`" for name in names) + (f" `{value}`" if value else "")
+            cells = usage.strip(), definition.describe_default(), re.sub(r"([<*])", r"\\\1", definition.describe_help())
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)

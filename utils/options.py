@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +26,18 @@ SECTIONS = ("data", "model", "loss", "training", "schedule", "optimizer", "outpu
 class Options(ProcessFlags, ScheduleFlags):
     """What the user asked for. Options never change; a derived value gets a name of its own."""
 
-    data: str | None = flag(
-        "data", metavar="DIR", section="data", per_node=True,
-        help="training images, aligned, 112x112: DIR/train/<identity>/*.jpg if DIR/train exists, else "
-             "DIR/<identity>/*.jpg; or a RecordIO package, as a directory or .rec file")
+    data: str | None = flag("data", metavar="DIR", section="data", per_node=True,
+                            help="training images, aligned, 112x112: DIR/train/<identity>/*.jpg if DIR/train exists, "
+                                 "else DIR/<identity>/*.jpg; or a RecordIO package, as a directory or .rec file")
     index: str = flag(
         "--index", default="auto", metavar="FILE", section="data", per_node=True,
         help="file that keeps the list of a folder's images, so that the next start need not read every header again; "
              "auto: in DIR, or among the user's caches if DIR is read-only; none: keep no list")
     skip_bad_images: bool = flag("--skip-bad-images", default=False, section="data",
                                  help="count and skip images that cannot be read, instead of stopping at the first")
-    augment: str = flag(
-        "--augment", default="flip", choices=("none", "flip", "standard", "strong"), section="data",
-        help="flip: random mirror; standard: also random shifts of up to 6 pixels; strong: also, each in some images, "
-             "crop, low resolution, blur, brightness, contrast, saturation, gray")
+    augment: str = flag("--augment", default="flip", choices=("none", "flip", "standard", "strong"), section="data",
+                        help="flip: random mirror; standard: also random shifts of up to 6 pixels; strong: also, each "
+                             "in some images, crop, low resolution, blur, brightness, contrast, saturation, gray")
     workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0, section="data", per_node=True,
                         help="data loading processes of this node, shared among its ranks")
 
@@ -64,13 +62,11 @@ class Options(ProcessFlags, ScheduleFlags):
                            help="images per step of this node: the total over its processes and micro-batches")
     accumulation_steps: int = flag("--accumulation-steps", default=1, metavar="K", at_least=1, section="training",
                                    help="micro-batches per step")
-    seed: int | None = flag(
-        "--seed", metavar="S", at_least=0, below=2**63, default_text="drawn, printed and stored", section="training",
-        help="seed of all random numbers")
-    on_nonfinite: str = flag(
-        "--on-nonfinite", default="stop", choices=("stop", "skip"), section="training",
-        help="if the loss is inf or NaN: stop before anything is saved, or skip the step, leaving weights, momentum "
-             "and BatchNorm statistics unchanged")
+    seed: int | None = flag("--seed", metavar="S", at_least=0, below=2**63, default_text="drawn, printed and stored",
+                            section="training", help="seed of all random numbers")
+    on_nonfinite: str = flag("--on-nonfinite", default="stop", choices=("stop", "skip"), section="training",
+                             help="if the loss is inf or NaN: stop before anything is saved, or skip the step, "
+                                  "leaving weights, momentum and BatchNorm statistics unchanged")
 
     optimizer: str = flag("--optimizer", default="sgd", metavar="NAME", choices=OPTIMIZERS, section="optimizer",
                           help="optimizer of backbone and class centers")
@@ -81,10 +77,9 @@ class Options(ProcessFlags, ScheduleFlags):
 
     output: str = flag("--output", default=".", metavar="DIR", section="output", per_node=True,
                        default_text="the current directory", help="directory for checkpoints and metrics")
-    resume: str = flag(
-        "--resume", default="", metavar="PATH", section="output", per_node=True,
-        help="checkpoint.pth.tar to continue from, or to evaluate; auto: the newest intact checkpoint in --output, or "
-             "a fresh run if there is none")
+    resume: str = flag("--resume", default="", metavar="PATH", section="output", per_node=True,
+                       help="checkpoint.pth.tar to continue from, or to evaluate; auto: the newest intact checkpoint "
+                            "in --output, or a fresh run if there is none")
     init_from: str = flag(
         "--init-from", default="", metavar="PATH", section="output", per_node=True,
         help="start a fresh run from the weights in a checkpoint.pth.tar, a published backbone, or a file from "
@@ -123,9 +118,8 @@ class Options(ProcessFlags, ScheduleFlags):
         help="with --enable-model-parallel: dimension to shard; 1 or -1, the classes")
     enable_zero_optim: bool = flag("--enable-zero-optim", default=False, section="parallelism and precision",
                                    help="shard the optimizer state of replicated parameters (ZeRO stage 1)")
-    enable_amp_mode: bool = flag(
-        "--enable-amp-mode", default=False, section="parallelism and precision",
-        help="mixed-precision backbone; class centers and softmax stay in float32")
+    enable_amp_mode: bool = flag("--enable-amp-mode", default=False, section="parallelism and precision",
+                                 help="mixed-precision backbone; class centers and softmax stay in float32")
     amp_dtype: str | None = flag(
         "--amp-dtype", choices=("auto", "bf16", "fp16"), default_text="auto", section="parallelism and precision",
         help="with --enable-amp-mode; auto: bf16 where the device supports it, else fp16 with loss scaling")
@@ -133,18 +127,16 @@ class Options(ProcessFlags, ScheduleFlags):
                           section="parallelism and precision",
                           help="float64 computes everything in double precision, for verification")
 
-    classifier: str = flag(
-        "--classifier", default="fused", choices=("fused", "torchshard"), section="speed and memory",
-        help="fused: walk over the classes in chunks and never hold all logits; torchshard: the reference composed of "
-             "torchshard's functions, for comparison")
+    classifier: str = flag("--classifier", default="fused", choices=("fused", "torchshard"), section="speed and memory",
+                           help="fused: walk over the classes in chunks and never hold all logits; torchshard: the "
+                                "reference composed of torchshard's functions, for comparison")
     classifier_memory_mib: int | None = flag(
         "--classifier-memory-mib", metavar="MIB", at_least=0, section="speed and memory",
         default_text="a quarter of the memory that the class centers leave free",
         help="memory per process for probabilities saved for the backward pass, which recomputes those that do not fit")
-    fuse_classifier_update: bool = flag(
-        "--fuse-classifier-update", default=False, section="speed and memory",
-        help="update the class centers within the backward pass: their gradient is never stored, which takes 8 bytes "
-             "per value instead of 12")
+    fuse_classifier_update: bool = flag("--fuse-classifier-update", default=False, section="speed and memory",
+                                        help="update the class centers within the backward pass: their gradient is "
+                                             "never stored, which takes 8 bytes per value instead of 12")
     compile: bool = flag("--compile", default=False, section="speed and memory", help="torch.compile the backbone")
     channels_last: bool = flag("--channels-last", default=False, section="speed and memory",
                                help="NHWC memory layout of the backbone: faster with half precision on GPUs")
@@ -163,33 +155,24 @@ def main_flags() -> dict[str, Flag]:
     return {**flags_of(Options), **loss_flags()}
 
 
-def loss_flags() -> Mapping[str, Flag]:
+def loss_flags() -> dict[str, Flag]:
     """The settings of all losses as flags that are unset by default; --help shows each loss's defaults."""
-    owners: dict[str, dict[str, Flag]] = {}
-    for loss, margin in MARGINS.items():
-        for field, definition in flags_of(margin).items():
-            owners.setdefault(field, {})[loss] = definition
+    flags = {loss: flags_of(margin) for loss, margin in MARGINS.items()}
     merged = {}
-    for field, definitions in owners.items():
-        helps: dict[str, list[str]] = {}
-        for loss, definition in definitions.items():
-            helps.setdefault(definition.help, []).append(loss)
+    for field in dict.fromkeys(field for own in flags.values() for field in own):
+        of_loss = {loss: own[field] for loss, own in flags.items() if field in own}
+        first, texts = next(iter(of_loss.values())), {one.help for one in of_loss.values()}
         merged[field] = dataclasses.replace(
-            next(iter(definitions.values())), default=None, at_least=None, above=None, at_most=None, below=None,
-            section="loss",
-            default_text=", ".join(f"{loss} {definition.describe_default() or 'off'}"
-                                   for loss, definition in definitions.items()),
-            help="; ".join(text if len(helps) == 1 else f"{', '.join(losses)}: {text}"
-                           for text, losses in helps.items()),
-        )
+            first, default=None, at_least=None, above=None, at_most=None, below=None,
+            default_text=", ".join(f"{loss} {one.describe_default() or 'off'}" for loss, one in of_loss.items()),
+            help=first.help if len(texts) == 1 else "; ".join(f"{loss}: {one.help}" for loss, one in of_loss.items()))
     return merged
 
 
 def complete_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a loss: the given ones, and its defaults for the others.
 
-    Raises:
-        UserError: a given setting is out of range, or the loss does not have it.
+    Raises UserError if a given setting is out of range, or the loss does not have it.
     """
     own = flags_of(MARGINS[loss])
     for field, value in given.items():
@@ -204,12 +187,10 @@ def complete_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse `argv` (default: the program's arguments) and check all that does not depend on the machine or the data.
 
-    Raises:
-        UserError: a flag that is unknown or out of range, or flags that conflict.
+    Raises UserError for a flag that is unknown or out of range, and for flags that conflict.
     """
     parser = Parser(
-        "main.py", "Large-scale parallel ArcFace training: one process per GPU, class centers sharded over them."
-    )
+        "main.py", "Large-scale parallel ArcFace training: one process per GPU, class centers sharded over them.")
     add_flags(parser, main_flags(), SECTIONS)
     values = vars(parser.parse_args(argv))
     given = {field: value for field in loss_flags() if (value := values.pop(field)) is not None}
@@ -219,69 +200,64 @@ def parse_options(argv: list[str] | None = None) -> Options:
 def check_options(options: Options) -> Options:
     """The options with all settings of their loss. Raises UserError for a value out of range and for a conflict."""
     check_values(options)
-    _check_conflicts(options)
+    for conflict, message in _conflicts(options):
+        if conflict:
+            raise UserError(message)
     return dataclasses.replace(options, loss_settings=complete_loss_settings(options.loss, options.loss_settings))
 
 
-def _check_conflicts(o: Options) -> None:
-    """Raise UserError for the first of these conditions that is true."""
-    trains = not o.evaluate
-    for conflict, message in (
-        (list(o.lr_milestones) != sorted(set(o.lr_milestones)),
-         f"--lr-milestones {','.join(f'{m:g}' for m in o.lr_milestones)}: give epochs in rising order, as 10,16,21"),
-        (o.index == "", "--index '': give a file, auto or none"),
-        (o.save_freq is not None and o.no_save, f"--save-freq {o.save_freq} with --no-save: drop one of them"),
-        (o.keep is not None and o.no_save, f"--keep {o.keep} with --no-save: drop one of them"),
+def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
+    """(condition that must not be true, error message)."""
+    yield (list(o.lr_milestones) != sorted(set(o.lr_milestones)),
+           f"--lr-milestones {','.join(f'{m:g}' for m in o.lr_milestones)}: give epochs in rising order, as 10,16,21")
+    yield o.index == "", "--index '': give a file, auto or none"
+    for name, value in ("--save-freq", o.save_freq), ("--keep", o.keep):
+        yield value is not None and o.no_save, f"{name} {value} with --no-save: drop one of them"
 
-        (o.evaluate and bool(o.val_pairs or o.val_bin),
-         "--val-pairs and --val-bin evaluate during training, and --evaluate does not train: give it --imgs-root and "
-         "--pair-list, or use python3 valid.py, which reads .bin files too"),
-        (o.evaluate and o.plan, "--plan with --evaluate: there is nothing to plan; drop one of them"),
-        (o.evaluate and not o.resume, "--evaluate: give the checkpoint to evaluate with --resume"),
-        (o.evaluate and o.resume == AUTO, "--evaluate with --resume auto: give the path of the checkpoint to evaluate"),
-        (o.evaluate and (o.imgs_root is None or o.pair_list is None),
-         "--evaluate: give the images and the pairs with --imgs-root and --pair-list"),
-        (trains and o.data is None, "DIR is missing: give the directory of the training images (see main.py --help)"),
-        (trains and o.pair_list is not None,
-         f"--pair-list {o.pair_list}: is for --evaluate; add it, or use --val-pairs"),
-        (trains and o.imgs_root is not None and not o.val_pairs,
-         f"--imgs-root {o.imgs_root}: is for --evaluate or --val-pairs; add one of them, or drop it"),
-        (o.val_freq is not None and not (o.val_pairs or o.val_bin),
-         f"--val-freq {o.val_freq}: has no effect without --val-pairs or --val-bin; add one of them"),
-
-        # --resume auto is allowed: a job that is requeued starts from these weights once, and later from its own.
-        (bool(o.init_from) and o.resume not in ("", AUTO),
-         f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them"),
-        (bool(o.init_from) and o.evaluate, f"--init-from {o.init_from} with --evaluate: give the model with --resume"),
-        (o.start_epoch is not None and bool(o.resume),
-         f"--start-epoch {o.start_epoch} with --resume: the checkpoint says where to continue; drop --start-epoch"),
-        (o.start_epoch is not None and o.start_epoch >= o.epochs,
-         f"--start-epoch {o.start_epoch}: the run ends after --epochs {o.epochs}; give a smaller epoch"),
-
-        (o.model_parallel_dim is not None and not o.enable_model_parallel,
-         f"--model-parallel-dim {o.model_parallel_dim}: has no effect without --enable-model-parallel; add it"),
-        (o.model_parallel_dim == 0,
-         "--model-parallel-dim 0: would shard the embedding dimension, and no rank could normalize a cosine or apply "
-         "the margin before the whole (batch, classes) matrix is summed over the ranks; shard the classes with "
-         "--model-parallel-dim 1"),
-        (o.model_parallel_dim not in (None, 1, -1),
-         f"--model-parallel-dim {o.model_parallel_dim}: give 1 or -1, the class dimension"),
-
-        (o.amp_dtype is not None and not o.enable_amp_mode,
-         f"--amp-dtype {o.amp_dtype}: has no effect without --enable-amp-mode; add it"),
-        (o.enable_amp_mode and o.precision == "float64",
-         "--enable-amp-mode with --precision float64: drop one of them"),
-        (o.classifier_memory_mib is not None and o.classifier != "fused",
-         f"--classifier-memory-mib {o.classifier_memory_mib} with --classifier {o.classifier}: has no effect; "
-         "drop one of them"),
-        (o.fuse_classifier_update and o.classifier != "fused",
-         f"--fuse-classifier-update with --classifier {o.classifier}: drop one of them"),
-        (o.fuse_classifier_update and o.accumulation_steps != 1,
-         f"--fuse-classifier-update with --accumulation-steps {o.accumulation_steps}: would update the class centers "
-         "after every micro-batch; drop one of them"),
-        (o.fuse_classifier_update and o.enable_zero_optim and not o.enable_model_parallel,
-         "--fuse-classifier-update with --enable-zero-optim: ZeRO updates a replicated classifier; add "
-         "--enable-model-parallel, or drop one of them"),
+    if o.evaluate:
+        yield (bool(o.val_pairs or o.val_bin),
+               "--val-pairs and --val-bin evaluate during training, and --evaluate does not train: give it --imgs-root "
+               "and --pair-list, or use python3 valid.py, which reads .bin files too")
+        yield o.plan, "--plan with --evaluate: there is nothing to plan; drop one of them"
+        yield o.resume in ("", AUTO), f"--evaluate with --resume {o.resume}: give the path of a checkpoint to evaluate"
+        yield (o.imgs_root is None or o.pair_list is None,
+               "--evaluate: give the images and the pairs with --imgs-root and --pair-list")
+        yield bool(o.init_from), f"--init-from {o.init_from} with --evaluate: give the model with --resume"
+    else:
+        yield o.data is None, "DIR is missing: give the directory of the training images (see main.py --help)"
+        yield o.pair_list is not None, f"--pair-list {o.pair_list}: is for --evaluate; add it, or use --val-pairs"
+        yield (o.imgs_root is not None and not o.val_pairs,
+               f"--imgs-root {o.imgs_root}: is for --evaluate or --val-pairs; add one of them, or drop it")
+    for name, setting, other, has_other in (
+        ("--val-freq", o.val_freq, "--val-pairs or --val-bin", bool(o.val_pairs or o.val_bin)),
+        ("--model-parallel-dim", o.model_parallel_dim, "--enable-model-parallel", o.enable_model_parallel),
+        ("--amp-dtype", o.amp_dtype, "--enable-amp-mode", o.enable_amp_mode),
     ):
-        if conflict:
-            raise UserError(message)
+        yield setting is not None and not has_other, f"{name} {setting}: has no effect without {other}; add it"
+
+    # --resume auto is allowed: a job that is requeued starts from these weights once, and later from its own.
+    yield (bool(o.init_from) and o.resume not in ("", AUTO),
+           f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them")
+    yield (o.start_epoch is not None and bool(o.resume),
+           f"--start-epoch {o.start_epoch} with --resume: the checkpoint says where to continue; drop --start-epoch")
+    yield (o.start_epoch is not None and o.start_epoch >= o.epochs,
+           f"--start-epoch {o.start_epoch}: the run ends after --epochs {o.epochs}; give a smaller epoch")
+
+    yield (o.model_parallel_dim == 0,
+           "--model-parallel-dim 0: would shard the embedding dimension, but every rank needs whole cosines for the "
+           "margin; shard the classes with --model-parallel-dim 1")
+    yield (o.model_parallel_dim not in (None, 1, -1),
+           f"--model-parallel-dim {o.model_parallel_dim}: give 1 or -1, the class dimension")
+
+    yield (o.enable_amp_mode and o.precision == "float64",
+           "--enable-amp-mode with --precision float64: drop one of them")
+    for name, is_set in ((f"--classifier-memory-mib {o.classifier_memory_mib}", o.classifier_memory_mib is not None),
+                         ("--fuse-classifier-update", o.fuse_classifier_update)):
+        yield (is_set and o.classifier != "fused",
+               f"{name} with --classifier {o.classifier}: has no effect there; drop one of them")
+    yield (o.fuse_classifier_update and o.accumulation_steps != 1,
+           f"--fuse-classifier-update with --accumulation-steps {o.accumulation_steps}: would update the class centers "
+           "after every micro-batch; drop one of them")
+    yield (o.fuse_classifier_update and o.enable_zero_optim and not o.enable_model_parallel,
+           "--fuse-classifier-update with --enable-zero-optim: ZeRO updates a replicated classifier; add "
+           "--enable-model-parallel, or drop one of them")

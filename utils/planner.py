@@ -6,6 +6,7 @@ classes of this process, K classes of a chunk of the margin softmax, d the embed
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,58 +20,36 @@ from utils.dist.sharding import ClassShard
 
 IMAGE_VALUES = 3 * 112 * 112
 FLOAT, LABEL = 4, 8  # bytes
-
-# GPU memory outside PyTorch's allocator and work space of kernels: the CUDA context, NCCL's buffers, cuBLAS and cuDNN.
-# This is an allowance, not a prediction.
+# An allowance for GPU memory outside PyTorch's allocator: the CUDA context, NCCL's buffers, cuBLAS and cuDNN.
 CUDA_ALLOWANCE = 1536 * 2**20
 
 
 @dataclass(frozen=True)
 class BackboneMemory:
-    """Bytes of a backbone in training.
+    """Bytes of a backbone in training."""
 
-    trained: of each trained parameter.
-    fixed: of all other parameters and buffers.
-    activations: saved for the backward pass whatever the batch size: low-precision copies of the weights.
-    activations_per_image: saved for each image.
-    """
-
-    trained: tuple[int, ...]
-    fixed: int
-    activations: int
-    activations_per_image: int
+    trained: tuple[int, ...]  # of each trained parameter
+    fixed: int  # of all other parameters and buffers
+    activations: int  # saved for the backward pass whatever the batch size: low-precision copies of the weights
+    activations_per_image: int  # saved for each image
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the memory of a run depends on, apart from its backbone.
+    """What the memory of a run depends on, apart from its backbone."""
 
-    classes, embedding_size: C, d.
-    batch_size: images of a micro-batch, over all processes.
-    world_size: W.
-    model_parallel: the classes are sharded; otherwise each process has all of them, as a replica under
-        DistributedDataParallel.
-    zero: the momentum of replicated parameters is sharded, by whole parameters.
-    fused_update: the gradient of the class centers is never stored.
-    classifier_memory_mib: for saved probabilities; None: the trainer's automatic choice.
-    matmul_dtype: low-precision type of the classifier's matrix products, None for float32.
-    device_type: "cuda" or "cpu".
-    total_bytes: memory of the GPU, or a process's share of the CPU's memory; the automatic choice depends on it.
-    cache_bytes: the cache that a chunk of classes must fit.
-    """
-
-    classes: int
-    batch_size: int
-    world_size: int
-    total_bytes: int
-    cache_bytes: int
-    embedding_size: int = 512
-    model_parallel: bool = True
-    zero: bool = False
-    fused_update: bool = False
-    classifier_memory_mib: float | None = None
-    matmul_dtype: torch.dtype | None = None
-    device_type: str = "cuda"
+    classes: int  # C
+    batch_size: int  # images of a micro-batch, over all processes
+    world_size: int  # W
+    total_bytes: int  # memory of the GPU, or a process's share of the CPU's; for the automatic choice below
+    cache_bytes: int  # the cache that a chunk of classes must fit
+    embedding_size: int = 512  # d
+    model_parallel: bool = True  # the classes are sharded; otherwise each process has them all, under DDP
+    zero: bool = False  # the momentum of replicated parameters is sharded, by whole parameters
+    fused_update: bool = False  # the gradient of the class centers is never stored
+    classifier_memory_mib: float | None = None  # for saved probabilities; None: the trainer's automatic choice
+    matmul_dtype: torch.dtype | None = None  # of the classifier's matrix products in low precision
+    device_type: str = "cuda"  # or "cpu"
 
 
 def measure_backbone(
@@ -89,18 +68,14 @@ def measure_backbone(
 
     with FakeTensorMode(), torch.device(device_type):
         backbone = build().train()
-        small, large = (
-            saved_bytes(backbone, torch.empty(n, 3, 112, 112), device_type, autocast_dtype) for n in (2, 4)
-        )
+        small, large = (saved_bytes(backbone, torch.empty(n, 3, 112, 112), device_type, autocast_dtype) for n in (2, 4))
         trained = tuple(parameter.nbytes for parameter in backbone.parameters() if parameter.requires_grad)
         everything = sum(tensor.nbytes for tensor in [*backbone.parameters(), *backbone.buffers()])
     per_image = (large - small) // 2
     return BackboneMemory(trained, everything - sum(trained), small - 2 * per_image, per_image)
 
 
-def saved_bytes(
-    backbone: nn.Module, images: Tensor, device_type: str, autocast_dtype: torch.dtype | None
-) -> int:
+def saved_bytes(backbone: nn.Module, images: Tensor, device_type: str, autocast_dtype: torch.dtype | None) -> int:
     """Bytes that autograd saves for the backward pass of backbone(images), without images, parameters and buffers.
 
     Tensors that share memory count once.
@@ -114,19 +89,15 @@ def saved_bytes(
             saved[storage._cdata] = storage
         return tensor
 
-    # torch.autocast("cuda") refuses to be enabled on a machine without a GPU.
-    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    torch.set_autocast_enabled(device_type, autocast_dtype is not None)
-    torch.set_autocast_dtype(device_type, autocast_dtype or before[1])
-    torch.autocast_increment_nesting()
+    if autocast_dtype is not None:  # torch.autocast("cuda") refuses to be enabled on a machine without a GPU
+        torch.set_autocast_dtype(device_type, autocast_dtype)
+        torch.set_autocast_enabled(device_type, True)
     try:
         with saved_tensors_hooks(save, lambda tensor: tensor):
             backbone(images)
     finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device_type, before[0])
-        torch.set_autocast_dtype(device_type, before[1])
+        torch.set_autocast_enabled(device_type, False)
+        torch.clear_autocast_cache()
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -147,7 +118,6 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     replicated = [*backbone.trained, *([] if sharded else [centers])]
     optimized = _largest_share(replicated, run.world_size) if run.zero else sum(replicated)
     momentum = optimized + (centers if sharded else 0)
-    center_momentum = min(centers, momentum)
 
     # The buffers of losses.fused for a chunk in the forward and in the backward pass, and what connects the two.
     chunk = min(chunk_classes(rows, d, run.cache_bytes), size)
@@ -164,12 +134,12 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         "backbone weights": trained + backbone.fixed,
         "backbone gradients": trained,
         "DDP buckets": sum(replicated),
-        "backbone momentum": momentum - center_momentum,
+        "backbone momentum": max(0, momentum - centers),
         "images": images * IMAGE_VALUES * (1 + FLOAT),
         "activations": backbone.activations + images * backbone.activations_per_image,
         "class centers": centers,
         "class centers' gradient": 0 if run.fused_update else centers,
-        "class centers' momentum": center_momentum,
+        "class centers' momentum": min(centers, momentum),
         "saved probabilities": min(chunks, budget // saved_block) * saved_block,
         "chunk buffers": max(forward, backward) + chunks * rows * (LABEL + FLOAT) + size * FLOAT,
         # All rows: gathered, in matmul_dtype, their gradient and a chunk's part of it. This process's rows: before and
@@ -186,15 +156,9 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
 
 def largest(fits: Callable[[int], bool], start: int) -> int:
     """The largest number from `start` on for which `fits` is true, found by bisection; 0 if it is false for `start`."""
-    if not fits(start):
-        return 0
-    good, bad = start, 2 * start
-    while fits(bad):
-        good, bad = bad, 2 * bad
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
+    numbers = range(start, 2**50)
+    count = bisect.bisect_left(numbers, True, key=lambda number: not fits(number))
+    return numbers[count - 1] if count else 0
 
 
 def _largest_share(sizes: Sequence[int], world_size: int) -> int:

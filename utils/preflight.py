@@ -1,7 +1,4 @@
-"""What main.py checks, opens and prints before it starts any process.
-
-Each function raises UserError for a flag, a file or data that cannot work, so that mistakes show before the first step.
-"""
+"""What main.py checks, opens and prints before it starts any process, so that mistakes show before the first step."""
 
 from __future__ import annotations
 
@@ -32,17 +29,13 @@ from utils.training.scaler import amp_dtype
 def check_batch(options: Options, plan: ProcessPlan) -> None:
     """Raise UserError unless processes and micro-batches divide the batch and leave BatchNorm at least two images."""
     parts = plan.processes_per_node * options.accumulation_steps
-    given = f"--batch-size {options.batch_size}"
     if options.batch_size % parts:
-        raise UserError(
-            f"{given}: must divide by {plan.processes_per_node} processes x {options.accumulation_steps} micro-batches "
-            f"(--accumulation-steps); give a multiple of {parts}, such as {-(-options.batch_size // parts) * parts}"
-        )
+        raise UserError(f"--batch-size {options.batch_size}: give a multiple of {parts}, for {plan.processes_per_node} "
+                        f"processes x {options.accumulation_steps} micro-batches (--accumulation-steps)")
     if options.batch_size == parts and (not options.sync_bn or plan.world_size == 1):
-        raise UserError(
-            f"{given}: leaves one image per process and micro-batch, too few for BatchNorm statistics; give at least "
-            f"{2 * parts}" + (", or add --sync-bn" if plan.world_size > 1 else "")
-        )
+        raise UserError(f"--batch-size {options.batch_size}: leaves one image per process and micro-batch, too few for "
+                        f"BatchNorm statistics; give at least {2 * parts}"
+                        + (", or add --sync-bn" if plan.world_size > 1 else ""))
 
 
 def check_fused_update(options: Options, plan: ProcessPlan) -> None:
@@ -66,17 +59,14 @@ def open_validation_sets(options: Options) -> list[EvalSet]:
 
 
 def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
-    """Open the training images and check them against --num-classes and --batch-size. Raises UserError.
-
-    One process per node does this work. Its other processes start later, or read the index that it wrote.
-    """
+    """Open the training images and check them against --num-classes and --batch-size. Raises UserError."""
     assert options.data is not None
     dataset = open_training_set(options.data, index=options.index, skip_bad=options.skip_bad_images,
                                 progress=is_first_process())
-    identities, global_batch = len(dataset.identities), options.batch_size * plan.nodes
-    if identities > options.num_classes:
-        raise UserError(f"--num-classes {options.num_classes}: {dataset.root} has {identities} identities; "
-                        f"give at least {identities}")
+    global_batch = options.batch_size * plan.nodes
+    if len(dataset.identities) > options.num_classes:
+        raise UserError(f"--num-classes {options.num_classes}: give at least {len(dataset.identities)}, the identities "
+                        f"of {dataset.root}")
     if len(dataset) < global_batch:
         raise UserError(f"--batch-size {options.batch_size}: a step takes {global_batch} images over all nodes, and "
                         f"{dataset.root} has {len(dataset)}; give a smaller batch")
@@ -119,9 +109,9 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: S
     device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
     precision = options.precision
     if options.enable_amp_mode:
-        autocast = str(amp_dtype(options.amp_dtype, plan.device_type)).removeprefix("torch.")
-        products = f"{autocast} products summed in float32" if plan.device_type == "cuda" else "float32"
-        precision = f"mixed: backbone {autocast}, classifier {products}"
+        low = str(amp_dtype(options.amp_dtype, plan.device_type)).removeprefix("torch.")
+        precision = f"mixed: backbone {low}, classifier " + (
+            f"{low} products summed in float32" if plan.device_type == "cuda" else "float32")
     rows = {
         "device": f"{device}, {plan.backend}",
         "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
@@ -147,7 +137,6 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: S
     }
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
-        rows["evaluation"] = (", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}"
-                              + ("" if options.no_save else f"; the best: {BEST}"))
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        rows["evaluation"] = ", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}" + (
+            "" if options.no_save else f"; the best: {BEST}")
+    return "\n".join(f"{name:<13}  {value}" for name, value in rows.items())

@@ -27,15 +27,8 @@ from utils.signals import STOP_SIGNALS
 
 
 def embed_images(
-    backbone: nn.Module,
-    images: Images,
-    context: DistContext,
-    *,
-    batch_size: int,
-    workers: int,
-    flip: bool = False,
-    progress: bool = True,
-    print_freq: int = 100,
+    backbone: nn.Module, images: Images, context: DistContext, *, batch_size: int, workers: int, flip: bool = False,
+    progress: bool = True, print_freq: int = 100,
 ) -> np.ndarray:
     """Collective if there is more than one rank. e / |e| with e = f(x), or e = f(x) + f(mirrored x) with `flip`.
 
@@ -53,8 +46,6 @@ def embed_images(
     Raises UserError for an image that cannot be read and for a batch that exceeds the GPU's memory.
     """
     total = len(images)
-    if total == 0:
-        raise ValueError("there are no images to embed")
     share = -(-total // context.world_size)
     own = [min(i, total - 1) for i in range(context.rank * share, (context.rank + 1) * share)]
     # Loading processes ignore SIGINT, and SIGTERM and SIGUSR1 only if this process handles them. Otherwise Python sends
@@ -67,9 +58,11 @@ def embed_images(
     dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
-    rows, done = torch.empty(0), 0
-    report = _Progress(share, batch_size * print_freq, enabled=progress and context.is_main,
-                       whose=" of rank 0" if context.world_size > 1 else "")
+    whose = " of rank 0" if context.world_size > 1 else ""
+    report, terminal = progress and context.is_main, sys.stderr.isatty()
+    # No disabled bar: tqdm's lock is a semaphore, and a rank that is killed would leak it with a warning.
+    bar = tqdm(total=share, desc="embedding", unit=" images" + whose) if report and terminal else None
+    rows, done, started = torch.empty(0), 0, time.perf_counter()
     try:
         with torch.no_grad():
             for batch in batches:
@@ -81,37 +74,26 @@ def embed_images(
                     rows = torch.empty(share, output.shape[1])
                 rows[done : done + len(output)] = _unit_rows(output)
                 done += len(output)
-                report.update(done)
+                if bar is not None:
+                    bar.update(len(output))
+                elif report and (done % (batch_size * print_freq) == 0 or done == share):
+                    rate = done / (time.perf_counter() - started)
+                    print(f"embedded {done}/{share} images{whose}, {rate:.1f} images/s", flush=True)
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {batch_size}: does not fit into the GPU's memory; use a smaller one") from None
     finally:
-        report.close()
+        if bar is not None:
+            bar.close()
         for module, mode in modes.items():
             module.training = mode
     if context.world_size > 1:
-        assert dist.group.WORLD is not None
-        rows = all_gather_rows(rows.to(context.device), dist.group.WORLD).cpu()[:total]
-    return _without_unusable(rows, warn=context.is_main).numpy()
+        rows = all_gather_rows(rows.to(context.device), None).cpu()[:total]
 
-
-@contextlib.contextmanager
-def buffers_of_rank_0(context: DistContext, module: nn.Module) -> Iterator[None]:
-    """Collective. Give every rank's module the buffers of rank 0, and restore each rank's own at the end, bit for bit.
-
-    BatchNorm statistics differ between ranks during training, because each rank sees other images. A checkpoint holds
-    those of rank 0.
-    """
-    if context.world_size == 1:
-        yield
-        return
-    own = [buffer.clone() for buffer in module.buffers()]
-    for buffer in module.buffers():
-        dist.broadcast(buffer, src=0)
-    try:
-        yield
-    finally:
-        for buffer, value in zip(module.buffers(), own):
-            buffer.copy_(value)
+    zero, not_finite = int((rows == 0).all(dim=1).sum()), int(rows[:, 0].isnan().sum())
+    if context.is_main and zero + not_finite:
+        print(f"warning: {zero + not_finite} of {total} embeddings are unusable ({not_finite} NaN or infinite, {zero} "
+              "zero); they are set to zero", file=sys.stderr)
+    return rows.nan_to_num_(0).numpy()
 
 
 def _unit_rows(output: torch.Tensor) -> torch.Tensor:
@@ -122,35 +104,19 @@ def _unit_rows(output: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(length), unit, torch.nan).float()
 
 
-def _without_unusable(rows: torch.Tensor, warn: bool) -> torch.Tensor:
-    """Set NaN rows to zero, in place, and report how many rows are NaN or zero."""
-    not_finite, zero = rows[:, 0].isnan(), int((rows == 0).all(dim=1).sum())
-    rows[not_finite] = 0
-    count = int(not_finite.sum())
-    if warn and zero + count:
-        print(f"warning: {zero + count} of {len(rows)} embeddings are unusable ({count} NaN or infinite, {zero} zero); "
-              "they are set to zero", file=sys.stderr)
-    return rows
+@contextlib.contextmanager
+def buffers_of_rank_0(context: DistContext, module: nn.Module) -> Iterator[None]:
+    """Collective. Give every rank's module the buffers of rank 0, and restore each rank's own at the end, bit for bit.
 
-
-class _Progress:
-    """A bar on a terminal, otherwise a line every `step` images and at the end."""
-
-    def __init__(self, total: int, step: int, enabled: bool, whose: str) -> None:
-        terminal = sys.stderr.isatty()
-        # No disabled bar: tqdm's lock is a semaphore, and a rank that is killed would leak it with a warning.
-        self.bar = tqdm(total=total, desc="embedding", unit=" images" + whose) if enabled and terminal else None
-        self.prints = enabled and not terminal
-        self.total, self.step, self.whose = total, step, whose
-        self.started = time.perf_counter()
-
-    def update(self, done: int) -> None:
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-        if self.prints and (done % self.step == 0 or done == self.total):
-            rate = done / (time.perf_counter() - self.started)
-            print(f"embedded {done}/{self.total} images{self.whose}, {rate:.1f} images/s", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    BatchNorm statistics differ between ranks during training, because each rank sees other images. A checkpoint holds
+    those of rank 0.
+    """
+    own = [buffer.clone() for buffer in module.buffers()]
+    if context.world_size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(module.buffers(), own):
+            buffer.copy_(value)

@@ -13,14 +13,7 @@ import numpy as np
 from data.insightface_bin import PairBin
 from data.pairs import PairImages, PairList, PairSet
 from utils.errors import UserError
-from utils.evaluation.lfw import (
-    TARGET_FAR,
-    evaluate_distances,
-    format_result,
-    squared_distance,
-    usable_folds,
-    worst_errors,
-)
+from utils.evaluation.lfw import TARGET_FAR, evaluate_distances, squared_distance, usable_folds
 from utils.evaluation.plots import MONTAGE_COLUMNS
 from utils.evaluation.protocol import MontageSection, Result, RocCurve
 
@@ -53,7 +46,7 @@ class PairEvalSet:
             summary=f"{100 * result.accuracy:.2f}% +- {100 * result.accuracy_std:.2f}",
             metrics={**{name: value for name, value in vars(result).items() if isinstance(value, (int, float))},
                      **{f"tar_at_far_{far}": tar for far, tar in result.tar_at_far.items()}},
-            report=format_result(result),
+            report=str(result),
             details=f"accuracy at exact thresholds {result.exact_accuracy:.5f}+-{result.exact_accuracy_std:.5f}; "
                     + (f"TAR at FAR {rates}" if rates else "too few different pairs for a TAR at FAR 1e-1"),
             json=result.to_json_dict(),
@@ -78,20 +71,19 @@ class PairEvalSet:
 
     def montage(self, distance: np.ndarray, threshold: float) -> list[MontageSection]:
         """The worst false accepts and false rejects. distance: float64 (P,), NaN where a pair has none."""
-        is_same, sections = self.pairs.is_same, []
-        for kind, meaning, label, worst in zip(
-            ("false accepts", "false rejects"), ("different people, distance below", "one person, distance at least"),
-            (False, True), worst_errors(distance, is_same, threshold, MONTAGE_PAIRS),
-        ):
-            of_label = distance[is_same if label else ~is_same]
-            decided = of_label[~np.isnan(of_label)]
-            count, undecidable = np.count_nonzero((decided < threshold) != label), len(of_label) - len(decided)
-            title = (f"{self.name}: {count} {kind} of {len(of_label)} pairs ({meaning} {threshold:.2f})"
-                     + ("; the worst ones" if count > len(worst) else "")
-                     + (f"; {undecidable} without a distance" if undecidable else ""))
-            tiles = [(self.images[self.pairs.index1[p]][0].numpy(), self.images[self.pairs.index2[p]][0].numpy(),
-                      f"pair {p + 1}: distance {distance[p]:.3f}") for p in worst]
-            sections.append(MontageSection(title, tiles))
+        pairs, images, sections = self.pairs, self.images, []
+        for label, kind, meaning in ((False, "false accepts", "different people, distance below"),
+                                     (True, "false rejects", "one person, distance at least")):
+            of_label, undecidable = pairs.is_same == label, np.isnan(distance)
+            wrong = np.flatnonzero(of_label & ~undecidable & ((distance < threshold) != label))
+            worst = wrong[np.argsort(-distance[wrong] if label else distance[wrong], kind="stable")][:MONTAGE_PAIRS]
+            count, left_out = np.count_nonzero(of_label), np.count_nonzero(of_label & undecidable)
+            title = (f"{self.name}: {len(wrong)} {kind} of {count} pairs ({meaning} {threshold:.2f})"
+                     + ("; the worst ones" if len(wrong) > len(worst) else "")
+                     + (f"; {left_out} without a distance" if left_out else ""))
+            sections.append(MontageSection(title, [
+                (images[pairs.index1[p]][0].numpy(), images[pairs.index2[p]][0].numpy(),
+                 f"pair {p + 1}: distance {distance[p]:.3f}") for p in worst]))
         return sections
 
 
@@ -101,9 +93,9 @@ def open_pair_list(name: str, path: str, imgs_root: str | None, flag: str) -> Pa
     Raises UserError.
     """
     if imgs_root is None:
+        imgs_root = os.path.join(os.path.dirname(path), "imgs")
         if not os.path.isfile(path):
             raise UserError(f"{flag} {path}: no such file")
-        imgs_root = os.path.join(os.path.dirname(path), "imgs")
         if not os.path.isdir(imgs_root):
             raise UserError(f"{flag} {path}: its images should be in {imgs_root}, which does not exist; "
                             "give their directory with --imgs-root")

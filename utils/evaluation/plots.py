@@ -61,13 +61,10 @@ def draw_roc(curves: Sequence[RocCurve], output: str) -> None:
                   label=f"{curve.label}: accuracy {100 * curve.accuracy:.1f} %, AUC {curve.auc:.3f}")
     chance = np.geomspace(left, 1.0, 200)
     axes.plot(chance, chance, color=GRAY, linewidth=1, linestyle=(0, (1, 3)), label="chance")
-    axes.set_xscale("log")
-    axes.set_xlim(left, 1.0)
-    axes.set_ylim(0.0, 1.01)
-    axes.set_xlabel("false accept rate (different people taken for one)")
+    axes.set(xscale="log", xlim=(left, 1.0), ylim=(0.0, 1.01), title="Verification: ROC",
+             xlabel="false accept rate (different people taken for one)")
     tidy(axes, "true accept rate (one person recognised)")
     figure.legend(frameon=False, loc="outside lower center")  # a good curve runs along the top
-    axes.set_title("Verification: ROC")
     figure.savefig(output, dpi=130)
     pyplot.close(figure)
 
@@ -88,19 +85,16 @@ def tidy(axes: Axes, label: str) -> None:
 def draw_montage(sections: Sequence[MontageSection], output: str) -> None:
     """Draw the sections below each other, MONTAGE_COLUMNS pairs in a row, with captions. Raises OSError."""
     cell_width, cell_height = 2 * _SIDE + _GAP + _MARGIN, _SIDE + _CAPTION + _MARGIN
-    rows = [-(-len(section.pairs) // MONTAGE_COLUMNS) for section in sections]
-    height = len(sections) * _TITLE + sum(rows) * cell_height + _MARGIN
-    canvas = Image.new("RGB", (MONTAGE_COLUMNS * cell_width + _MARGIN, height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
-    top = _MARGIN
-    for section, count in zip(sections, rows):
+    heights = [_TITLE + -(-len(section.pairs) // MONTAGE_COLUMNS) * cell_height for section in sections]
+    canvas = Image.new("RGB", (MONTAGE_COLUMNS * cell_width + _MARGIN, sum(heights) + _MARGIN), "white")
+    draw, top = ImageDraw.Draw(canvas), _MARGIN
+    for section, height in zip(sections, heights):
         draw.text((_MARGIN, top), section.title, fill="black", font=ImageFont.load_default(size=15))
-        top += _TITLE
         for number, (image1, image2, caption) in enumerate(section.pairs):
             row, column = divmod(number, MONTAGE_COLUMNS)
-            x, y = _MARGIN + column * cell_width, top + row * cell_height
+            x, y = _MARGIN + column * cell_width, top + _TITLE + row * cell_height
             for image, left in ((image1, x), (image2, x + _SIDE + _GAP)):
                 canvas.paste(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), (left, y))
-            draw.text((x, y + _SIDE + 1), caption, fill="black", font=font)
-        top += count * cell_height
+            draw.text((x, y + _SIDE + 1), caption, fill="black", font=ImageFont.load_default(size=12))
+        top += height
     canvas.save(output)

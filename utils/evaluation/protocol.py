@@ -34,27 +34,16 @@ class MontageSection:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one evaluation set.
+    """The outcome of one evaluation set."""
 
-    Attributes:
-        headline: in [0, 1], larger is better. Training keeps the checkpoint with the best mean over its sets.
-        summary: the headline as the training log prints it, such as "98.50% +- 0.40".
-        metrics: numbers by name, for metrics.jsonl and TensorBoard.
-        report: the lines that valid.py prints for the set.
-        details: one more line for valid.py.
-        json: what `valid.py --json` writes; strict JSON only.
-        curves: for `valid.py --plot`; draw nothing if empty.
-        montage: decodes and returns the worst errors, for `valid.py --montage`. None if the set has no such pictures.
-    """
-
-    headline: float
-    summary: str
-    metrics: dict[str, float]
-    report: str
-    details: str
-    json: dict[str, Any]
-    curves: Sequence[RocCurve] = ()
-    montage: Callable[[], list[MontageSection]] | None = None
+    headline: float  # in [0, 1], larger is better; training keeps the checkpoint with the best mean over its sets
+    summary: str  # the headline as the training log prints it, such as "98.50% +- 0.40"
+    metrics: dict[str, float]  # for metrics.jsonl and TensorBoard
+    report: str  # the lines that valid.py prints for the set
+    details: str  # one more line for valid.py
+    json: dict[str, Any]  # what `valid.py --json` writes; strict JSON only
+    curves: Sequence[RocCurve] = ()  # for `valid.py --plot`
+    montage: Callable[[], list[MontageSection]] | None = None  # decodes the worst errors, for `valid.py --montage`
 
 
 class Images(Protocol):
@@ -66,23 +55,16 @@ class Images(Protocol):
 
 
 class EvalSet(Protocol):
-    """Images to embed, and a score of their embeddings.
+    """Images to embed, and a score of their embeddings."""
 
-    Attributes:
-        name: what logs and metrics call the set.
-        source: the file or directory it was opened from.
-        size: its size in a few words, such as "6000 pairs". Nodes compare it to detect different data.
-        contents: a longer description.
-        images: U images, each of which is embedded once.
-    """
-
-    name: str
-    source: str
-    size: str
-    contents: str
+    name: str  # what logs and metrics call the set
+    source: str  # the file or directory it was opened from
+    size: str  # such as "6,000 pairs"; nodes compare it to detect different data
+    contents: str  # a longer description
 
     @property
-    def images(self) -> Images: ...
+    def images(self) -> Images:
+        """U images, each of which is embedded once."""
 
     def score(self, embeddings: np.ndarray) -> Result:
         """Score float32 (U, d): row i is the embedding of image i, L2-normalised, or zero where it is unusable.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
+from data.progress import progress_bar
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.evaluation.embed import embed_images
@@ -60,45 +60,27 @@ def check_images(sets: Iterable[EvalSet], progress: bool) -> None:
     progress: show a bar on stderr if that is a terminal and the check takes longer than a second.
     """
     for eval_set in sets:
-        images = eval_set.images
-        first_error = functools.partial(_first_error, images)
-        chunks = [range(start, min(start + 64, len(images))) for start in range(0, len(images), 64)]
-        with (
-            ThreadPoolExecutor(_DECODING_THREADS) as threads,
-            tqdm(total=len(images), desc=f"checking {eval_set.name}", delay=1.0, leave=False,
-                 disable=not (progress and sys.stderr.isatty())) as bar,
-        ):
-            for chunk, error in zip(chunks, threads.map(first_error, chunks)):
-                if error is not None:
-                    threads.shutdown(wait=False, cancel_futures=True)
-                    raise error
-                bar.update(len(chunk))
+        total = len(eval_set.images)
+        with ThreadPoolExecutor(_DECODING_THREADS) as threads, \
+                progress_bar(f"checking {eval_set.name}", total, enabled=progress) as bar:
+            chunks = [range(start, min(start + 64, total)) for start in range(0, total, 64)]
+            try:
+                for chunk, _ in zip(chunks, threads.map(functools.partial(_decode, eval_set.images), chunks)):
+                    bar.update(len(chunk))
+            except UserError:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
-def _first_error(images: Images, chunk: range) -> UserError | None:
+def _decode(images: Images, chunk: range) -> None:
     for i in chunk:
-        try:
-            images[i]
-        except UserError as error:
-            return error
-    return None
+        images[i]
 
 
-def evaluate_set(
-    backbone: nn.Module,
-    eval_set: EvalSet,
-    context: DistContext,
-    *,
-    batch_size: int,
-    workers: int,
-    flip: bool = False,
-    progress: bool = True,
-    print_freq: int = 100,
-) -> Result | None:
+def evaluate_set(backbone: nn.Module, eval_set: EvalSet, context: DistContext, **settings: Any) -> Result | None:
     """Collective. Embed the set's images on all ranks and score them on rank 0; the other ranks return None.
 
-    See embed_images for the arguments. Raises UserError for an image that cannot be read.
+    settings: those of embed_images. Raises UserError for an image that cannot be read.
     """
-    embeddings = embed_images(backbone, eval_set.images, context, batch_size=batch_size, workers=workers, flip=flip,
-                              progress=progress, print_freq=print_freq)
+    embeddings = embed_images(backbone, eval_set.images, context, **settings)
     return eval_set.score(embeddings) if context.is_main else None
