@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -53,14 +54,11 @@ class RowSGD(SGD):
         make_momentum(self)
         (settings,) = self.param_groups
         (weight,) = settings["params"]
-        if settings["momentum"]:
-            momentum = [self.state[weight]["momentum_buffer"][rows]]
-        else:
-            momentum = [None]
+        momentum = [self.state[weight]["momentum_buffer"][rows] if settings["momentum"] else None]
         sgd([weight.detach()[rows]], [grad], momentum, fused=True,
             found_inf=finite.logical_not().float() if self._skip_nonfinite else None, lr=settings["lr"],
             **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
-        # The fused kernel does not say that it writes; with this, a second backward through the old weights is an error.
+        # The fused kernel does not say that it writes. Now a second backward through the old weights is an error.
         increment_version(weight)
 
 
@@ -90,19 +88,17 @@ class Optimizers:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
         sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]
-        parameters = [parameter for _, parameter in replicated]
         make: Any = OPTIMIZERS[name]
-        replicated_settings = {**settings, "fused": True} if skippable else settings
-        # The names go with each optimizer: state is saved by name, whoever holds it.
-        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
+        make_replicated = make
         if zero:
             # Importing it takes seconds, and few runs use it.
             from torch.distributed.optim import ZeroRedundancyOptimizer
 
-            optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class=make, **replicated_settings)
-            self._named.append((optimizer, replicated))
-        else:
-            self._named.append((make(parameters, **replicated_settings), replicated))
+            make_replicated = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)
+        fused = {"fused": True} if skippable else {}
+        # The names go with each optimizer: state is saved by name, whoever holds it.
+        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = [
+            (make_replicated([parameter for _, parameter in replicated], **settings, **fused), replicated)]
         if sharded:
             # Fused: torch's other implementations copy the gradient, which is as large as the shard, for weight decay.
             shard = row_sgd or make([parameter for _, parameter in sharded], **settings, fused=True)
