@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from utils.checkpoint.layout import DamagedCheckpoint
+from utils.checkpoint.safe_load import first_words
 from utils.dist.collectives import all_gather_json
 from utils.errors import UserError
 
@@ -47,4 +48,4 @@ def _cause(error: Exception) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror + (f": {cause.filename}" if cause.filename else "")
         cause = cause.__cause__ or cause.__context__
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    return f"{type(error).__name__}: {first_words(error)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,12 +34,8 @@ def init_from(
     Class centers are matched by identity name if both the file and the training set have names; otherwise all of them
     are copied if the number of classes is the same. Everything else keeps its initial value.
 
-    Args:
-        path, arch: the file, and the backbone that it must hold.
-        backbone, classifier: the run's own, changed in place. The classifier has this rank's classes.
-        identities: names of the training set by label, at most as many as there are classes.
-
-    Raises UserError on every rank.
+    backbone, classifier: the run's own, changed in place. The classifier has this rank's classes. identities: names of
+    the training set by label, at most as many as there are classes. Raises UserError on every rank.
     """
     weights = check_init_from(path, arch, classifier.weight.shape[1])
     backbone.load_state_dict(weights.backbone.state_dict())
@@ -83,9 +78,9 @@ def rows_by_name(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
 
     Only `wanted`, a rank's part of possibly millions of names, goes into a table.
     """
-    positions = dict(zip(wanted, itertools.count()))
-    position = np.fromiter(map(positions.get, names, itertools.repeat(-1)), dtype=np.int64, count=len(names))
-    found = np.flatnonzero(position >= 0)
-    rows = np.full(len(wanted), -1, dtype=np.int64)
-    rows[position[found]] = found
+    labels = {name: label for label, name in enumerate(wanted)}
+    rows = np.full(len(wanted), -1)
+    for row, name in enumerate(names):
+        if name in labels:
+            rows[labels[name]] = row
     return rows

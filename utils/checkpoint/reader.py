@@ -13,9 +13,8 @@ import torch
 from utils.checkpoint import layout
 from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.layout import LATEST, STATE_FILE, DamagedCheckpoint
-from utils.checkpoint.safe_load import read_torch_file
+from utils.checkpoint.safe_load import first_words, read_torch_file
 from utils.checkpoint.shards import open_shards
-from utils.checkpoint.weights import first_words
 from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
 from utils.errors import UserError

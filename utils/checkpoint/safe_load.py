@@ -54,3 +54,8 @@ def read_torch_file(path: str) -> object:
                      "as a saved state_dict" if code else
                      "is not a checkpoint of tensors and plain values, or is truncated; copy or download it again")
             raise UserError(f"{path}: {cause}") from None
+
+
+def first_words(error: Exception) -> str:
+    """The beginning of an error, in one line."""
+    return " ".join(str(error).split())[:300]

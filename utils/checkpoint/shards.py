@@ -2,8 +2,7 @@
 
 The files follow the format of torch.distributed.checkpoint, which can read them: blocks of rows in __<rank>_0.distcp,
 each as torch.save writes a tensor, and .metadata, a pickle that says where each block lies. Neither torch's writer nor
-its reader is used. Its reader executes what the pickle asks for and loads whole shards of other ranks. Its writer wraps
-the errors of a rank in collectives of its own. Here, reading and writing need no collective and raise plain errors.
+its reader is used: its reader executes what the pickle asks for, and both need collectives of their own.
 
 Shapes: a tensor is (C, d). A rank's shard is its rows [start, start + C_r).
 """
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint.layout import METADATA_FILE, SHARDS_DIRECTORY, DamagedCheckpoint, Files
+from utils.checkpoint.safe_load import first_words
 from utils.files import flush
 
 # Classes per block: 64 MiB at d = 512 in float32. Writers and readers hold one block beside the shard.
@@ -111,9 +111,7 @@ class StoredRows:
     def copy_rows(self, rows: np.ndarray, target: Tensor) -> None:
         """target[i] = row rows[i], for all i where rows[i] is not -1. Raises DamagedCheckpoint.
 
-        Args:
-            rows: int64 (M,) in [-1, C).
-            target: (M, d), any float dtype and device. The other rows keep their values.
+        rows: int64 (M,) in [-1, C). target: (M, d), any float dtype and device; its other rows keep their values.
         """
         order = np.argsort(rows, kind="stable")  # Read the file front to back.
         in_order = rows[order]
@@ -133,48 +131,35 @@ def rows_of(matrix: Tensor) -> StoredRows:
 
 
 def open_shards(directory: str, names: Sequence[str], shape: tuple[int, int], files: Files) -> dict[str, StoredRows]:
-    """Open tensors of a checkpoint. Nothing in the files is executed. Raises DamagedCheckpoint.
+    """Open the tensors `names`, each of `shape` (C, d), of a checkpoint. Nothing in the files is executed.
 
-    Args:
-        directory: of the checkpoint.
-        names: the tensors to open.
-        shape: (C, d) that each of them must have.
-        files: the checkpoint's files, the only ones that .metadata may refer to.
+    files: the checkpoint's, the only ones that .metadata may refer to. Raises DamagedCheckpoint.
     """
     path = os.path.join(directory, METADATA_FILE)
+    opened: dict[str, StoredRows] = {}
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         places = {(index.fqn, index.offset): place for index, place in metadata.storage_data.items()}
-        blocks = {name: _blocks(name, metadata.state_dict_metadata[name], places, shape, files) for name in names}
+        for name in names:
+            rows, parts = 0, []
+            for chunk in sorted(metadata.state_dict_metadata[name].chunks, key=lambda chunk: chunk.offsets[0]):
+                place = places[name, chunk.offsets]
+                # A gap would silently leave initial values in place.
+                if chunk.offsets[0] != rows or f"{SHARDS_DIRECTORY}/{place.relative_path}" not in files:
+                    raise ValueError(chunk.offsets)
+                block = Block(name, rows, chunk.sizes[0], place.relative_path, place.offset, place.length)
+                parts.append((rows, block.rows, functools.partial(_read, directory, block, shape[1])))
+                rows += block.rows
+            if rows != shape[0]:
+                raise ValueError(rows)
+            opened[name] = StoredRows(shape, parts)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{path}: {error}") from None
     except Exception:  # Damaged bytes can be any pickle instructions, so any exception can come out.
         raise DamagedCheckpoint(
             f"{path}: is damaged: does not describe {' and '.join(names)} of {shape[0]} classes") from None
-    return {
-        name: StoredRows(shape, [(block.first, block.rows, functools.partial(_read, directory, block, shape[1]))
-                                 for block in blocks[name]])
-        for name in names
-    }
-
-
-def _blocks(name: str, stored: Any, places: dict[tuple, Any], shape: tuple[int, int], files: Files) -> list[Block]:
-    """The blocks of a tensor, by row. Raises if they do not cover each row exactly once, from files of the checkpoint.
-
-    A gap would silently leave initial values in place.
-    """
-    rows, blocks = 0, []
-    for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
-        place = places[name, chunk.offsets]
-        block = Block(name, rows, chunk.sizes[0], place.relative_path, place.offset, place.length)
-        if chunk.offsets[0] != rows or f"{SHARDS_DIRECTORY}/{block.file}" not in files:
-            raise ValueError(block)
-        blocks.append(block)
-        rows += block.rows
-    if tuple(stored.size) != shape or rows != shape[0]:
-        raise ValueError(rows)
-    return blocks
+    return opened
 
 
 def _read(directory: str, block: Block, width: int) -> Tensor:
@@ -187,8 +172,7 @@ def _read(directory: str, block: Block, width: int) -> Tensor:
         if rows.shape != (block.rows, width):
             raise ValueError(f"{tuple(rows.shape)} instead of {(block.rows, width)}")
     except Exception as error:  # The bytes of a damaged archive can be anything.
-        cause = " ".join(str(error).split())[:200]
-        raise DamagedCheckpoint(f"{path}: is damaged: {block.tensor} cannot be read ({cause})") from None
+        raise DamagedCheckpoint(f"{path}: is damaged: {block.tensor} cannot be read ({first_words(error)})") from None
     return rows
 
 
@@ -196,10 +180,10 @@ class _Inert:
     """Stands for every class of torch.distributed.checkpoint in .metadata: it keeps attributes and executes nothing."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+        self.__dict__.update(state if isinstance(state, dict) else {})
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -208,7 +192,6 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in ("Size", "float16", "bfloat16", "float32", "float64"):
             return getattr(torch, name)
-        prefix = "torch.distributed.checkpoint"
-        if module in (f"{prefix}.metadata", f"{prefix}.filesystem", "torch.serialization"):
+        if module.startswith("torch.distributed.checkpoint.") or module == "torch.serialization":
             return _Inert
         raise DamagedCheckpoint(f"holds code ({module}.{name}) and was not loaded")

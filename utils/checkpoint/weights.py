@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models import BACKBONES, build_backbone, check_arch
 from models.iresnet import BLOCK_COUNTS
 from utils.checkpoint.layout import read_manifest, step_directory
-from utils.checkpoint.safe_load import SAFETENSORS_EXTENSION, read_safetensors, read_torch_file
+from utils.checkpoint.safe_load import SAFETENSORS_EXTENSION, first_words, read_safetensors, read_torch_file
 from utils.checkpoint.shards import StoredRows, open_shards, rows_of
 from utils.errors import UserError
 
@@ -66,7 +66,7 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     if not isinstance(entries, Mapping) or not entries or not all(isinstance(name, str) for name in entries):
         raise UserError(f"{path}: holds no state_dict; give a checkpoint, or the state dict of a published backbone")
     backbone, found = _build(path, entries)
-    if arch is not None and arch != found:
+    if arch not in (found, None):
         raise UserError(f"{path}: holds {found}, but --arch says {arch}; give {found}, or leave --arch out")
     is_checkpoint = "shards" in content and "position" in content
     epoch = content["position"]["epoch"] if is_checkpoint else content.get("epoch")
@@ -98,21 +98,15 @@ def _build(path: str, entries: Mapping[str, Any]) -> tuple[nn.Module, str]:
     with torch.random.fork_rng(devices=[]):  # Initial values, which are overwritten, must not use up random numbers.
         backbone = build_backbone(arch, embedding_size)
     counters = {name: value for name, value in backbone.state_dict().items() if name.endswith(".num_batches_tracked")}
-    for name, value in weights.items():
-        # torch would copy quantized weights as if they were values.
-        if name not in counters and not (isinstance(value, Tensor) and value.is_floating_point()):
-            raise UserError(f"{path}: does not fit {arch}, the nearest architecture: {name} is not a tensor of "
-                            "floating point numbers")
     try:
+        for name, value in weights.items():
+            # torch would copy quantized weights as if they were values.
+            if name not in counters and not (isinstance(value, Tensor) and value.is_floating_point()):
+                raise TypeError(f"{name} is not a tensor of floating point numbers")
         backbone.load_state_dict(counters | weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"{path}: does not fit {arch}, the nearest architecture: {first_words(error)}") from None
     return backbone.eval(), arch
-
-
-def first_words(error: Exception) -> str:
-    """The beginning of an error, in one line."""
-    return " ".join(str(error).split())[:300]
 
 
 def _nearest_arch(path: str, weights: Mapping[str, Any]) -> str:

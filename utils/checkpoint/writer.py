@@ -45,8 +45,6 @@ class CheckpointWriter:
     order. If a save fails on any rank, rank 0 reports it, the previous checkpoint stays, and training continues.
 
     Args:
-        context: this process.
-        output: --output.
         options: the run's options, saved for people to read.
         say: prints a line on rank 0.
         fresh: True if the run does not resume: an older run's best checkpoint is then renamed at the first save.
@@ -82,10 +80,8 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         tensors, contents = _split(state, self._options)
-        if not self._context.is_main:
-            contents = {}
-            if state.classifier.group is None:  # Rank 0 writes a classifier that every rank has.
-                tensors = {}
+        if not self._context.is_main:  # Rank 0 also writes a classifier that every rank has.
+            tensors, contents = tensors if state.classifier.group is not None else {}, {}
         # Every node needs memory for its processes' copies, which are about equal.
         needed = (_bytes_in(tensors) + _bytes_in(contents)) * self._context.processes_per_node
         asynchronous = all(self._together(lambda: needed <= _STAGING_SHARE * free_host_bytes()))
@@ -128,15 +124,14 @@ class CheckpointWriter:
 
     def _require_shared_output(self) -> None:
         """Collective over the group. Raise UserError on every rank unless all see one directory."""
-        def require_probe() -> None:
-            if not os.path.exists(os.path.join(self._output, name)):
-                raise UserError(f"--output {self._output}: rank {self._context.rank} does not see what rank 0 created "
-                                "there; give a directory that all nodes share")
-
         with contextlib.ExitStack() as probe:
             name = self._on_rank_0(lambda: os.path.basename(probe.enter_context(
                 tempfile.NamedTemporaryFile(dir=self._output, prefix=".shared-")).name))
-            self._together(require_probe)
+            found = self._together(lambda: (self._output, os.path.exists(os.path.join(self._output, name))))
+        for rank, (output, seen) in enumerate(found):
+            if not seen:
+                raise UserError(f"--output {output}: rank {rank} does not see what rank 0 created there; give a "
+                                "directory that all nodes share")
 
     def _write_in_thread(self, *job: Any) -> None:
         try:

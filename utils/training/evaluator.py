@@ -41,16 +41,14 @@ class Evaluator:
     """Scores a backbone on evaluation sets without changing it.
 
     Args:
-        context: this process.
         sets: the evaluation sets; may be empty.
         freq: steps between evaluations; None leaves the time to the caller.
         batch_size: images that a rank embeds at a time.
         workers: image reading processes of this node, which its ranks share.
     """
 
-    def __init__(
-        self, context: DistContext, sets: Sequence[EvalSet], *, freq: int | None, batch_size: int, workers: int
-    ) -> None:
+    def __init__(self, context: DistContext, sets: Sequence[EvalSet], *, freq: int | None, batch_size: int,
+                 workers: int) -> None:
         self.sets, self._context, self._freq = sets, context, freq
         self._batch_size, self._workers = batch_size, workers
 

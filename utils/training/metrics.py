@@ -33,7 +33,6 @@ class TrainingLog:
     """Collects losses and accuracies on the device, and reads and reports them every `print_freq` steps.
 
     Args:
-        context: this process.
         output: directory of metrics.jsonl and tensorboard/.
         fresh: a new run, which moves an older metrics.jsonl aside. False: continue the file that is there.
         step: steps done before; later lines are removed.
@@ -64,9 +63,8 @@ class TrainingLog:
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def add(
-        self, *, step: int, epoch: int, lr: float, loss: Tensor, num_closer: Tensor, finite: Tensor
-    ) -> list[StepLoss]:
+    def add(self, *, step: int, epoch: int, lr: float, loss: Tensor, num_closer: Tensor,
+            finite: Tensor) -> list[StepLoss]:
         """Collective every `print_freq` steps. Record a step of this rank; steps count from 1.
 
         loss: scalar. num_closer: (n,), the classes closer to each embedding than its own. finite: bool scalar, whether
