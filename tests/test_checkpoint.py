@@ -14,7 +14,6 @@ import threading
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp

@@ -36,7 +36,6 @@ class DamagedCheckpoint(UserError):
     """A checkpoint differs from what was saved. The message names the file."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Writing: one process of the run
 
 
@@ -119,7 +118,6 @@ def _linked_step(path: str) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Reading: any process
 
 

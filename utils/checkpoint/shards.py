@@ -66,30 +66,23 @@ def write_metadata(directory: str, tensors: dict[str, Tensor], blocks: Sequence[
     tensors: this rank's rows; all ranks' have the same dtype and width.
     """
     # Imported here: it takes as long as torch itself, and only rank 0 of a run that saves needs it.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+    from torch.distributed.checkpoint import filesystem, metadata
 
     stored: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
     for name, tensor in tensors.items():
         own, width = [block for block in blocks if block.tensor == name], tensor.shape[1]
-        stored[name] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=tensor.dtype),
+        stored[name] = metadata.TensorStorageMetadata(
+            properties=metadata.TensorProperties(dtype=tensor.dtype),
             size=torch.Size([sum(block.rows for block in own), width]),
-            chunks=[ChunkStorageMetadata(torch.Size([block.first, 0]), torch.Size([block.rows, width]))
+            chunks=[metadata.ChunkStorageMetadata(torch.Size([block.first, 0]), torch.Size([block.rows, width]))
                     for block in own],
         )
-    places = {
-        MetadataIndex(block.tensor, torch.Size([block.first, 0])): _StorageInfo(block.file, block.offset, block.length)
-        for block in blocks
-    }
+        for block in own:
+            index = metadata.MetadataIndex(name, torch.Size([block.first, 0]))
+            places[index] = filesystem._StorageInfo(block.file, block.offset, block.length)
     with open(os.path.join(directory, METADATA_FILE), "wb") as file:
-        pickle.dump(Metadata(stored, storage_data=places), file)
+        pickle.dump(metadata.Metadata(stored, storage_data=places), file)
         flush(file)
 
 
@@ -142,7 +135,7 @@ def open_shards(directory: str, names: Sequence[str], shape: tuple[int, int], fi
             metadata = _MetadataUnpickler(file).load()
         places = {(index.fqn, index.offset): place for index, place in metadata.storage_data.items()}
         for name in names:
-            rows, parts = 0, []
+            rows, parts = 0, list[tuple[int, int, Callable[[], Tensor]]]()
             for chunk in sorted(metadata.state_dict_metadata[name].chunks, key=lambda chunk: chunk.offsets[0]):
                 place = places[name, chunk.offsets]
                 # A gap would silently leave initial values in place.

@@ -43,21 +43,15 @@ class Weights:
 def open_weights(path: str, arch: str | None = None, *, with_centers: bool = False) -> Weights:
     """Read the backbone in a file, and open its class centers if asked for. The global random state does not change.
 
-    The file is one of
-      - this program's checkpoint.pth.tar: a dict with "state_dict" and more, and class centers in shards beside it;
-      - a published backbone: the bare state dict;
-      - torchshard's {"epoch", "arch", "state_dict", "optimizer"}, with names that start with "module.", and the
-        classifier as "arcface_linear.weight";
-      - any of these weights as FILE.safetensors.
-    Both of torch's serialization formats are read. Names and shapes determine arch and embedding size. Counters that
-    old versions of torch did not write (num_batches_tracked) become 0.
+    The file is a checkpoint of this program; a published backbone's bare state dict; torchshard's {"epoch", "arch",
+    "state_dict", ...}, whose names start with "module." and whose classifier is "arcface_linear.weight"; or any of
+    these weights as FILE.safetensors. Names and shapes determine arch and embedding size. Counters that old versions of
+    torch did not write (num_batches_tracked) become 0.
 
-    Args:
-        arch: what the file must hold; None accepts any architecture.
+    arch: what the file must hold; None accepts any architecture.
 
-    Raises:
-        UserError: the file is missing or not a checkpoint, contains code, fits none of BACKBONES, holds another
-            architecture than `arch`, or its class centers are damaged. The message names the file.
+    Raises UserError, which names the file, if it is missing or not a checkpoint, contains code, fits none of BACKBONES,
+    holds another architecture than `arch`, or has damaged class centers.
     """
     if arch is not None:
         check_arch(arch)
@@ -72,8 +66,9 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     epoch = content["position"]["epoch"] if is_checkpoint else content.get("epoch")
     centers = None
     if with_centers and is_checkpoint:
+        shape = content["num_classes"], content["embedding_size"]
         try:
-            directory, shape = step_directory(path, content), (content["num_classes"], content["embedding_size"])
+            directory = step_directory(path, content)
             centers = open_shards(directory, ["centers"], shape, read_manifest(directory))["centers"]
         except UserError as error:
             raise UserError(f"{path}: its class centers are missing or damaged: {error}") from None

@@ -54,10 +54,9 @@ class StepLoss:
 class StepGuard:
     """Decides whether steps count and whether a run may continue.
 
-    Args:
-        module: its buffers are rolled back when a step is skipped.
-        skip: skip steps with a loss that is not finite (--on-nonfinite skip). False: every step counts, snapshot and
-            rollback do nothing, and `check` ends the run at the first such loss.
+    module: its buffers are rolled back when a step is skipped.
+    skip: skip steps with a loss that is not finite (--on-nonfinite skip). Without it, snapshot and rollback do nothing,
+        and `check` ends the run at the first such loss.
     """
 
     def __init__(self, module: nn.Module, *, skip: bool) -> None:

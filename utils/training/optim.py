@@ -28,28 +28,20 @@ def make_momentum(optimizer: Optimizer) -> None:
 
 
 class RowSGD(SGD):
-    """SGD of one parameter that can step some rows at a time, within the backward pass (`update_rows`).
+    """SGD of one parameter (rows, d) that can step some rows at a time, within the backward pass (`update_rows`).
 
-    Args:
-        weight: the parameter, (rows, d).
-        skip_nonfinite: skip the steps of a loss that is inf or NaN.
-        lr, momentum, weight_decay: as in torch.optim.SGD.
+    skip_nonfinite: skip the steps of a loss that is inf or NaN. settings: lr, momentum, ... as in torch.optim.SGD.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, *, skip_nonfinite: bool, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__([weight], lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    def __init__(self, weight: nn.Parameter, *, skip_nonfinite: bool, **settings: Any) -> None:
+        super().__init__([weight], **settings, fused=True)
         self._skip_nonfinite = skip_nonfinite
 
     @torch.no_grad()
     def update_rows(self, rows: slice, grad: Tensor, finite: Tensor) -> None:
-        """The optimizer's step for some rows.
+        """The optimizer's step for some rows of the parameter. Their gradient may be overwritten.
 
-        Args:
-            rows: of the parameter.
-            grad: their gradient, which may be overwritten.
-            finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and momentum unchanged.
+        finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and momentum unchanged.
         """
         make_momentum(self)
         (settings,) = self.param_groups
@@ -86,8 +78,7 @@ class Optimizers:
         row_sgd: RowSGD | None = None,
     ) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
-        sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]
+        replicated, sharded = ([pair for pair in trained if is_sharded(pair[1]) == wanted] for wanted in (False, True))
         make: Any = OPTIMIZERS[name]
         make_replicated = make
         if zero:
