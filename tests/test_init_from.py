@@ -161,8 +161,8 @@ def test_flags_that_do_not_go_together(flags, words):
 
 def test_files_that_cannot_be_a_start(checkpoint, torchshard_file, tmp_path):
     for path, arch, words in (
-        (tmp_path / "missing", "mobilefacenet", "no such file"),
-        (tmp_path / "missing.safetensors", "mobilefacenet", "no such file"),
+        (tmp_path / "missing", "mobilefacenet", "[Nn]o such file"),
+        (tmp_path / "missing.safetensors", "mobilefacenet", "[Nn]o such file"),
         (checkpoint, "iresnet18", "holds mobilefacenet"),
     ):
         with pytest.raises(UserError, match=f"--init-from {path}.*{words}"):
@@ -174,14 +174,10 @@ def test_files_that_cannot_be_a_start(checkpoint, torchshard_file, tmp_path):
     with pytest.raises(UserError, match="is not a safetensors file"):
         check_init_from(str(text), "mobilefacenet", 512)
     contents = torch.load(torchshard_file, weights_only=True)
-    for damage, words in (
-        ({"identities": NAMES * 2}, "list of identities"),
-        ({"state_dict": {**contents["state_dict"], "module.arcface_linear.weight": torch.zeros(11, 5)}},
-         "not a matrix of class centers"),
-    ):
-        torch.save({**contents, **damage}, tmp_path / "damaged.pth.tar")
-        with pytest.raises(UserError, match=words):
-            check_init_from(str(tmp_path / "damaged.pth.tar"), "mobilefacenet", 512)
+    entries = {**contents["state_dict"], "module.arcface_linear.weight": torch.zeros(11, 5)}
+    torch.save({**contents, "state_dict": entries}, tmp_path / "damaged.pth.tar")
+    with pytest.raises(UserError, match="not a matrix of class centers"):
+        check_init_from(str(tmp_path / "damaged.pth.tar"), "mobilefacenet", 512)
 
 
 class Code:
@@ -189,7 +185,7 @@ class Code:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "not an archive", "code"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "code"])
 def test_class_centers_that_are_damaged(checkpoint, tmp_path, damage, monkeypatch):
     monkeypatch.chdir(tmp_path)
     step = tmp_path / "step"
@@ -199,8 +195,6 @@ def test_class_centers_that_are_damaged(checkpoint, tmp_path, damage, monkeypatc
         shard.write_bytes(shard.read_bytes()[:-1])
     elif damage == "missing":
         shard.unlink()
-    elif damage == "not an archive":
-        shard.write_bytes(bytes(shard.stat().st_size))
     else:
         metadata = step / "shards" / ".metadata"
         forged = pickle.dumps(Code())
@@ -209,6 +203,23 @@ def test_class_centers_that_are_damaged(checkpoint, tmp_path, damage, monkeypatc
     with pytest.raises(UserError, match=f"--init-from {step}.*class centers are.*damaged.*{cause}"):
         check_init_from(str(step / "state.pth.tar"), "mobilefacenet", 512)
     assert not (tmp_path / "executed").exists()
+
+
+def start_with_damage(rank: int, world_size: int, path: str) -> str:
+    try:
+        start(rank, world_size, path, 11, NAMES, SHARDED)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_know_of_class_centers_that_one_cannot_read(pools, checkpoint, tmp_path):
+    step = tmp_path / "step"
+    shutil.copytree(checkpoint.resolve().parent, step)
+    shard = step / "shards/__1_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    for error in pools(2).run(start_with_damage, str(step / "state.pth.tar")):
+        assert error.startswith(f"--init-from {step}/state.pth.tar: {shard}: is damaged"), error
 
 
 def test_rows_by_name():

@@ -113,7 +113,7 @@ def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
     for flags, words in (
         (["--num-classes", "51"], "--num-classes 50"),
         (["--arch", "iresnet18"], "--arch mobilefacenet"),
-        (["--seed", str(contents["seed"] + 1)], "drop --seed"),
+        (["--seed", str(contents["seed"] + 1)], "--seed"),
     ):
         with pytest.raises(UserError, match=words):
             read_resumable(main.resume_request(parse_options([str(faces), *SHORT, *flags, "--resume", str(path)])))

@@ -70,7 +70,7 @@ def test_an_output_that_cannot_be_written_is_answered(answer, faces, tmp_path):
 
 
 def test_bad_resume_files_are_answered(answer, faces, tmp_path):
-    assert "no such file" in answer(faces, "--resume", tmp_path / "missing.pth.tar")
+    assert "No such file" in answer(faces, "--resume", tmp_path / "missing.pth.tar")
     (tmp_path / "text").write_text("hello")
     assert "not a checkpoint" in answer(faces, "--resume", tmp_path / "text")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")

@@ -184,7 +184,7 @@ def test_a_resumed_run_keeps_the_meaning_of_its_labels(pools, faces, tmp_path):
     pools(2).run(train, [*flags, "--max-steps", "1"])
     resume = [*flags, "--max-steps", "2", "--resume", "auto"]
     for error in pools(2).run(resume_with_identities, resume, "OneMoreBefore"):
-        assert "was trained with 000000 as class 0, and in this training set that is 0;" in error and "--init-from" in error
+        assert "was trained with 000000 as class 0, which is 0 in this training set" in error and "--init-from" in error
     assert pools(2).run(resume_with_identities, resume, "OneMoreBehind") == ["", ""]
 
 

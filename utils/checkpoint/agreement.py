@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from utils.checkpoint.layout import DamagedCheckpoint
+from utils.checkpoint.safe_load import first_words
+from utils.dist.collectives import all_gather_json
 from utils.errors import UserError
-
-T = TypeVar("T")
 
 
 class RankFailed(Exception):
     """Raised on every rank after an unexpected error on one of them. The message names the cause and the rank."""
 
 
-def run_together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Collective over the group. Call work() on every rank and return all results, which must be small, in rank order.
+_KINDS = {kind.__name__: kind for kind in (UserError, DamagedCheckpoint, RankFailed)}
+
+
+def run_together(work: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Collective over the group. Call work() on every rank; returns all results, small values of JSON, in rank order.
 
     Raises the error of the first rank that failed, on all ranks: UserErrors as they are, others as RankFailed.
     """
-    result: T | None = None
-    error: Exception | None = None
-    own: Exception | None = None
+    result: Any = None
+    kind, message, own = "", "", None
     try:
         result = work()
-    except UserError as raised:
-        error = raised
-    except Exception as raised:
-        own, world_size = raised, dist.get_world_size()
-        error = RankFailed(_cause(raised) + (f", on rank {dist.get_rank()}" if world_size > 1 else ""))
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, (error, result), group=group)
-    for problem, _ in outcomes:
-        if problem is not None:
-            raise problem from own
-    return [value for _, value in outcomes]
+    except UserError as error:
+        kind, message = type(error).__name__, str(error)
+    except Exception as error:
+        own, kind, message = error, RankFailed.__name__, f"{_cause(error)}, on rank {dist.get_rank()}"
+    outcomes = all_gather_json([kind, message, result], device, group)
+    for kind, message, _ in outcomes:
+        if kind:
+            raise _KINDS[kind](message) from own
+    return [result for *_, result in outcomes]
 
 
 def _cause(error: Exception) -> str:
@@ -46,4 +48,4 @@ def _cause(error: Exception) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror + (f": {cause.filename}" if cause.filename else "")
         cause = cause.__cause__ or cause.__context__
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    return f"{type(error).__name__}: {first_words(error)}"

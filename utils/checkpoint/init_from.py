@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from models.classifier import MarginClassifier
+from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.weights import Weights, open_weights
 from utils.errors import UserError
 
 
-def check_init_from(path: str, arch: str, embedding_size: int) -> None:
-    """Raise UserError unless a run with this backbone can start from the file at `path`."""
-    _open(path, arch, embedding_size)
-
-
-def _open(path: str, arch: str, embedding_size: int) -> Weights:
+def check_init_from(path: str, arch: str, embedding_size: int) -> Weights:
+    """Raise UserError unless a run with this backbone can start from the file at `path`. Returns what it holds."""
     try:
         weights = open_weights(path, arch, with_centers=True)
     except UserError as error:
@@ -40,37 +34,38 @@ def init_from(
     Class centers are matched by identity name if both the file and the training set have names; otherwise all of them
     are copied if the number of classes is the same. Everything else keeps its initial value.
 
-    Args:
-        path, arch: the file, and the backbone that it must hold.
-        backbone, classifier: the run's own, changed in place. The classifier has this rank's classes.
-        identities: names of the training set by label, at most as many as there are classes.
+    backbone, classifier: the run's own, changed in place. The classifier has this rank's classes. identities: names of
+    the training set by label, at most as many as there are classes. Raises UserError on every rank.
     """
-    embedding_size = classifier.weight.shape[1]
-    weights = _open(path, arch, embedding_size)
+    weights = check_init_from(path, arch, classifier.weight.shape[1])
     backbone.load_state_dict(weights.backbone.state_dict())
-    centers, names, shard = weights.centers, weights.identities, classifier.shard
+    centers, names, shard = weights.centers, weights.identities or [], classifier.shard
     if centers is None:
         return f"starting from {path}: backbone; the file has no class centers, so all of them are initialized"
-    stored_classes = centers.shape[0]
-    differ = names != list(identities) or stored_classes != shard.num_classes
-    if names and _are_names(names) and _are_names(identities) and differ:
-        rows = np.full(shard.size, -1)  # Classes without an identity keep -1.
+    stored_classes, rows = centers.shape[0], np.arange(shard.start, shard.stop)
+    same_size = stored_classes == shard.num_classes
+    by_name = _are_names(names) and _are_names(identities) and not (same_size and names == list(identities))
+    if by_name:
         own = identities[shard.start:shard.stop]
+        rows[:] = -1  # Classes without an identity keep -1.
         rows[:len(own)] = rows_by_name(names, own)
-        matched = torch.tensor(np.count_nonzero(rows >= 0), device=classifier.weight.device)
-        if classifier.group is not None:
-            dist.all_reduce(matched, group=classifier.group)
-        kept = int(matched)
-        new, dropped = len(identities) - kept, len(names) - kept
-        report = f"class centers by identity: {kept:,} kept, {new:,} new, {dropped:,} dropped"
-    elif stored_classes == shard.num_classes:
-        rows = np.arange(shard.start, shard.stop)
-        report = f"all {stored_classes:,} class centers"
-    else:
+    elif not same_size:
         return (f"starting from {path}: backbone; its {stored_classes:,} class centers have no names and this run has "
                 f"{shard.num_classes:,} classes, so all of them are initialized")
-    centers.copy_rows(rows, classifier.weight.detach())
-    return f"starting from {path}: backbone, {report}"
+
+    def copy_own() -> int:
+        centers.copy_rows(rows, classifier.weight.detach())
+        return int(np.count_nonzero(rows >= 0))
+
+    try:
+        counts = run_together(copy_own, classifier.weight.device)
+    except (UserError, RankFailed) as error:
+        raise UserError(f"--init-from {path}: {error}") from None
+    if not by_name:
+        return f"starting from {path}: backbone, all {stored_classes:,} class centers"
+    kept = sum(counts) if classifier.group is not None else counts[0]
+    return (f"starting from {path}: backbone, class centers by identity: {kept:,} kept, "
+            f"{len(identities) - kept:,} new, {len(names) - kept:,} dropped")
 
 
 def _are_names(identities: Sequence[str]) -> bool:
@@ -83,9 +78,9 @@ def rows_by_name(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
 
     Only `wanted`, a rank's part of possibly millions of names, goes into a table.
     """
-    positions = dict(zip(wanted, itertools.count()))
-    position = np.fromiter(map(positions.get, names, itertools.repeat(-1)), dtype=np.int64, count=len(names))
-    found = np.flatnonzero(position >= 0)
-    rows = np.full(len(wanted), -1, dtype=np.int64)
-    rows[position[found]] = found
+    labels = {name: label for label, name in enumerate(wanted)}
+    rows = np.full(len(wanted), -1)
+    for row, name in enumerate(names):
+        if name in labels:
+            rows[labels[name]] = row
     return rows

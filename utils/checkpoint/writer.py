@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
-import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from utils.checkpoint import layout, shards
 from utils.checkpoint.agreement import RankFailed, run_together
-from utils.checkpoint.layout import BEST, LATEST, SHARDS_DIRECTORY, STATE_FILE
+from utils.checkpoint.layout import BEST, LATEST, METADATA_FILE, SHARDS_DIRECTORY, STATE_FILE
 from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, FORMAT_VERSION, OPTIMIZER
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -44,8 +45,6 @@ class CheckpointWriter:
     order. If a save fails on any rank, rank 0 reports it, the previous checkpoint stays, and training continues.
 
     Args:
-        context: this process.
-        output: --output.
         options: the run's options, saved for people to read.
         say: prints a line on rank 0.
         fresh: True if the run does not resume: an older run's best checkpoint is then renamed at the first save.
@@ -81,11 +80,11 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         tensors, contents = _split(state, self._options)
-        if not self._context.is_main:
-            contents = {}
-            if state.classifier.group is None:  # Rank 0 writes a classifier that every rank has.
-                tensors = {}
-        asynchronous = self._fits(tensors, contents)
+        if not self._context.is_main:  # Rank 0 also writes a classifier that every rank has.
+            tensors, contents = tensors if state.classifier.group is not None else {}, {}
+        # Every node needs memory for its processes' copies, which are about equal.
+        needed = (_bytes_in(tensors) + _bytes_in(contents)) * self._context.processes_per_node
+        asynchronous = all(self._together(lambda: needed <= _STAGING_SHARE * free_host_bytes()))
         if asynchronous:
             tensors, contents = _copied_to_cpu(tensors), _copied_to_cpu(contents)
         blocked = time.perf_counter() - started if asynchronous else None
@@ -116,28 +115,23 @@ class CheckpointWriter:
                             + (self._last_saved or "the newest earlier checkpoint, if any"))
         return os.path.join(self._output, LATEST) if self._last_saved else "nothing saved"
 
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        return run_together(work, torch.device("cpu"), self._group)
+
+    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """Collective over the group. What work() returns on rank 0; raises its error on every rank."""
+        return self._together(lambda: work() if self._context.is_main else None)[0]
+
     def _require_shared_output(self) -> None:
         """Collective over the group. Raise UserError on every rank unless all see one directory."""
-        name = [f".shared-{secrets.token_hex(8)}"]
-        dist.broadcast_object_list(name, src=0, group=self._group)
-        probe = os.path.join(self._output, name[0])
-
-        def require_probe() -> None:
-            if not os.path.exists(probe):
-                raise UserError(f"--output {self._output}: rank {self._context.rank} does not see what rank 0 created "
-                                "there; give a directory that all nodes share")
-
-        try:
-            run_together(lambda: open(probe, "x").close() if self._context.is_main else None, self._group)
-            run_together(require_probe, self._group)
-        finally:
-            if self._context.is_main:
-                os.remove(probe)
-
-    def _fits(self, tensors: dict[str, Any], contents: dict[str, Any]) -> bool:
-        """Collective. Whether every node has memory for its processes' copies, which are about equal."""
-        needed = (_bytes_in(tensors) + _bytes_in(contents)) * self._context.processes_per_node
-        return all(run_together(lambda: needed <= _STAGING_SHARE * free_host_bytes(), self._group))
+        with contextlib.ExitStack() as probe:
+            name = self._on_rank_0(lambda: os.path.basename(probe.enter_context(
+                tempfile.NamedTemporaryFile(dir=self._output, prefix=".shared-")).name))
+            found = self._together(lambda: (self._output, os.path.exists(os.path.join(self._output, name))))
+        for rank, (output, seen) in enumerate(found):
+            if not seen:
+                raise UserError(f"--output {output}: rank {rank} does not see what rank 0 created there; give a "
+                                "directory that all nodes share")
 
     def _write_in_thread(self, *job: Any) -> None:
         try:
@@ -148,27 +142,35 @@ class CheckpointWriter:
     def _write(self, contents: dict[str, Any], tensors: dict[str, Tensor], start: int, step: int, is_best: bool,
                started: float, blocked: float | None) -> None:
         """Collective over the group. Write and commit, or report why not. `blocked` is None for a synchronous save."""
-        is_main, group, directory = self._context.is_main, self._group, ""
+        directory = ""
+
+        def write_own() -> tuple[list[shards.Block], layout.Files]:
+            blocks = shards.write_shard(directory, self._context.rank, tensors, start)
+            names = {f"{SHARDS_DIRECTORY}/{block.file}" for block in blocks}
+            if self._context.is_main:
+                with open(os.path.join(directory, STATE_FILE), "wb") as file:
+                    torch.save({**contents, "directory": layout.final_name(directory)}, file)
+                    flush(file)
+                names.add(STATE_FILE)
+            return blocks, {name: layout.checksum(os.path.join(directory, name)) for name in names}
+
+        def commit() -> None:
+            blocks = [shards.Block(*block) for own, _ in written for block in own]
+            shards.write_metadata(directory, tensors, blocks)
+            files[METADATA_FILE] = layout.checksum(os.path.join(directory, METADATA_FILE))
+            if self._fresh:
+                move_aside(os.path.join(self._output, BEST))
+            links = (LATEST, BEST) if is_best else (LATEST,)
+            layout.commit(self._output, directory, files, links=links, keep=self._keep)
+
         try:
-            names = run_together(lambda: os.path.basename(layout.begin(self._output, step)) if is_main else "", group)
-            directory = os.path.join(self._output, layout.STEPS_DIRECTORY, names[0])
-            run_together(lambda: _require_visible(directory), group)
-            blocks = run_together(lambda: shards.write_shard(directory, self._context.rank, tensors, start), group)
-            own = [f"{SHARDS_DIRECTORY}/{file}" for file in {block.file for block in blocks[self._context.rank]}]
-
-            def finish_files() -> layout.Files:
-                if is_main:
-                    shards.write_metadata(directory, sum(blocks, []))
-                    with open(os.path.join(directory, STATE_FILE), "wb") as file:
-                        torch.save({**contents, "directory": layout.final_name(directory)}, file)
-                        flush(file)
-                    own.extend([STATE_FILE, layout.METADATA_FILE])
-                return {name: layout.checksum(os.path.join(directory, name)) for name in own}
-
-            files = {name: file for found in run_together(finish_files, group) for name, file in found.items()}
-            run_together(lambda: self._commit(directory, files, is_best) if is_main else None, group)
+            name = self._on_rank_0(lambda: os.path.basename(layout.begin(self._output, step)))
+            directory = os.path.join(self._output, layout.STEPS_DIRECTORY, name)
+            written = self._together(write_own)
+            files: layout.Files = {name: file for _, own in written for name, file in own.items()}
+            self._on_rank_0(commit)
         except RankFailed as failure:
-            if is_main and directory:
+            if self._context.is_main and directory:
                 shutil.rmtree(directory, ignore_errors=True)  # Free the space on a full disk.
             self._failure = str(failure)
             self._say(f"warning: the checkpoint of step {step} could not be written ({failure}); training continues; "
@@ -179,11 +181,6 @@ class CheckpointWriter:
         seconds, mib = time.perf_counter() - started, sum(size for size, _ in files.values()) / 2**20
         self._say(f"saved {self._last_saved}: {mib:,.1f} MiB in {seconds:.2f} s, training blocked for "
                   f"{seconds if blocked is None else blocked:.2f} s")
-
-    def _commit(self, directory: str, files: layout.Files, is_best: bool) -> None:
-        if self._fresh:
-            move_aside(os.path.join(self._output, BEST))
-        layout.commit(self._output, directory, files, links=(LATEST, BEST) if is_best else (LATEST,), keep=self._keep)
 
 
 def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -214,11 +211,6 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
         "options": options,
         "shards": list(tensors),
     }
-
-
-def _require_visible(directory: str) -> None:
-    if not os.path.isdir(directory):
-        raise FileNotFoundError(2, "not visible here; --output must be a directory that all nodes share", directory)
 
 
 def _bytes_in(value: Any) -> int:

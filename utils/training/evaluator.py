@@ -41,16 +41,14 @@ class Evaluator:
     """Scores a backbone on evaluation sets without changing it.
 
     Args:
-        context: this process.
         sets: the evaluation sets; may be empty.
         freq: steps between evaluations; None leaves the time to the caller.
         batch_size: images that a rank embeds at a time.
         workers: image reading processes of this node, which its ranks share.
     """
 
-    def __init__(
-        self, context: DistContext, sets: Sequence[EvalSet], *, freq: int | None, batch_size: int, workers: int
-    ) -> None:
+    def __init__(self, context: DistContext, sets: Sequence[EvalSet], *, freq: int | None, batch_size: int,
+                 workers: int) -> None:
         self.sets, self._context, self._freq = sets, context, freq
         self._batch_size, self._workers = batch_size, workers
 
@@ -64,14 +62,13 @@ class Evaluator:
         backbone: the bare module. DistributedDataParallel would synchronize in each forward pass, but ranks may differ
         in their number of batches.
         """
-        assert self.sets, "no evaluation sets"
         started = time.perf_counter()
         results: dict[str, Result] = {}
         with buffers_of_rank_0(self._context, backbone):
             for eval_set in self.sets:
                 result = evaluate_set(backbone, eval_set, self._context, batch_size=self._batch_size,
                                       workers=self._workers, progress=False)
-                if result is not None:
+                if result is not None:  # on rank 0
                     results[eval_set.name] = result
         headlines = [result.headline for result in results.values()] or [0.0]
         score = torch.tensor(headlines, dtype=torch.float64, device=self._context.device).mean()

@@ -7,13 +7,14 @@ changed. The losses are read when they are logged, and StepGuard.check then deci
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.dist.collectives import all_gather_rows
 from utils.errors import UserError
 
 ADVICE = ("lower --lr or raise --warmup-epochs; with fp16 use --amp-dtype bf16; "
@@ -36,7 +37,7 @@ class StepLoss:
 
     step: int
     loss: float
-    nonfinite: Sequence[tuple[bool, bool]] = ()
+    nonfinite: Sequence[Sequence[bool]] = ()
 
     def describe(self) -> str:
         """One line that names the ranks whose numbers were not finite.
@@ -44,36 +45,29 @@ class StepLoss:
         With sharded classes all ranks have the same loss, but each rank has its own embeddings. If all embeddings are
         finite, only the class centers are left as the cause.
         """
-        embeddings = [rank for rank, (embedding, _) in enumerate(self.nonfinite) if embedding]
-        losses = [rank for rank, (_, loss) in enumerate(self.nonfinite) if loss]
-        world_size = len(self.nonfinite)
-        cause = (f"embeddings of {_ranks(embeddings, world_size)}" if embeddings else
-                 f"loss of {_ranks(losses, world_size)}; all embeddings were finite, so look at the class centers")
+        embeddings, losses = zip(*self.nonfinite)
+        cause = (f"embeddings of {_ranks(embeddings)}" if any(embeddings) else
+                 f"loss of {_ranks(losses)}; all embeddings were finite, so look at the class centers")
         return f"step {self.step}: the loss is {self.loss} ({cause})"
 
 
 class StepGuard:
     """Decides whether steps count and whether a run may continue.
 
-    Args:
-        module: its buffers are rolled back when a step is skipped.
-        skip: skip steps with a loss that is not finite (--on-nonfinite skip). False: every step counts, snapshot and
-            rollback do nothing, and `check` ends the run at the first such loss.
+    module: its buffers are rolled back when a step is skipped.
+    skip: skip steps with a loss that is not finite (--on-nonfinite skip). Without it, snapshot and rollback do nothing,
+        and `check` ends the run at the first such loss.
     """
 
     def __init__(self, module: nn.Module, *, skip: bool) -> None:
         self._module, self._skip = module, skip
-        self._snapshot: list[tuple[list[Tensor], Tensor]] = []  # per dtype: buffers, and their values in one tensor
+        self._snapshot: list[Tensor] = []
         self._nonfinite_in_a_row = 0
 
     def snapshot(self) -> None:
         """Copy the buffers, before the first forward pass of a step."""
-        if not self._skip:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in self._module.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        self._snapshot = [(buffers, _flatten(buffers)) for buffers in by_dtype.values()]
+        if self._skip:
+            self._snapshot = [buffer.clone() for buffer in self._module.buffers()]
 
     def nonfinite(self, losses: Sequence[Tensor]) -> Tensor | None:
         """Collective with `skip`. 1 if any loss of any rank is inf or NaN, else 0: a float32 scalar on the device.
@@ -88,13 +82,9 @@ class StepGuard:
 
     def rollback(self, nonfinite: Tensor | None) -> None:
         """Restore the buffers if `nonfinite` is 1, after the optimizers' step."""
-        if nonfinite is None:
-            return
-        for buffers, before in self._snapshot:
-            values = torch.where(nonfinite > 0, before, _flatten(buffers))
-            for buffer, value in zip(buffers, values.split([buffer.numel() for buffer in buffers])):
-                buffer.copy_(value.view_as(buffer))
-        self._snapshot = []
+        if nonfinite is not None:
+            for buffer, before in zip(self._module.buffers(), self._snapshot):
+                buffer.copy_(torch.where(nonfinite > 0, before, buffer))
 
     def check(self, steps: Sequence[StepLoss]) -> None:
         """Look at losses that TrainingLog has read, each step once and in order. Call it on all ranks.
@@ -102,11 +92,8 @@ class StepGuard:
         Raises NotFinite for the first loss that is not finite, or with `skip` after a hundred of them in a row.
         """
         for step in steps:
-            if not step.nonfinite:
-                self._nonfinite_in_a_row = 0
-                continue
-            self._nonfinite_in_a_row += 1
-            if not self._skip:
+            self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if step.nonfinite else 0
+            if step.nonfinite and not self._skip:
                 raise NotFinite(f"{step.describe()}; training stopped and no checkpoint was overwritten. {ADVICE}, "
                                 "or skip such steps with --on-nonfinite skip")
         if self._nonfinite_in_a_row >= _MAX_NONFINITE_IN_A_ROW:
@@ -120,30 +107,23 @@ def require_finite_weights(backbone: nn.Module, centers: Tensor, step: int) -> N
     Finite losses do not imply finite weights: the gradients of the last step may have overflowed.
     centers: this rank's class centers (C_r, d).
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    tensors = [*backbone.state_dict().values()]
     # In blocks, because a mask of all centers would take a quarter of their memory.
-    centers_finite = [block.isfinite().all() for block in centers.detach().split(65536)]
-    bad = torch.zeros(world_size, 2, device=centers.device)
-    for column, finite in enumerate(([tensor.isfinite().all() for tensor in tensors], centers_finite)):
-        if finite:
-            bad[rank, column] = torch.stack(finite).all().logical_not()
-    dist.all_reduce(bad)
-    found = bad.tolist()
-    parts = [f"{what} of {_ranks(ranks, world_size)}"
-             for column, what in enumerate(("the backbone", "the class centers"))
-             if (ranks := [number for number, row in enumerate(found) if row[column]])]
+    own = torch.stack([_any_nonfinite(backbone.state_dict().values()), _any_nonfinite(centers.detach().split(65536))])
+    of_backbone, of_centers = zip(*all_gather_rows(own.unsqueeze(0), None).tolist())
+    parts = [f"{what} of {_ranks(found)}"
+             for what, found in (("the backbone", of_backbone), ("the class centers", of_centers)) if any(found)]
     if parts:
         raise NotFinite(f"after step {step} the weights are not finite ({', '.join(parts)}) and were not saved; "
                         f"{ADVICE}")
 
 
-def _flatten(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def _any_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all().logical_not().to(torch.uint8)
 
 
-def _ranks(ranks: list[int], world_size: int) -> str:
-    if len(ranks) == world_size:
-        return "all ranks" if world_size > 1 else "rank 0"
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+def _ranks(found: Sequence[bool]) -> str:
+    ranks = [str(rank) for rank, here in enumerate(found) if here]
+    if len(ranks) == len(found) > 1:
+        return "all ranks"
+    shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return ("rank " if len(ranks) == 1 else "ranks ") + shown

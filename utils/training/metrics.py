@@ -7,6 +7,7 @@ evaluation is an object of its own, {"step", "epoch", "val": {set: {name: number
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -32,7 +33,6 @@ class TrainingLog:
     """Collects losses and accuracies on the device, and reads and reports them every `print_freq` steps.
 
     Args:
-        context: this process.
         output: directory of metrics.jsonl and tensorboard/.
         fresh: a new run, which moves an older metrics.jsonl aside. False: continue the file that is there.
         step: steps done before; later lines are removed.
@@ -46,9 +46,9 @@ class TrainingLog:
                  global_batch: int, print_freq: int, skip_nonfinite: bool = False) -> None:
         self._context, self._print_freq = context, print_freq
         self._total_steps, self._epochs, self._global_batch = total_steps, epochs, global_batch
-        self._pending: list[dict[str, Any]] = []  # a line per step since the last flush, in step with the next two
-        self._pending_values: list[Tensor] = []  # (3,): loss, top-1, top-5
-        self._pending_nonfinite: list[Tensor] = []  # bool (2,): embeddings, loss
+        # For each step since the last flush its line, and float64 (5,): loss, top-1, top-5 in [0, 1], and whether the
+        # embeddings and the loss were inf or NaN.
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._skip_nonfinite, self._skipped = skip_nonfinite, 0
         self._hits: list[tuple[float, float]] = []  # top-1, top-5 of the steps since the last report
         self._window_step, self._window_start, self._window_paused = step, time.perf_counter(), 0.0
@@ -63,18 +63,17 @@ class TrainingLog:
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def add(
-        self, *, step: int, epoch: int, lr: float, loss: Tensor, num_closer: Tensor, finite: Tensor
-    ) -> list[StepLoss]:
+    def add(self, *, step: int, epoch: int, lr: float, loss: Tensor, num_closer: Tensor,
+            finite: Tensor) -> list[StepLoss]:
         """Collective every `print_freq` steps. Record a step of this rank; steps count from 1.
 
         loss: scalar. num_closer: (n,), the classes closer to each embedding than its own. finite: bool scalar, whether
         the embeddings were. All stay on the device. Returns what `flush` does in a step that reports, else nothing.
         """
-        hits = [(num_closer < k).double().mean() for k in (1, 5)]
-        self._pending.append({"step": step, "epoch": epoch, "loss": None, "lr": lr})
-        self._pending_values.append(torch.stack([loss.detach().double(), *hits]))
-        self._pending_nonfinite.append(torch.stack([finite, loss.detach().isfinite()]).logical_not())
+        loss = loss.detach()
+        values = [loss, *((num_closer < k).double().mean() for k in (1, 5)), ~finite, ~loss.isfinite()]
+        line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": None, "lr": lr}
+        self._pending.append((line, torch.stack([value.double() for value in values])))
         if self._bar is not None:
             self._bar.update(1)
         return self.flush(report=True) if step % self._print_freq == 0 else []
@@ -86,42 +85,31 @@ class TrainingLog:
         """
         if not self._pending:
             return []
-        values = torch.stack(self._pending_values)
-        dist.all_reduce(values)
-        rows = (values / self._context.world_size).tolist()
-        steps = self._with_nonfinite_ranks([
-            StepLoss(line["step"], loss) for line, (loss, _, _) in zip(self._pending, rows)])
-        for line, step, (loss, top1, top5) in zip(self._pending, steps, rows):
+        values = all_gather_rows(torch.stack([values for _, values in self._pending]).unsqueeze(0), None)
+        means, nonfinite = values[..., :3].mean(dim=0).tolist(), values[..., 3:].bool()  # (W, steps, 2)
+        steps = []
+        for number, ((line, _), (loss, top1, top5)) in enumerate(zip(self._pending, means)):
             if math.isfinite(loss):
                 line["loss"] = loss
                 self._hits.append((top1, top5))
+                steps.append(StepLoss(line["step"], loss))
             else:
                 line["nonfinite"] = True  # "loss" stays null, because JSON has no inf or NaN
+                steps.append(StepLoss(line["step"], loss, nonfinite[:, number].tolist()))
                 if self._skip_nonfinite:
                     self._skipped += 1
-                    self.say(f"skipped {step.describe()}")
+                    self.say(f"skipped {steps[-1].describe()}")
+        lines = [line for line, _ in self._pending]
+        self._pending = []
         if report:
-            self._report(self._pending[-1])
+            self._report(lines[-1])
         if self._context.is_main:
-            for line in self._pending:
+            for line in lines:
                 self._file.write(json.dumps(line, allow_nan=False) + "\n")
                 for name in line.keys() - {"step", "epoch", "nonfinite"}:
                     if line[name] is not None:
                         self._tensorboard.add_scalar(name, line[name], line["step"])
             self._file.flush()
-        self._pending, self._pending_values, self._pending_nonfinite = [], [], []
-        return steps
-
-    def _with_nonfinite_ranks(self, steps: list[StepLoss]) -> list[StepLoss]:
-        """Collective if a loss is not finite; all ranks have the same losses. Fill in `nonfinite` of those steps."""
-        places = [place for place, step in enumerate(steps) if not math.isfinite(step.loss)]
-        if places:
-            flags = torch.stack([self._pending_nonfinite[place] for place in places]).to(torch.uint8)
-            assert dist.group.WORLD is not None
-            ranks = all_gather_rows(flags.unsqueeze(0), dist.group.WORLD).bool().tolist()  # (W, steps, 2)
-            for number, place in enumerate(places):
-                step = steps[place]
-                steps[place] = StepLoss(step.step, step.loss, [(rank[number][0], rank[number][1]) for rank in ranks])
         return steps
 
     def _report(self, line: dict[str, Any]) -> None:
@@ -129,26 +117,24 @@ class TrainingLog:
         now = time.perf_counter()
         seconds = now - self._window_start - self._window_paused
         steps = line["step"] - self._window_step
-        line["top1"] = 100 * sum(top1 for top1, _ in self._hits) / max(len(self._hits), 1)
-        line["top5"] = 100 * sum(top5 for _, top5 in self._hits) / max(len(self._hits), 1)
+        for place, name in enumerate(("top1", "top5")):
+            line[name] = 100 * sum(hits[place] for hits in self._hits) / max(len(self._hits), 1)
         line["images_per_second"] = steps * self._global_batch / seconds
         line["memory_mib"] = _peak_memory_mib(self._context.device)
         if self._skipped:
             line["skipped_steps"] = self._skipped
-        remaining = (self._total_steps - line["step"]) * seconds / steps
+        remaining = datetime.timedelta(seconds=int((self._total_steps - line["step"]) * seconds / steps))
         self._hits, self._window_step, self._window_start, self._window_paused = [], line["step"], now, 0.0
-        if not self._context.is_main:
-            return
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         figures = (f"loss {loss}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.4g}  "
                    f"{line['images_per_second']:.1f} images/s  memory {line['memory_mib']:.0f} MiB"
                    + (f"  skipped {self._skipped} steps" if self._skipped else ""))
+        epoch = f"epoch {line['epoch'] + 1}/{self._epochs}"
         if self._bar is not None:
-            self._bar.set_description(f"epoch {line['epoch'] + 1}/{self._epochs}", refresh=False)
+            self._bar.set_description(epoch, refresh=False)
             self._bar.set_postfix_str(figures)
         else:
-            print(f"epoch {line['epoch'] + 1}/{self._epochs}  step {line['step']}/{self._total_steps}  {figures}  "
-                  f"eta {_hours(remaining)}", flush=True)
+            self.say(f"{epoch}  step {line['step']}/{self._total_steps}  {figures}  eta {remaining}")
 
     def add_evaluation(self, *, step: int, epoch: int, metrics: dict[str, dict[str, float]]) -> None:
         """Write {set: {name: number}} as a line of its own, on rank 0. Call `flush` first."""
@@ -203,8 +189,3 @@ def _peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
-
-
-def _hours(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

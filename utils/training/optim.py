@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,40 +28,29 @@ def make_momentum(optimizer: Optimizer) -> None:
 
 
 class RowSGD(SGD):
-    """SGD of one parameter that can step some rows at a time, within the backward pass (`update_rows`).
+    """SGD of one parameter (rows, d) that can step some rows at a time, within the backward pass (`update_rows`).
 
-    Args:
-        weight: the parameter, (rows, d).
-        skip_nonfinite: skip the steps of a loss that is inf or NaN.
-        lr, momentum, weight_decay: as in torch.optim.SGD.
+    skip_nonfinite: skip the steps of a loss that is inf or NaN. settings: lr, momentum, ... as in torch.optim.SGD.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, *, skip_nonfinite: bool, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__([weight], lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    def __init__(self, weight: nn.Parameter, *, skip_nonfinite: bool, **settings: Any) -> None:
+        super().__init__([weight], **settings, fused=True)
         self._skip_nonfinite = skip_nonfinite
 
     @torch.no_grad()
     def update_rows(self, rows: slice, grad: Tensor, finite: Tensor) -> None:
-        """The optimizer's step for some rows.
+        """The optimizer's step for some rows of the parameter. Their gradient may be overwritten.
 
-        Args:
-            rows: of the parameter.
-            grad: their gradient, which may be overwritten.
-            finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and momentum unchanged.
+        finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and momentum unchanged.
         """
         make_momentum(self)
         (settings,) = self.param_groups
         (weight,) = settings["params"]
-        if settings["momentum"]:
-            momentum = [self.state[weight]["momentum_buffer"][rows]]
-        else:
-            momentum = [None]
+        momentum = [self.state[weight]["momentum_buffer"][rows] if settings["momentum"] else None]
         sgd([weight.detach()[rows]], [grad], momentum, fused=True,
             found_inf=finite.logical_not().float() if self._skip_nonfinite else None, lr=settings["lr"],
             **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
-        # The fused kernel does not say that it writes; with this, a second backward through the old weights is an error.
+        # The fused kernel does not say that it writes. Now a second backward through the old weights is an error.
         increment_version(weight)
 
 
@@ -88,21 +78,18 @@ class Optimizers:
         row_sgd: RowSGD | None = None,
     ) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        replicated = [(name, parameter) for name, parameter in trained if not is_sharded(parameter)]
-        sharded = [(name, parameter) for name, parameter in trained if is_sharded(parameter)]
-        parameters = [parameter for _, parameter in replicated]
+        replicated, sharded = ([pair for pair in trained if is_sharded(pair[1]) == wanted] for wanted in (False, True))
         make: Any = OPTIMIZERS[name]
-        replicated_settings = {**settings, "fused": True} if skippable else settings
-        # The names go with each optimizer: state is saved by name, whoever holds it.
-        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
+        make_replicated = make
         if zero:
             # Importing it takes seconds, and few runs use it.
             from torch.distributed.optim import ZeroRedundancyOptimizer
 
-            optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class=make, **replicated_settings)
-            self._named.append((optimizer, replicated))
-        else:
-            self._named.append((make(parameters, **replicated_settings), replicated))
+            make_replicated = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)
+        fused = {"fused": True} if skippable else {}
+        # The names go with each optimizer: state is saved by name, whoever holds it.
+        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = [
+            (make_replicated([parameter for _, parameter in replicated], **settings, **fused), replicated)]
         if sharded:
             # Fused: torch's other implementations copy the gradient, which is as large as the shard, for weight decay.
             shard = row_sgd or make([parameter for _, parameter in sharded], **settings, fused=True)

@@ -29,38 +29,34 @@ class SharedGradScaler(torch.amp.GradScaler):
 
         Returns a float32 scalar on the device: 1 if the step was skipped; None if it cannot have been.
         """
-        skipped = nonfinite
-        if nonfinite is not None:
-            for optimizer in map(_local_optimizer, optimizers):
-                optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # read by torch's fused steps
         if self.is_enabled() or nonfinite is not None:
             # torch's fused SGD allocates momentum without writing it, for the first step to fill. If that step is
             # skipped, the second one would read whatever the memory holds.
-            for optimizer in map(_local_optimizer, optimizers):
-                make_momentum(optimizer)
-        if self.is_enabled():
             for optimizer in optimizers:
-                self.unscale_(optimizer)
-            found = [
-                flag
-                for optimizer in optimizers
-                for flag in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
-            ]
-            skipped = torch.stack(found if nonfinite is None else [*found, nonfinite]).max()
-            dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
-            for flag in found:
-                flag.fill_(skipped)
+                make_momentum(_local_optimizer(optimizer))
+        if not self.is_enabled():
+            for optimizer in optimizers:
+                if nonfinite is not None:
+                    _local_optimizer(optimizer).found_inf = nonfinite  # type: ignore[attr-defined]  # of fused steps
+                optimizer.step()
+            return nonfinite
+        for optimizer in optimizers:
+            self.unscale_(optimizer)
+        found = [flag for optimizer in optimizers
+                 for flag in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()]
+        skipped = torch.stack(found if nonfinite is None else [*found, nonfinite]).max()
+        dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
+        for flag in found:
+            flag.fill_(skipped)
         for optimizer in optimizers:
             self.step(optimizer)
-        if not self.is_enabled() or nonfinite is None:
-            self.update()
-            return skipped
         assert self._scale is not None and self._growth_tracker is not None
         states = self._scale, self._growth_tracker
         before = [state.clone() for state in states]
         self.update()  # in place
-        for state, old in zip(states, before):
-            state.copy_(torch.where(nonfinite > 0, old, state))
+        if nonfinite is not None:
+            for state, old in zip(states, before):
+                state.copy_(torch.where(nonfinite > 0, old, state))
         return skipped
 
 
