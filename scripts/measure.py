@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from utils.dist.context import choose_device
 from utils.errors import UserError
 from utils.files import require_writable
 from utils.flags import flag
-from utils.launch.plan import ProcessPlan, choose_device_type
+from utils.launch.plan import ProcessPlan
 from utils.memory import free_host_bytes
 from utils.options import EMBEDDING_SIZE
 
@@ -42,7 +43,7 @@ class StepFlags:
         """The processes, all on this machine. Raises UserError if they cannot have a GPU each, or divide the batch."""
         if self.batch % self.world_size:
             raise UserError(f"--batch {self.batch}: must divide by --world-size {self.world_size}")
-        device = choose_device_type(self.device)
+        device = choose_device(self.device).type
         if device == "cuda" and self.world_size > (gpus := torch.cuda.device_count()):
             raise UserError(f"--world-size {self.world_size}: only {gpus} GPUs are visible; give at most {gpus}")
         return ProcessPlan("spawn" if self.world_size > 1 else "single", nodes=1, node_rank=0,
