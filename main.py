@@ -235,7 +235,7 @@ def is_best_so_far(run: Run) -> bool:
 def set_starting_point(
     state: TrainState, options: Options, checkpoint: Checkpoint | None, steps_per_epoch: int
 ) -> str:
-    """Collective. Load what the run starts from: a checkpoint, other weights, or nothing. Returns a note for the log."""
+    """Collective. Load what the run starts from: a checkpoint, other weights or nothing. Returns a note for the log."""
     position = state.position
     if checkpoint is not None:
         load_checkpoint(state, checkpoint)
@@ -268,6 +268,7 @@ def resume_request(options: Options) -> Resume:
 def evaluate(options: Options, plan: ProcessPlan) -> None:
     """--evaluate: score the model of --resume on --pair-list, in this process."""
     weights = open_weights(options.resume, options.arch)
+    assert options.pair_list is not None
     (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root)])
     print(f"{weights.arch} of {options.resume}, {pairs.size} of {pairs.source}", flush=True)
     device = torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu")

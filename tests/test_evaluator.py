@@ -69,7 +69,8 @@ def train_with_accuracies(
 
 def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
     contents = torch.load(path, weights_only=True)
-    momentum = {f"{key} of {name}": tensor for name, state in contents["optimizer"].items() for key, tensor in state.items()}
+    momentum = {f"{key} of {name}": tensor
+                for name, state in contents["optimizer"].items() for key, tensor in state.items()}
     return {**contents["state_dict"], **momentum}
 
 
@@ -160,7 +161,8 @@ def test_sets_are_checked_before_training(faces, tmp_path):
     with pytest.raises(UserError, match="bad.bin, image 5"):
         preflight.open_validation_sets(parse_options([str(faces), "--val-bin", str(tmp_path / "bad.bin")]))
     with pytest.raises(UserError, match="--val-pairs .*none.list: "):
-        preflight.open_validation_sets(parse_options([str(faces), "--val-pairs", "none.list", "--imgs-root", str(faces)]))
+        flags = [str(faces), "--val-pairs", "none.list", "--imgs-root", str(faces)]
+        preflight.open_validation_sets(parse_options(flags))
 
 
 def test_when_an_evaluation_is_due() -> None:

@@ -66,7 +66,8 @@ def steps_on_batches(
         state, model = build.build_training(context, options, 5, len(dataset), BATCH)
     with mock.patch.object(main, "prepare_batch", NotFiniteImages(calls)):
         main.train_one_epoch(make_run(context, options, state, model, 1000, RecordingLog()), loader, len(batches))
-    momentum = {f"{key} of {name}": tensor for name, values in state.optimizers.state().items() for key, tensor in values.items()}
+    momentum = {f"{key} of {name}": tensor
+                for name, values in state.optimizers.state().items() for key, tensor in values.items()}
     scaler = {"scale": torch.tensor(state.scaler.get_scale())}
     tensors = {**model.module.state_dict(), **momentum, **scaler}
     return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}

@@ -55,11 +55,12 @@ def test_imports_go_one_way(path):
     assert own is not None, f"{name}: belongs to no room; name it in FLOORS"
     for module in imported(ast.parse(path.read_text())):
         other = room_of(module)
-        assert other in (None, own) or FLOOR_OF[other] < FLOOR_OF[own], f"{name} imports {module}, which is not below it"
+        assert other in (None, own) or FLOOR_OF[other] < FLOOR_OF[own], f"{name} imports {module}, not from below"
 
 
 def test_torchshard_has_one_door():
-    importers = [path.name for path in FILES if any(name.split("/")[0] == "torchshard" for name in imported(ast.parse(path.read_text())))]
+    importers = [path.name for path in FILES
+                 if any(name.split("/")[0] == "torchshard" for name in imported(ast.parse(path.read_text())))]
     assert importers == ["sharding.py"]
 
 

@@ -23,7 +23,8 @@ from utils.options import parse_options
 SHORT = ["-a", "mobilefacenet", "-b", "8", "--max-steps", "2", "--num-classes", "50"]
 PUBLISHED = {
     "base": "--multiprocessing-distributed --num-classes 85744 {data}",
-    "sharded": "--multiprocessing-distributed --num-classes 85744 --enable-model-parallel --model-parallel-dim 1 {data}",
+    "sharded": "--multiprocessing-distributed --num-classes 85744 --enable-model-parallel --model-parallel-dim 1 "
+               "{data}",
     "sharded, AMP": "--multiprocessing-distributed --num-classes 85744 --enable-model-parallel --model-parallel-dim 1 "
                     "--enable-amp-mode {data}",
     "sharded, ZeRO": "--multiprocessing-distributed --num-classes 85744 --enable-model-parallel --model-parallel-dim 1 "
@@ -44,9 +45,11 @@ def test_published_single_node_commands_then_valid(faces, tmp_path, name):
     steps = 1 if "AMP" in name else 2
     lines = read_metrics(tmp_path)
     if name == "base":
-        assert re.search(r"^evaluation +lfw \(60 pairs\), small \(4 pairs\), every 1 steps; the best: model_best", output, re.MULTILINE)
-        assert len(re.findall(r"^validation at step [12]: lfw \d\S+% \+- \S+  small \d\S+% \+- \S+  mean", output, re.MULTILINE)) == 2
-        assert [(line["step"], list(line["val"])) for line in lines if "val" in line] == [(s, ["lfw", "small"]) for s in (1, 2)]
+        assert re.search(r"^evaluation +lfw \(60 pairs\), small \(4 pairs\), every 1 steps; the best: model_best", output, re.M)
+        validation = r"^validation at step [12]: lfw \d\S+% \+- \S+  small \d\S+% \+- \S+  mean"
+        assert len(re.findall(validation, output, re.MULTILINE)) == 2
+        evaluated = [(line["step"], list(line["val"])) for line in lines if "val" in line]
+        assert evaluated == [(step, ["lfw", "small"]) for step in (1, 2)]
         best = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
         assert best["position"]["best_score"] == max(
             sum(result["accuracy"] for result in line["val"].values()) / 2 for line in lines if "val" in line)
@@ -93,7 +96,8 @@ def test_torchrun(faces, tmp_path):
         "--output", tmp_path / "torchrun")
     spawn, torchrun = (read_metrics(tmp_path / name) for name in ("spawn", "torchrun"))
     assert torchrun[0]["loss"] == pytest.approx(spawn[0]["loss"], rel=1e-6)
-    output = run("tests/helpers/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py", *arguments,
+    output = run("tests/helpers/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "main.py",
+                 *arguments,
                  "--rank", 1, "--world-size", 2, status=1)
     assert output.count("torchrun decides the processes") == 1
 
@@ -132,24 +136,27 @@ def truncate_one_image(source: Path, target: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_cannot_be_decoded_stops_all_ranks(faces, tmp_path, workers):
     image = truncate_one_image(faces, tmp_path / "faces")
-    flags = [tmp_path / "faces", *SHORT, *processes(2), "-b", 48, "--max-steps", 1, "-j", workers, "--no-save", "--output", tmp_path]
+    flags = [tmp_path / "faces", *SHORT, *processes(2), "-b", 48, "--max-steps", 1, "-j", workers, "--no-save",
+             "--output", tmp_path]
     output = run("main.py", *flags, status=2)
     assert output.rstrip().splitlines()[-1].startswith(f"error: {image}")
     assert output.count(str(image)) == 1 and "Traceback" not in output
     if workers == 0:
         return
-    output = run("main.py", *flags[:-2], "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--skip-bad-images", "--output", tmp_path)
+    output = run("main.py", *flags[:-2], "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--skip-bad-images",
+                 "--output", tmp_path)
     assert "replaced 1 images" in output
 
 
 def descendants(process: int) -> list[int]:
     """The processes that `process` has started, and that these have."""
-    children = [int(child) for path in Path(f"/proc/{process}/task").glob("*/children") for child in path.read_text().split()]
+    children = [int(child) for path in Path(f"/proc/{process}/task").glob("*/children")
+                for child in path.read_text().split()]
     return children + [one for child in children for one in descendants(child)]
 
 
 def test_a_signal_to_every_process_saves_and_ends(faces, tmp_path):
-    """As a batch system does it, or Ctrl-C in a terminal: parent, ranks and loading processes get it, the ranks twice."""
+    """As a batch system or Ctrl-C does it: parent, ranks and loading processes get it, the ranks twice."""
     process = start("main.py", faces, *SHORT, *processes(2), "--max-steps", 1000, "--epochs", 1000, "-p", 1, "-j", 2,
                     "--output", tmp_path, PYTHONUNBUFFERED="1")
     for line in process.stdout:
@@ -182,7 +189,8 @@ def test_ctrl_c_before_training_leaves_no_traceback(faces, flags):
 def test_torchrun_starts_again_what_was_killed(faces, tmp_path):
     """Elastic restart: a killed rank costs the steps since the checkpoint."""
     common = [faces, *SHORT, "--enable-model-parallel", "-j", 0, "-p", 1, "--epochs", 100, "--output", tmp_path]
-    process = start("tests/helpers/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), "--max-restarts", 1, ROOT / "main.py",
+    process = start("tests/helpers/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(),
+                    "--max-restarts", 1, ROOT / "main.py",
                     *common, "--max-steps", 9, "--resume", "auto", PYTHONUNBUFFERED="1")
     for line in process.stdout:
         if " step 7/" in line:  # an epoch has six: they are saved
@@ -197,7 +205,8 @@ def test_torchrun_starts_again_what_was_killed(faces, tmp_path):
 @pytest.mark.skipif(not os.environ.get("ARCFACE_REAL_FACES"), reason="ARCFACE_REAL_FACES names no folder of real faces")
 def test_real_faces(tmp_path):
     faces = Path(os.environ["ARCFACE_REAL_FACES"])
-    run("main.py", faces, *processes(2), "--enable-model-parallel", "-a", "mobilefacenet", "-b", 16, "--num-classes", 1184,
+    run("main.py", faces, *processes(2), "--enable-model-parallel", "-a", "mobilefacenet", "-b", 16,
+        "--num-classes", 1184,
         "--max-steps", 6, "--lr", 0.01, "--output", tmp_path, "--augment", "standard")
     assert len(read_metrics(tmp_path)) == 6
     run("valid.py", "--imgs-root", faces / "lfw/imgs", "--pair-list", faces / "lfw/pair.list", "--resume",

@@ -50,11 +50,13 @@ def test_loss_traces_agree(pools, faces, tmp_path, one_process_trace, mode, worl
     assert len(set(one_process_trace)) == 20
     assert [line["step"] for line in lines if "top1" in line] == [7, 14]
 RESUMED = {**MODES, "base, accumulation": ["--accumulation-steps", "2"],
-           "sharded, ZeRO, accumulation": ["--enable-model-parallel", "--enable-zero-optim", "--accumulation-steps", "2"]}
+           "sharded, ZeRO, accumulation":
+               ["--enable-model-parallel", "--enable-zero-optim", "--accumulation-steps", "2"]}
 
 
 @pytest.mark.parametrize(("mode", "world_size"), [
-    *((mode, 3) for mode in RESUMED if mode != "sharded, ZeRO, accumulation"), ("sharded", 1), ("base", 2), ("sharded", 2),
+    *((mode, 3) for mode in RESUMED if mode != "sharded, ZeRO, accumulation"),
+    ("sharded", 1), ("base", 2), ("sharded", 2),
     ("sharded, ZeRO, accumulation", 2),
 ])
 def test_resume_continues_the_run(pools, faces, tmp_path, mode, world_size):
@@ -138,7 +140,8 @@ def test_random_numbers_depend_on_the_step_and_the_rank_alone(pools, faces, tmp_
 def test_resume_at_another_world_size_and_mode(pools, faces, tmp_path):
     flags = [str(faces), *RESUME, "--sync-bn", "--precision", "float64"]
     whole = tmp_path / "whole"
-    pools(3).run(train, [*flags, "--enable-model-parallel", "--seed", "5", "--output", str(tmp_path), "--max-steps", "3"])
+    pools(3).run(train, [*flags, "--enable-model-parallel", "--seed", "5", "--output", str(tmp_path),
+                         "--max-steps", "3"])
     pools(1).run(train, [*flags, "--seed", "5", "--output", str(whole), "--no-save"])
     pools(2).run(train, [*flags, "--enable-zero-optim", "--output", str(tmp_path), "--resume",
                          str(tmp_path / "checkpoint.pth.tar"), "--max-steps", "6"])
@@ -216,7 +219,8 @@ def momentum_in_another_layout(rank: int, world_size: int) -> float:
     model = torch.nn.Conv2d(3, 2, 4, bias=False)
     model.weight.data.copy_(weight)
     settings = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
-    optimizers = Optimizers(model, "sgd", settings, zero=options.enable_zero_optim, skippable=options.on_nonfinite == "skip")
+    optimizers = Optimizers(model, "sgd", settings, zero=options.enable_zero_optim,
+                            skippable=options.on_nonfinite == "skip")
     optimizers.load_state({"weight": {"momentum_buffer": momentum.to(memory_format=torch.channels_last)}})
     model.weight.grad = gradient.clone()
     for optimizer in optimizers.all:
