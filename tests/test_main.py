@@ -45,7 +45,8 @@ def test_published_single_node_commands_then_valid(faces, tmp_path, name):
     steps = 1 if "AMP" in name else 2
     lines = read_metrics(tmp_path)
     if name == "base":
-        assert re.search(r"^evaluation +lfw \(60 pairs\), small \(4 pairs\), every 1 steps; the best: model_best", output, re.M)
+        evaluation = r"^evaluation +lfw \(60 pairs\), small \(4 pairs\), every 1 steps; the best: model_best"
+        assert re.search(evaluation, output, re.MULTILINE)
         validation = r"^validation at step [12]: lfw \d\S+% \+- \S+  small \d\S+% \+- \S+  mean"
         assert len(re.findall(validation, output, re.MULTILINE)) == 2
         evaluated = [(line["step"], list(line["val"])) for line in lines if "val" in line]
