@@ -30,6 +30,8 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"  # jobs may shar
 
 # srun runs in the background, so that this shell can handle signals. Slurm sends them to this shell alone (B:): USR1
 # three minutes before the time limit, TERM at a preemption. scancel passes them on to main.py on every node.
+trap 'scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
+
 # From Slurm 22.05 on, srun gives each task one core unless --cpus-per-task says otherwise.
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 \
     bash -c 'exec "$0" main.py "$@" --rank "$SLURM_NODEID"' "$PYTHON" "$DATA" \
@@ -37,7 +39,6 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 \
     --enable-model-parallel --batch-size "$BATCH_SIZE" --num-classes "$NUM_CLASSES" \
     --workers "${SLURM_CPUS_PER_TASK:-8}" --output "$OUTPUT" --resume auto "$@" &
 srun=$!
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
 
 # A trapped signal interrupts `wait` while srun still runs.
 status=0

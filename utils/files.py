@@ -90,7 +90,11 @@ def lock_output(output: str, patience: float = 20) -> OutputLock | None:
     five. Raises UserError that names the owner. Returns None, with a warning, where the file system cannot lock.
     """
     deadline = time.monotonic() + patience
-    descriptor = os.open(os.path.join(output, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    path = os.path.join(output, ".lock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot open {path} ({error.strerror}); give another directory") from None
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
