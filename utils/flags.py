@@ -75,13 +75,15 @@ class Flag:
             return
         if self.choices is not None and value not in self.choices:
             raise UserError(f"{self.describe(value)}: choose one of {', '.join(self.choices)}")
+        if self.type not in (int, float):
+            return
         bounds = [(words, bound, holds) for words, bound, holds in (
             ("of at least", self.at_least, operator.ge), ("above", self.above, operator.gt),
             ("up to", self.at_most, operator.le), ("below", self.below, operator.lt)) if bound is not None]
-        for number in (value if self.is_list else (value,)) if self.type in (int, float) else ():
+        for number in value if self.is_list else (value,):
             if not math.isfinite(number) or not all(holds(number, bound) for _, bound, holds in bounds):
-                given = " and ".join(f"{words} {_text(bound)}" for words, bound, _ in bounds)
-                raise UserError(f"{self.describe(value)}: give a " + (f"number {given}" if given else "finite number"))
+                which = " and ".join(f"{words} {_text(bound)}" for words, bound, _ in bounds) or "that is finite"
+                raise UserError(f"{self.describe(value)}: give a number {which}")
 
     def add_to(self, group: Any, field: str) -> None:
         """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""
