@@ -12,7 +12,6 @@ import mmap
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -115,11 +114,7 @@ def read_images(
     """
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
     loader = _BatchLoader(dataset, batches, batch_size, min(workers, len(batches)), ignored=ignored)
-    with warnings.catch_warnings():
-        # More workers than cores are the user's choice: they help on network disks.
-        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes in total")
-        batches_read = iter(loader)
-    for batch in batches_read:
+    for batch in loader:
         yield batch.images
 
 
@@ -179,6 +174,9 @@ class _BatchLoader(DataLoader):
             # Otherwise each iteration would draw a number from the global generator.
             generator=torch.Generator(),
         )
+
+    def check_worker_number_rationality(self) -> None:
+        """Stay silent: more workers than cores are the user's choice, and help on network disks."""
 
     def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]  # torch declares its private iterator class
         for loaded in super().__iter__():

@@ -82,8 +82,8 @@ class Flag:
             ("up to", self.at_most, operator.le), ("below", self.below, operator.lt)) if bound is not None]
         for number in values if self.type in (int, float) else ():
             if not math.isfinite(number) or not all(holds(number, bound) for _, bound, holds in bounds):
-                given = " and ".join(f"{words} {_text(bound)}" for words, bound, _ in bounds)
-                raise UserError(f"{self.describe(value)}: give a " + (f"number {given}" if given else "finite number"))
+                which = " and ".join(f"{words} {_text(bound)}" for words, bound, _ in bounds) or "that is finite"
+                raise UserError(f"{self.describe(value)}: give a number {which}")
 
     def add_to(self, group: Any, field: str) -> None:
         """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""

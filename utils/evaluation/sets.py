@@ -18,8 +18,7 @@ from utils.evaluation.embed import embed_images
 from utils.evaluation.pairs import open_bin, open_pair_list
 from utils.evaluation.protocol import EvalSet, Images, Result
 
-# Each opener takes the set's name, its path, the directory of its images or None, and the flag to name in errors.
-# It raises UserError.
+# Each opener takes the set's name, its path, the directory of its images or None, and the flag to name in UserErrors.
 EVAL_SETS: dict[str, Callable[[str, str, str | None, str], EvalSet]] = {"pairs": open_pair_list, "bin": open_bin}
 
 _DECODING_THREADS = 8  # the decoders release the GIL
