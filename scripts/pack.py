@@ -30,7 +30,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, zip_longest
 from typing import BinaryIO, TypeVar
 
@@ -50,7 +50,7 @@ from utils.files import atomic_write, flush, flush_directory, move_aside, requir
 
 COMMIT_SECONDS = 5.0  # the work that a kill costs at most
 THREADS = 4  # they hide the latency of cold files and network disks
-BATCH = 1024
+CHUNK = 64
 
 EXTENSIONS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp"}  # by how images begin
 
@@ -393,11 +393,19 @@ def _lock(file: BinaryIO) -> None:
 
 
 def _in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """map(function, items) in threads, a batch at a time."""
+    """map(function, items) in threads, which are a few chunks ahead."""
+    def run(chunk: list[Item]) -> list[Result]:
+        return list(map(function, chunk))
+
     remaining = iter(items)
+    ahead: deque[Future[list[Result]]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
-        while batch := list(islice(remaining, BATCH)):
-            yield from threads.map(function, batch)
+        while chunk := list(islice(remaining, CHUNK)):
+            ahead.append(threads.submit(run, chunk))
+            if len(ahead) == 2 * THREADS:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
 
 
 if __name__ == "__main__":

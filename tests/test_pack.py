@@ -161,7 +161,7 @@ def killed_after(calls: int, function: str, argv: list[str], module=pack) -> Non
                 return original(*args, **kwargs)
 
             setattr(module, function, call)
-            pack.COMMIT_SECONDS, pack.BATCH, pack.THREADS = 0.0, 1, 1
+            pack.COMMIT_SECONDS, pack.CHUNK, pack.THREADS = 0.0, 1, 1
             pack.main(argv)
         finally:
             os._exit(1)
