@@ -13,9 +13,8 @@ import os
 import pickle
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.insightface_bin import PairBin  # noqa: E402
-from scripts.measure import aligned, append_csv, check_csv, describe_machine, percentiles  # noqa: E402
-from utils.errors import UserError, exit_on_user_error  # noqa: E402
+from scripts import measure  # noqa: E402
+from utils.errors import exit_on_user_error  # noqa: E402
 from utils.evaluation.lfw import TARGET_FAR, evaluate  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 from utils.memory import keep_freed_memory  # noqa: E402
@@ -39,7 +38,7 @@ FOLDS = 10
 class Options:
     """The flags of bench_verification.py."""
 
-    pairs: int = flag("--pairs", default=6000, metavar="P", at_least=4 * FOLDS, help="pairs, a multiple of 20")
+    pairs: int = flag("--pairs", default=6000, metavar="P", at_least=4 * FOLDS, help="number of pairs")
     embedding_size: int = flag("--embedding-size", default=512, metavar="D", at_least=1, help="numbers per embedding")
     image_bytes: int = flag("--image-bytes", default=6000, metavar="B", at_least=1,
                             help="size of each of the 2·P different images in the file")
@@ -49,15 +48,12 @@ class Options:
 
 def main() -> None:
     options = parse_flags(Options, "bench_verification.py", "Seconds to open a .bin and to compute the LFW protocol.")
-    if options.pairs % (2 * FOLDS):
-        raise UserError(f"--pairs {options.pairs}: give a multiple of {2 * FOLDS}")
-    if options.csv is not None:
-        check_csv(options.csv, CSV_COLUMNS)
+    measure.check_csv(options.csv, CSV_COLUMNS)
     keep_freed_memory()
     torch.set_num_threads(1)
 
     rng = np.random.default_rng(0)
-    is_same = np.tile(np.repeat([True, False], options.pairs // FOLDS // 2), FOLDS)
+    is_same = np.arange(options.pairs) % 2 == 0
     first, second = rng.standard_normal((2, options.pairs, options.embedding_size), dtype=np.float32)
     second[is_same] = 2 * second[is_same] + first[is_same]
     ours = evaluate(first, second, is_same)
@@ -74,24 +70,11 @@ def main() -> None:
             "arithmetic, threshold by threshold": lambda: threshold_by_threshold(first, second, is_same),
             "open the set": lambda: PairBin(path),
         }
-        seconds = {what: [seconds_of(work) for _ in range(options.repeat)] for what, work in works.items()}
-    spread = {what: percentiles(values) for what, values in seconds.items()}
-    print(f"{options.pairs:,} pairs, embedding {options.embedding_size}, {2 * options.pairs:,} images of "
-          f"{options.image_bytes:,} bytes")
-    rows = [(what, *(f"{value:.4f} s" for value in values)) for what, values in spread.items()]
-    print(aligned([("", "p20", "p50", "p80"), *rows]))
-    if options.csv is not None:
-        machine = describe_machine(torch.device("cpu"))
-        append_csv(options.csv, CSV_COLUMNS, [
-            {**machine, **asdict(options), "what": what, **dict(zip(("p20_s", "p50_s", "p80_s"), values))}
-            for what, values in spread.items()
-        ])
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        seconds = measure.alternate({what: partial(measure.timed, work) for what, work in works.items()},
+                                    options.repeat)
+    common = {**asdict(options), **measure.describe_machine()}
+    measure.report([{**common, "what": what, **measure.spread(values, "_s")} for what, values in seconds.items()],
+                   CSV_COLUMNS, "what", options.csv)
 
 
 def threshold_by_threshold(first: np.ndarray, second: np.ndarray, is_same: np.ndarray) -> dict[str, float]:

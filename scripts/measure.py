@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes, clock, peak memory, percentiles, tables and CSV files."""
+"""What the benchmarks share: flags and processes, taking turns, peak memory, tables and CSV files."""
 
 from __future__ import annotations
 
@@ -8,168 +8,85 @@ import datetime
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils.dist.context import DistContext
 from utils.errors import UserError
-from utils.launch.plan import ProcessPlan
-from utils.launch.spawn import launch
-from utils.memory import free_host_bytes, keep_freed_memory
+from utils.files import require_writable
+from utils.flags import flag
+from utils.launch.plan import ProcessPlan, choose_device_type
+from utils.memory import free_host_bytes
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+CPU = torch.device("cpu")
 MIB = 2**20
 PERCENTILES = (20, 50, 80)
 
 
-def choose_device_type(name: str, world_size: int) -> str:
-    """"cuda" or "cpu" for --device auto|cuda|cpu. Raises UserError if there are fewer GPUs than processes."""
-    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
-        return "cpu"
-    gpus = torch.cuda.device_count()
-    if world_size > gpus:
-        raise UserError(f"--world-size {world_size}: each process needs a GPU, and PyTorch sees {gpus}; give "
-                        + (f"at most {gpus}, or " if gpus else "") + "--device cpu")
-    return "cuda"
+@dataclass(frozen=True, kw_only=True)
+class StepFlags:
+    """The flags of the benchmarks that time training steps."""
+
+    classes: int = flag("--classes", required=True, metavar="C", at_least=2, help="classes of all processes")
+    batch: int = flag("--batch", required=True, metavar="N", at_least=1, help="images per step of all processes")
+    world_size: int = flag("--world-size", default=1, metavar="W", at_least=1, help="processes")
+    device: str = flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs if there are any")
+    csv: str | None = flag("--csv", metavar="FILE", help="append a row per implementation to this file")
+
+    def plan(self) -> ProcessPlan:
+        """The processes, all on this machine. Raises UserError if they cannot have a GPU each, or divide the batch."""
+        if self.batch % self.world_size:
+            raise UserError(f"--batch {self.batch}: must divide by --world-size {self.world_size}")
+        device = choose_device_type(self.device)
+        if device == "cuda" and self.world_size > (gpus := torch.cuda.device_count()):
+            raise UserError(f"--world-size {self.world_size}: only {gpus} GPUs are visible; give at most {gpus}")
+        return ProcessPlan("spawn" if self.world_size > 1 else "single", nodes=1, node_rank=0,
+                           processes_per_node=self.world_size, device_type=device, gpu=None,
+                           backend="nccl" if device == "cuda" else "gloo", host="127.0.0.1", port=0)
 
 
-def choose_implementations(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """--impl A,B -> ("A", "B"). Raises UserError."""
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in known:
-            raise UserError(f"--impl {text}: there is no {name!r}; choose from {','.join(known)}")
-    if len(set(names)) < len(names):
-        raise UserError(f"--impl {text}: names an implementation twice")
-    return names
+def impl_flag(*names: str) -> Any:
+    """The flag --impl A,B."""
+    return flag("--impl", default=names, choices=names, metavar="A,B", help="implementations that take turns")
 
 
-def check_csv(path: str, columns: Sequence[str]) -> None:
-    """Create the directory of --csv, and raise UserError unless rows with these columns can be appended to the file."""
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path, "a+", encoding="utf-8", newline="") as file:
-            file.seek(0)
-            header = next(csv.reader(file), None)
-    except OSError as error:
-        raise UserError(f"--csv {path}: cannot be written ({error.strerror})") from None
-    if header is not None and header != list(columns):
-        raise UserError(f"--csv {path}: has other columns than this benchmark writes; give another file")
+def alternate(works: Mapping[K, Callable[[], V]], turns: int) -> dict[K, list[V]]:
+    """What each function returned in `turns` calls. They take turns, so that a change of the machine hits all alike."""
+    results: dict[K, list[V]] = {name: [] for name in works}
+    for _ in range(turns):
+        for name, work in works.items():
+            results[name].append(work())
+    return results
 
 
-def launch_local(work: Callable[..., None], world_size: int, device_type: str, *args: Any) -> None:
-    """Run `work(context, *args)` in `world_size` processes of this machine; a single one is this process.
-
-    Processes on the CPU divide the cores among them, unless OMP_NUM_THREADS sets the threads of each. All keep freed
-    memory, as main.py does on a CPU, so that all implementations are measured under the same allocator.
-    """
-    plan = ProcessPlan(
-        launcher="single" if world_size == 1 else "spawn", nodes=1, node_rank=0, processes_per_node=world_size,
-        device_type=device_type, gpu=None, backend="nccl" if device_type == "cuda" else "gloo",
-        host="127.0.0.1", port=0,
-    )
-    launch(_keep_memory_and, plan, work, *args)
-
-
-def _keep_memory_and(context: DistContext, work: Callable[..., None], *args: Any) -> None:
-    keep_freed_memory()
-    work(context, *args)
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Collective. The seconds `work` takes in this process; all processes start together."""
-    dist.barrier()
+def timed(work: Callable[[], object], device: torch.device = CPU) -> float:
+    """Collective in a process group: all ranks start together. The seconds `work` takes on the slowest rank."""
+    if dist.is_initialized():
+        dist.barrier()
     _synchronize(device)
     start = time.perf_counter()
     work()
     _synchronize(device)
-    return time.perf_counter() - start
+    return of_worst_rank(time.perf_counter() - start, device)
 
 
-def of_slowest_rank(values: Sequence[float], device: torch.device) -> list[float]:
-    """Collective. The maximum over the ranks of each element."""
-    largest = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.tolist()
+def of_worst_rank(value: float, device: torch.device) -> float:
+    """Collective in a process group. The largest value of all ranks."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
 
 
-def percentiles(values: Sequence[float]) -> list[float]:
-    """The 20th, 50th and 80th percentile."""
-    return np.percentile(values, PERCENTILES).tolist()
-
-
-def fits_in_memory(work: Callable[[], object], device: torch.device) -> bool:
-    """Collective. Run `work`. Returns False, with its memory freed, if any rank's GPU runs out of memory.
-
-    All ranks allocate nearly the same (shards differ by less than W classes), so all run out at the same place and none
-    waits for the others in a collective.
-    """
-    fits = True
-    try:
-        work()
-    except torch.OutOfMemoryError:
-        fits = False  # release only after the exception is gone: its frames hold tensors
-    if of_slowest_rank([float(not fits)], device)[0]:
-        release_memory(device)
-        return False
-    return True
-
-
-def release_memory(device: torch.device) -> None:
-    """Collect Python's cycles and return the blocks that the allocators keep."""
-    gc.collect()
-    if device.type == "cuda":
-        _synchronize(device)
-        torch.cuda.empty_cache()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def available_bytes(device: torch.device, world_size: int) -> int:
-    """What one of `world_size` processes can still allocate: its GPU's free memory, or its share of the host's."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes() // world_size
-
-
-class PeakMemory:
-    """The peak memory of this process above what it held when this object was created.
-
-    On a GPU: what PyTorch has allocated, without its cache. On a CPU: the resident set, whose peak Linux resets when 5
-    is written to /proc/self/clear_refs (proc(5)). Memory that malloc keeps is returned first, because its reuse would
-    not show.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-        self._baseline = (torch.cuda.memory_allocated(device) if device.type == "cuda"
-                          else _status_kib("VmRSS") * 1024)
-
-    def restart(self) -> None:
-        """Reset the peak, but not the baseline."""
-        release_memory(self._device)
-        self._works = True
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return
-        try:
-            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-                file.write("5")
-        except OSError:
-            self._works = False
-
-    def bytes(self) -> int | None:
-        """None if this system does not allow the measurement."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._baseline
-        return _status_kib("VmHWM") * 1024 - self._baseline if self._works else None
-
-
-def _status_kib(name: str) -> int:
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(f"{name}:"))
+def spread(values: Sequence[float] | np.ndarray, unit: str = "") -> dict[str, float]:
+    """The percentiles under their columns' names: {"p20_s": 0.1, "p50_s": 0.2, "p80_s": 0.3} for the unit "_s"."""
+    return {f"p{p}{unit}": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES))}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -177,7 +94,75 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe_machine(device: torch.device) -> dict[str, object]:
+def fits_in_memory(name: str, work: Callable[[], object], device: torch.device, cpu_bytes: int = 0) -> bool:
+    """Collective. Run `work`. If any rank's GPU runs out of memory, free what it held, say so and return False.
+
+    cpu_bytes: what `work` will allocate on the CPU, where the system would kill a process. If all ranks together lack
+    this much, `work` does not run. All ranks allocate nearly the same, so all run out at the same place.
+    """
+    lacks = device.type == "cpu" and cpu_bytes * dist.get_world_size() > free_host_bytes()
+    if not (lacks := of_worst_rank(lacks, device) > 0):
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            lacks = True  # release only after the exception is gone: its frames hold tensors
+        lacks = of_worst_rank(lacks, device) > 0
+    if lacks:
+        release_memory(device)
+        if dist.get_rank() == 0:
+            print(f"{name}: out of memory", flush=True)
+    return not lacks
+
+
+def release_memory(device: torch.device) -> None:
+    """Collect Python's cycles and return the blocks that the allocators keep."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def restart_peak(device: torch.device) -> float:
+    """Start to measure the peak memory of this process, and return the MiB that it holds now.
+
+    On a GPU: what PyTorch has allocated, without its cache. On a CPU: the resident set, whose peak Linux resets when 5
+    is written to /proc/self/clear_refs (proc(5)). Memory that malloc keeps is returned: its reuse would not show.
+    """
+    release_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / MIB
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+    return process_mib("VmRSS", file="status")
+
+
+def peak_mib(device: torch.device, held: float = 0.0) -> float:
+    """Collective in a process group. The largest peak of all ranks beyond the MiB that each had `held`."""
+    peak = (torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda"
+            else process_mib("VmHWM", file="status"))
+    return of_worst_rank(peak - held, device)
+
+
+def process_mib(field: str, process: int | str = "self", file: str = "smaps_rollup") -> float:
+    """The sum of the lines of /proc/<process>/<file> that begin with `field`, such as Rss or Private_ (proc(5))."""
+    with open(f"/proc/{process}/{file}", encoding="utf-8") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def check_csv(path: str | None, columns: Sequence[str]) -> None:
+    """Raise UserError unless rows with these columns can be appended to the file of --csv. None: there is none."""
+    if path is None:
+        return
+    require_writable("--csv", path)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", newline="") as file:
+            if next(csv.reader(file), list(columns)) != list(columns):
+                raise UserError(f"--csv {path}: has other columns than this benchmark writes; give another file")
+
+
+def describe_machine(device: torch.device = CPU) -> dict[str, object]:
     """Date, device, PyTorch version and threads of this measurement."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -189,19 +174,28 @@ def describe_machine(device: torch.device) -> dict[str, object]:
             "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
-def append_csv(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Append the `columns` of `rows` to the file that check_csv has checked. None becomes an empty field."""
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+def report(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], table: str, path: str | None) -> None:
+    """Print the rows, and append them to the file that check_csv has checked.
+
+    table: the first column of the printed table. Those before it are the same in all rows and stand above the table.
+    """
+    first = columns.index(table)
+    if rows:
+        print(", ".join(f"{name} {_text(rows[0].get(name))}" for name in columns[:first]) + "\n")
+    names = [name for name in columns[first:] if any(row.get(name) is not None for row in rows)]
+    cells = [names, *([_text(row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+    if path is not None:
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table with the first column aligned left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    )
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if type(value) is int else "-" if value is None else str(value)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import io
-import json
 import sys
 from unittest import mock
 
@@ -16,30 +14,31 @@ from helpers.commands import run
 from helpers.tiny import TinyBackbone
 
 from data.augment import AUGMENTS
-from scripts import bench_classifier, bench_data, bench_step
-from scripts.measure import MIB, PeakMemory, check_csv, percentiles
-from utils import build
+from scripts import bench_classifier, bench_data, bench_step, measure
+from scripts.measure import MIB
 from utils.dist.context import DistContext
 from utils.errors import UserError, exit_on_user_error
 
 CPU = torch.device("cpu")
 
 
+def read_rows(path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_classifier_command(tmp_path):
     flags = ["--classes", 1001, "--batch", 8, "--world-size", 2, "--steps", 2, "--update", "--device", "cpu"]
-    table = tmp_path / "new" / "rows.csv"
-    result = json.loads(run("scripts/bench_classifier.py", *flags, "--json", "--csv", table))
-    assert {"classes", "batch", "world_size", "gemm_floor_s", "weight_mib", "impl"} <= result.keys()
-    assert (result["classes"], result["batch"], result["world_size"]) == (1001, 8, 2)
-    assert result["weight_mib"] == pytest.approx(501 * 512 * 4 / MIB)
-    assert result["gemm_floor_s"] > 0 and result["checked_classes"] == 1001
-    assert list(result["impl"]) == ["fused", "torchshard"]
-    for figures in result["impl"].values():
-        assert 0 < figures["p20_s"] <= figures["p50_s"] <= figures["p80_s"]
-        assert 0 <= figures["extra_mib"] < 200
-    rows = list(csv.DictReader(table.open()))
+    table = tmp_path / "rows.csv"
+    printed = run("scripts/bench_classifier.py", *flags, "--csv", table)
+    rows = read_rows(table)
     assert [row["impl"] for row in rows] == ["fused", "torchshard"]
-    assert float(rows[0]["over_floor"]) == pytest.approx(result["impl"]["fused"]["p50_s"] / result["gemm_floor_s"])
+    for row in rows:
+        assert (row["classes"], row["batch"], row["world_size"], row["update"]) == ("1001", "8", "2", "True")
+        assert 0 < float(row["p20_s"]) <= float(row["p50_s"]) <= float(row["p80_s"]) and float(row["gemm_floor_s"]) > 0
+        assert 0 <= float(row["extra_mib"]) < 200
+        assert float(row["over_floor"]) == pytest.approx(float(row["p50_s"]) / float(row["gemm_floor_s"]))
+        assert row["impl"] in printed
     assert float(rows[1]["speedup_to_torchshard"]) == 1
 
 
@@ -47,15 +46,19 @@ def test_classifier_command(tmp_path):
 def test_step_command(tmp_path):
     """`test_both_ways_of_training_take_turns` covers the measuring itself with a tiny backbone."""
     flags = ["-a", "mobilefacenet", "--classes", 20, "--batch", 2, "--steps", 1, "--block", 1, "--device", "cpu"]
-    table = tmp_path / "rows.csv"
-    result = json.loads(run("scripts/bench_step.py", *flags, "--json", "--csv", table))
-    assert {"arch", "classes", "batch", "world_size", "precision", "impl"} <= result.keys()
-    assert list(result["impl"]) == ["ours", "published"]
-    for figures in result["impl"].values():
-        assert 0 < figures["p20_images_s"] <= figures["p50_images_s"] <= figures["p80_images_s"]
-        assert 50 < figures["peak_mib"] < 2000  # two images' activations are 70 MiB
-        assert 0 < figures["first_loss"] < 100
-    assert [row["impl"] for row in csv.DictReader(table.open())] == ["ours", "published"]
+    run("scripts/bench_step.py", *flags, "--csv", tmp_path / "rows.csv")
+    for row in check_step_rows(tmp_path / "rows.csv"):
+        assert 50 < float(row["peak_mib"])  # two images' activations are 70 MiB
+
+
+def check_step_rows(path) -> list[dict[str, str]]:
+    rows = read_rows(path)
+    assert [row["impl"] for row in rows] == ["ours", "published"]
+    for row in rows:
+        assert 0 < float(row["p20_images_s"]) <= float(row["p50_images_s"]) <= float(row["p80_images_s"])
+        assert 0 <= float(row["peak_mib"]) < 2000 and 0 < float(row["first_loss"]) < 100
+    assert float(rows[1]["speedup_to_published"]) == 1
+    return rows
 
 
 @pytest.mark.parametrize("script", [bench_classifier, bench_step])
@@ -71,9 +74,7 @@ def test_a_wrong_implementation_is_one_line(monkeypatch, capsys, script):
 @pytest.mark.parametrize("flags, words", [
     ("--classes 1 --batch 4", "--classes 1"),
     ("--classes 9 --batch 5 --world-size 2", "--batch 5: must divide"),
-    ("--classes 4 --batch 3 --world-size 3", "--classes 4: leaves"),
     ("--classes 9 --batch 4 --operands bf16", "--operands bf16"),
-    ("--classes 9 --batch 4 --impl fused,fused", "twice"),
 ])
 def test_classifier_options(flags, words):
     with pytest.raises(UserError, match=words):
@@ -81,8 +82,8 @@ def test_classifier_options(flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--classes 9 --batch 2 --world-size 2", "two images"),
-    ("--classes 9 --batch 4 --fuse-classifier-update --precision fp16", "no such mode"),
+    ("--classes 9 --batch 2 --world-size 2", "--batch 2: .*needs two"),
+    ("--classes 9 --batch 4 --fuse-classifier-update --precision fp16", "--fuse-classifier-update with fp16"),
     ("--classes 9 --batch 4 --fuse-classifier-update --classifier torchshard", "--fuse-classifier-update with"),
     ("--classes 9 --batch 4 -a resnet", "resnet"),
 ])
@@ -92,21 +93,20 @@ def test_step_options(flags, words):
 
 
 def test_step_flags_reach_the_trainer():
-    _, training = bench_step.parse_options(
-        "--classes 9 --batch 4 --world-size 2 --precision bf16 --channels-last --fuse-classifier-update --device cpu".split()
-    )
+    flags = "--classes 9 --batch 4 --world-size 2 --precision bf16 --channels-last --fuse-classifier-update --device cpu"
+    _, training = bench_step.parse_options(flags.split())
     assert training.enable_amp_mode and training.amp_dtype == "bf16" and training.nproc_per_node == 2
     assert training.channels_last and training.fuse_classifier_update and not training.compile
 
 
-def classifier_in_this_process(rank: int, world_size: int, flags: str, attribute: str, replacement: str) -> str:
-    """What bench_classifier's `measure` prints, or its error, with an attribute replaced by a function of this file."""
-    options = bench_classifier.parse_options([*flags.split(), "--device", "cpu", "--json"])
+def classifier_in_this_process(rank: int, world_size: int, table: str, replaced: str, replacement: str) -> str:
+    """What bench_classifier's `run` prints, or its error, with a function replaced by one of this file."""
+    flags = f"--classes 300 --batch 4 --steps 1 --device cpu --csv {table}"
+    options = bench_classifier.parse_options(flags.split())
     printed = io.StringIO()
-    replaced = mock.patch.object(bench_classifier, attribute, globals()[replacement])
-    with replaced, contextlib.redirect_stdout(printed):
+    with mock.patch(replaced, globals()[replacement]), contextlib.redirect_stdout(printed):
         try:
-            bench_classifier.measure(DistContext(rank, world_size, world_size, CPU), options)
+            bench_classifier.run(DistContext(rank, world_size, world_size, CPU), options)
         except UserError as error:
             return f"error: {error}"
     return printed.getvalue()
@@ -118,99 +118,71 @@ def slightly_wrong(embedding, target, centers, margin, **settings):
     return loss + 1e-3 * (embedding - embedding.detach()).sum(), num_closer
 
 
-def never_fits(name, *others):
-    return name == "torchshard"
+def nothing_is_free() -> int:
+    return 0
 
 
-def test_nothing_is_measured_where_the_results_differ(pools):
-    (message,) = pools(1).run(
-        classifier_in_this_process, "--classes 300 --batch 4 --steps 1", "margin_softmax", slightly_wrong.__name__
-    )
+def test_nothing_is_measured_where_the_results_differ(pools, tmp_path):
+    (message,) = pools(1).run(classifier_in_this_process, str(tmp_path / "rows.csv"),
+                              "scripts.bench_classifier.margin_softmax", slightly_wrong.__name__)
     assert message.startswith("error: --impl fused: its gradient of the embeddings differs from torchshard's by ")
+    assert not (tmp_path / "rows.csv").exists()
 
 
-def test_what_does_not_fit_is_reported_and_the_others_are_measured(pools):
-    (printed,) = pools(1).run(
-        classifier_in_this_process, "--classes 300 --batch 4 --steps 1", "will_not_fit", never_fits.__name__
-    )
-    impl = json.loads(printed)["impl"]
-    assert impl["torchshard"]["error"] == "out of memory" and impl["torchshard"]["p50_s"] is None
-    assert impl["fused"]["p50_s"] > 0
+def test_what_does_not_fit_is_reported_and_the_others_are_measured(pools, tmp_path):
+    (printed,) = pools(1).run(classifier_in_this_process, str(tmp_path / "rows.csv"),
+                              "scripts.measure.free_host_bytes", nothing_is_free.__name__)
+    assert printed.startswith("torchshard: out of memory\n")
+    (row,) = read_rows(tmp_path / "rows.csv")
+    assert row["impl"] == "fused" and float(row["p50_s"]) > 0 and row["speedup_to_torchshard"] == ""
 
 
-def step_in_this_process(rank: int, world_size: int, table: str) -> str:
-    """What bench_step's `measure` prints, with a tiny backbone."""
+def step_in_this_process(rank: int, world_size: int, table: str, wrong: float) -> None:
+    """bench_step's `run` with a tiny backbone; `wrong` is added to the scale of the published way."""
     options, training = bench_step.parse_options([
         "--classes", "30", "--batch", "8", "--world-size", str(world_size), "--steps", "2", "--block", "1",
-        "--device", "cpu", "--json", "--csv", table])
-    tiny = mock.Mock(side_effect=lambda arch, embedding_size: TinyBackbone(batch_norm=True))
-    printed = io.StringIO()
-    with (
-        mock.patch.object(bench_step, "build_backbone", tiny), contextlib.redirect_stdout(printed),
-        mock.patch.object(build, "build_backbone", tiny),
-    ):
-        bench_step.measure(DistContext(rank, world_size, world_size, CPU), options, training)
-    return printed.getvalue()
-
-
-def test_both_ways_of_training_take_turns(pools, tmp_path):
-    result = json.loads(pools(2).run(step_in_this_process, str(tmp_path / "rows.csv"))[0])
-    assert {"arch", "classes", "batch", "world_size", "precision", "impl"} <= result.keys()
-    assert list(result["impl"]) == ["ours", "published"]
-    for figures in result["impl"].values():
-        assert 0 < figures["p20_images_s"] <= figures["p50_images_s"] <= figures["p80_images_s"]
-        assert 0 <= figures["peak_mib"] < 2000 and 0 < figures["first_loss"] < 100
-    with (tmp_path / "rows.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["impl"], row["classes"]) for row in rows] == [("ours", "30"), ("published", "30")]
-    assert float(rows[1]["speedup_to_published"]) == 1
-
-
-def first_losses(rank: int, world_size: int) -> tuple[float, float]:
-    """(ours, published) on the same images, without the mirroring that only ours does."""
-    flags = ["--classes", "30", "--batch", "8", "--world-size", str(world_size), "--device", "cpu"]
-    options, training = bench_step.parse_options(flags)
-    training = dataclasses.replace(training, augment="none")
-    context = DistContext(rank, world_size, world_size, CPU)
-    images, labels = bench_step.draw_batch(context, options)
-    losses = []
+        "--device", "cpu", "--csv", table])
     tiny = mock.Mock(side_effect=lambda arch, embedding_size: TinyBackbone(batch_norm=True))
     with (
-        mock.patch.object(bench_step, "build_backbone", tiny),
-        mock.patch.object(build, "build_backbone", tiny),
+        mock.patch.object(bench_step, "build_backbone", tiny), mock.patch("utils.build.build_backbone", tiny),
+        mock.patch.object(bench_step, "SCALE", 64.0 + wrong),
     ):
-        for way in (bench_step.OurTraining(context, training, images, labels),
-                    bench_step.PublishedTraining(context, options, images, labels)):
-            way.run(1)
-            losses.append(way.first_loss())
-            way.run(2)
-    return tuple(losses)
+        bench_step.run(DistContext(rank, world_size, world_size, CPU), options, training)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_both_ways_of_training_start_from_the_same_loss(pools, world_size):
-    for ours, published in pools(world_size).run(first_losses):
-        assert ours == pytest.approx(published, rel=1e-4)
+def test_both_ways_of_training_take_turns(pools, tmp_path, world_size):
+    pools(world_size).run(step_in_this_process, str(tmp_path / "rows.csv"), 0.0)
+    rows = check_step_rows(tmp_path / "rows.csv")
+    assert rows[0]["classes"] == "30" and rows[0]["world_size"] == str(world_size)
+    ours, published = (float(row["first_loss"]) for row in rows)
+    assert ours == pytest.approx(published, rel=1e-4)
+
+
+def test_steps_are_not_timed_where_the_first_losses_differ(pools, tmp_path):
+    with pytest.raises(Exception, match="first losses differ"):
+        pools(1).run(step_in_this_process, str(tmp_path / "rows.csv"), 10.0)
+    assert not (tmp_path / "rows.csv").exists()
 
 
 def test_peak_memory_counts_what_was_freed_again():
-    memory = PeakMemory(CPU)
+    held = measure.restart_peak(CPU)
     torch.ones(64 * MIB // 4).sum()
-    assert 60 < memory.bytes() / MIB < 80
-    memory.restart()
-    assert memory.bytes() / MIB < 20
+    assert 60 < measure.peak_mib(CPU, held) < 80
+    measure.restart_peak(CPU)
+    assert measure.peak_mib(CPU, held) < 20
 
 
-def test_percentiles():
-    assert percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == [2.0, 3.5, 5.0]
+def test_spread():
+    assert measure.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0], "_s") == {"p20_s": 2.0, "p50_s": 3.5, "p80_s": 5.0}
 
 
 def test_a_file_of_other_columns_is_left_alone(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n1,2\n")
-    check_csv(str(path), ("a", "b"))
+    measure.check_csv(str(path), ("a", "b"))
     with pytest.raises(UserError, match="other columns"):
-        check_csv(str(path), ("a", "c"))
+        measure.check_csv(str(path), ("a", "c"))
     assert path.read_text() == "a,b\n1,2\n"
 
 
@@ -219,31 +191,29 @@ def test_data_command_in_this_process(faces, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_data, "in_a_fresh_process", lambda work, *args: work(*args))
     monkeypatch.setattr(bench_data.time, "sleep", lambda seconds: None)
     table = tmp_path / "rows.csv"
-    flags = [faces / "train", "--workers", "0,1", "--batch", 8, "--rounds", 2, "--batches", 2, "--files", 60, "--directories", 7]
-    monkeypatch.setattr(sys, "argv", ["bench_data.py", *map(str, flags), "--json", "--csv", str(table)])
+    flags = [faces / "train", "--workers", "0,1", "--batch", 8, "--rounds", 2, "--batches", 2, "--files", 60]
+    monkeypatch.setattr(sys, "argv", ["bench_data.py", *map(str, flags), "--directories", "7", "--csv", str(table)])
     threads = torch.get_num_threads()
     try:
         bench_data.main()
     finally:
         torch.set_num_threads(threads)
-    rows = json.loads(capsys.readouterr().out)
+    rows = read_rows(table)
     loaders = [(row["impl"], row["workers"]) for row in rows if row["measure"] == "loader"]
-    assert loaders == [("ours", 0), ("published", 0), ("ours", 1), ("published", 1)]
+    assert loaders == [("ours", "0"), ("published", "0"), ("ours", "1"), ("published", "1")]
     assert [row["impl"] for row in rows[4:]] == [*AUGMENTS, "published", "first, scans", "later, by the index"]
     for row in rows:
-        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
-    assert rows[0]["over_published"] == pytest.approx(rows[0]["p50"] / rows[1]["p50"])
-    assert rows[2]["worker_private_mib"] > 0.1 and rows[-1]["files"] == 60 and rows[-1]["directories"] == 7
-    assert [row["impl"] for row in csv.DictReader(table.open())] == [row["impl"] for row in rows]
-    assert bench_data.as_text(rows).count("\n") == 2 + len(rows)
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+    assert float(rows[0]["over_published"]) == pytest.approx(float(rows[0]["p50"]) / float(rows[1]["p50"]))
+    assert (rows[-1]["files"], rows[-1]["directories"]) == ("60", "7") and float(rows[-1]["process_mib"]) >= 0
+    assert capsys.readouterr().out.count("\n") == 3 + len(rows)  # machine, empty line, head
 
 
 @pytest.mark.parametrize("flags, words", [
     ("", "nothing to measure"),
     ("--files 5 --directories 6", "--files 5: fewer"),
-    ("images --workers 1,x", "--workers 1,x"),
-    ("images --workers=-1", "--workers -1: give at least 0"),
-    ("--files 10 --directories 2 --temporary /nowhere", "--temporary /nowhere"),
+    ("images --workers 1,x", "1,x.*numbers"),
+    ("images --workers=-1", "--workers -1: give a number of at least 0"),
 ])
 def test_data_options(flags, words):
     with pytest.raises(UserError, match=words):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from scripts import bench_verification
-from utils.errors import UserError
 
 
 def test_rows_and_agreement(
@@ -27,7 +26,4 @@ def test_rows_and_agreement(
         rows = list(csv.DictReader(file))
     assert [row["what"] for row in rows] == ["arithmetic", "arithmetic, threshold by threshold", "open the set"]
     assert all(0 < float(row["p20_s"]) <= float(row["p80_s"]) and row["pairs"] == "200" for row in rows)
-    assert "200 pairs, embedding 16, 400 images of 50 bytes" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["bench", "--pairs", "50"])
-    with pytest.raises(UserError, match="--pairs 50: .*20"):
-        bench_verification.main()
+    assert "pairs 200, embedding_size 16, image_bytes 50" in capsys.readouterr().out

@@ -80,9 +80,11 @@ class Flag:
         """Raise UserError if the value is outside the range or is none of the choices. None is always valid."""
         if value is None:
             return
-        if self.choices is not None and value not in self.choices:
-            raise UserError(f"{self.describe(value)}: choose one of {', '.join(self.choices)}")
-        if self.type in (int, float) and not all(map(self._in_range, value if self.is_list else (value,))):
+        values = value if self.is_list else (value,)
+        if self.choices is not None and not set(values) <= set(self.choices):
+            raise UserError(f"{self.describe(value)}: choose {'from' if self.is_list else 'one of'} "
+                            f"{', '.join(self.choices)}")
+        if self.type in (int, float) and not all(map(self._in_range, values)):
             raise UserError(f"{self.describe(value)}: give a {self._range()}")
 
     def _in_range(self, number: float) -> bool:
@@ -213,5 +215,5 @@ def parse_list(kind: type, text: str) -> tuple[Any, ...]:
             raise ValueError
         return tuple(map(kind, parts))
     except ValueError:
-        what = "numbers such as 10,16,21" if kind is float else "files such as lfw.bin,cfp_fp.bin"
+        what = "numbers such as 10,16,21" if kind is not str else "files such as lfw.bin,cfp_fp.bin"
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of {what}") from None
