@@ -5,12 +5,11 @@
 
 A step is the classifier's part of a training step, on random embeddings: gather the rows of all ranks, forward,
 backward, reduce-scatter the rows' gradient and, with --update, step the class centers. The implementations must agree
-with torchshard's form before they are timed. They take turns on the same inputs in the same processes.
+before they are timed, and take turns on the same inputs in the same processes.
 
 GEMM floor: the 6 * N * C_r * d floating-point operations of the three matrix products, at this machine's rate for the
 shapes of a walk in chunks, (K, d)(d, N), (N, K)(K, d) and (K, N)(N, d), measured in turns with the implementations.
-Extra memory: the peak of a step beyond what a process holds between steps (centers, momentum), without the gradient of
-the centers.
+Extra memory: the peak of a step beyond what a process holds between steps: centers, their gradient, momentum.
 
 Shapes: N rows (the global batch), n = N / W of each rank, C classes, C_r on this rank, d the embedding size.
 """
@@ -54,8 +53,6 @@ CHECKED_CLASSES, CHECKED_LOGITS = 100_000, 2**27
 # Allowed relative differences, by norm: loss, gradient of the embeddings, gradient of the centers.
 TOLERANCES = {"float32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 2e-2, 2e-2), "fp16": (1e-3, 2e-2, 2e-2)}
 
-LOGIT_BYTES = 10 * 4  # torchshard's form holds about ten float32 tensors (N, C_r)
-
 # The GEMM measurement walks over this many classes: 256 MiB of centers, and as much of their gradient, leave the caches
 # as cold as the walk over a large shard does.
 GEMM_CLASSES = 131_072
@@ -72,7 +69,8 @@ CSV_COLUMNS = (
 class Options(measure.StepFlags):
     """The command line."""
 
-    impl: tuple[str, ...] = measure.impl_flag("fused", "torchshard")
+    impl: tuple[str, ...] = flag("--impl", default=("fused", "torchshard"), choices=("fused", "torchshard"),
+                                 metavar="A,B", help="implementations that take turns")
     steps: int = flag("--steps", default=20, metavar="K", at_least=1, help="timed steps of each")
     update: bool = flag("--update", default=False, help="with the optimizer step of the centers: SGD with momentum")
     classifier_memory_mib: float | None = flag(
@@ -98,8 +96,8 @@ def run(context: DistContext, options: Options) -> None:
     works, extra_mib = {"floor": partial(measure.timed, gemm.run, device)}, {}
     for name in options.impl:
         step = ClassifierStep(name, inputs, options, group)
-        if measure.fits_in_memory(name, step.run, device, step.cpu_bytes):
-            held = measure.restart_peak(device) + step.gradient_mib
+        if measure.fits_in_memory(name, step.run, device, 0 if name == "fused" else options.logits_bytes):
+            held = measure.restart_peak(device)
             step.run()
             extra_mib[name] = measure.peak_mib(device, held)
             works[name] = partial(measure.timed, step.run, device)
@@ -132,45 +130,30 @@ class Inputs:
 
 
 class ClassifierStep:
-    """Collective. A training step of the sharded classifier by one of the implementations.
-
-    lr is 0 by default, so that all steps compute with the same centers; the arithmetic is that of any rate.
-    """
+    """Collective. A training step by one of the implementations. With lr 0 all steps compute with the same centers."""
 
     def __init__(self, name: str, inputs: Inputs, options: Options, group: dist.ProcessGroup, lr: float = 0.0) -> None:
         centers, loss = inputs.centers, margin_softmax_torchshard
-        optimizer = None
-        if options.update:
-            optimizer = RowSGD(centers, lr=lr, skip_nonfinite=False, momentum=0.9, weight_decay=5e-4)
-        self._step = None if optimizer is None else optimizer.step
-        has_gradient = name != "fused" or not options.update
-        self.gradient_mib = centers.nbytes / measure.MIB if has_gradient else 0.0
-        self.cpu_bytes = 0 if name == "fused" else (
-            LOGIT_BYTES * options.batch * inputs.shard.size + centers.nbytes * (1 + options.update))
+        optimizer = RowSGD(centers, lr=lr, skip_nonfinite=False, momentum=0.9, weight_decay=5e-4)
+        self._step = optimizer.step if options.update else None
         if name == "fused":
             memory_mib = options.classifier_memory_mib
             if memory_mib is None:
                 memory_mib = automatic_memory_mib(centers, options.world_size, options.update)
-            update, self._step = None if optimizer is None else optimizer.update_rows, None
-            loss = partial(margin_softmax, saved_probs_mib=memory_mib, update=update,
-                           matmul_dtype=OPERANDS[options.operands])
+            loss = partial(margin_softmax, saved_probs_mib=memory_mib, matmul_dtype=OPERANDS[options.operands],
+                           update=optimizer.update_rows if options.update else None)
+            self._step = None
         self._inputs = inputs
         self._classifier = MarginClassifier(centers, inputs.shard, ArcFace(), scale=64.0, group=group, loss=loss)
 
-    def compute(self) -> Tensor:
-        """Gather, forward, backward, update. Returns the loss and leaves the gradients in place."""
+    def run(self) -> Tensor:
+        """Free the last gradients; gather, forward, backward, update. Returns the loss."""
+        self._inputs.centers.grad = self._inputs.embedding.grad = None
         loss, _ = self._classifier(self._inputs.embedding, self._inputs.label)
         loss.backward()
         if self._step is not None:
             self._step()
         return loss.detach()
-
-    def run(self) -> None:
-        """`compute`, then free the gradients."""
-        try:
-            self.compute()
-        finally:
-            self._inputs.centers.grad = self._inputs.embedding.grad = None
 
 
 class GemmWalk:
@@ -215,31 +198,25 @@ class GemmWalk:
 
 
 def check_agreement(context: DistContext, options: Options, group: dist.ProcessGroup) -> None:
-    """Collective. Raise UserError if fused and torchshard's form differ in loss or gradients.
-
-    With --update the step of the centers stands for their gradient.
-    """
+    """Collective. Raise UserError if the implementations differ in loss, gradients or, with --update, steps."""
     classes = min(options.classes, CHECKED_CLASSES, CHECKED_LOGITS // options.batch)
-    fused, torchshard = (first_step(name, context, classes, options, group) for name in ("fused", "torchshard"))
+
+    def first_step(name: str) -> list[Tensor]:
+        inputs = Inputs(context, classes, options.batch)
+        before = inputs.centers.detach().clone()
+        loss = ClassifierStep(name, inputs, options, group, lr=1.0).run()
+        change = before - inputs.centers.detach() if options.update else inputs.centers.grad
+        assert inputs.embedding.grad is not None and change is not None
+        return [loss, inputs.embedding.grad, change]
+
     nouns = ("loss", "gradient of the embeddings", f"{'step' if options.update else 'gradient'} of the centers")
-    for noun, tolerance, ours, reference in zip(nouns, TOLERANCES[options.operands], fused, torchshard):
-        squares = [tensor.square().sum(dtype=torch.float64) for tensor in (ours - reference, reference)]
+    compared = zip(nouns, TOLERANCES[options.operands], first_step("fused"), first_step("torchshard"))
+    for noun, tolerance, fused, torchshard in compared:
+        squares = [tensor.square().sum(dtype=torch.float64) for tensor in (fused - torchshard, torchshard)]
         difference, norm = all_reduce_sum(torch.stack(squares), group).sqrt().tolist()
         if not difference <= tolerance * norm:
             raise UserError(f"--impl fused: its {noun} differs from torchshard's by {difference / norm:.1e}, more than "
                             f"{tolerance:.0e} ({classes} classes); nothing was measured")
-
-
-def first_step(
-    name: str, context: DistContext, classes: int, options: Options, group: dist.ProcessGroup
-) -> list[Tensor]:
-    """Collective. Of a first step: loss, gradient of the embeddings, gradient (with --update: step) of the centers."""
-    inputs = Inputs(context, classes, options.batch)
-    before = inputs.centers.detach().clone()
-    loss = ClassifierStep(name, inputs, options, group, lr=1.0).compute()
-    change = before - inputs.centers.detach() if options.update else inputs.centers.grad
-    assert inputs.embedding.grad is not None and change is not None
-    return [loss, inputs.embedding.grad, change]
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

@@ -5,9 +5,8 @@
     python3 scripts/bench_data.py --files 1000000
 
 DIR: the loaders take turns on the same batches of the same files. "ours" is data.loader as main.py uses it: uint8
-batches. "published" is torchvision's ImageFolder (Pillow, converted to RGB) with ToTensor, Normalize and PyTorch's
-default collation: float batches. A turn is timed after the batches that were read ahead have been used up.
-prepare_batch, which ours leaves to the device, is timed on one core.
+batches. "published" is torchvision's ImageFolder (Pillow) with ToTensor, Normalize and PyTorch's default collation:
+float batches. prepare_batch, which ours leaves to the device, is timed on one core.
 
 --files: creates a folder of that many empty files below $TMPDIR and opens it in fresh processes: by FaceFolder, at the
 first start, which scans and writes the index, and at later ones; and by ImageFolder. Memory is what opening adds to the
@@ -23,9 +22,10 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import PIL
@@ -45,6 +45,7 @@ from scripts import measure  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 
+Rows = list[dict[str, Any]]
 SEED = 0
 STARTS = 3  # of each kind
 CSV_COLUMNS = (
@@ -63,7 +64,7 @@ class Options:
     rounds: int = flag("--rounds", default=9, metavar="N", at_least=1, help="turns per loader")
     batches: int = flag("--batches", default=15, metavar="N", at_least=1, help="batches per turn")
     files: int | None = flag("--files", metavar="N", at_least=1, help="measure the start on this many empty files")
-    directories: int = flag("--directories", default=10_000, metavar="N", at_least=1, help="directories that hold them")
+    directories: int = flag("--directories", default=10_000, metavar="N", at_least=1, help="directories of the files")
     csv: str | None = flag("--csv", metavar="FILE", help="append the rows to this file")
 
 
@@ -71,48 +72,38 @@ def main() -> None:
     options = parse_options()
     measure.check_csv(options.csv, CSV_COLUMNS)
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     if options.data is not None:
         folder = FaceFolder(options.data)
+        sampler = GlobalBatchSampler(len(folder), options.batch, 1, 0, 1, SEED)
         for workers in options.workers:
-            rows += measure_loaders(folder, workers, options)
-        rows += measure_augmentation(folder, options)
+            rows += measure_loaders(folder, sampler, workers, options)
+        rows += measure_augmentation(folder, sampler, options)
     if options.files is not None:
         rows += measure_starts(options.files, options)
     common = {**measure.describe_machine(), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
     measure.report([{**common, **row} for row in rows], CSV_COLUMNS, "measure", options.csv)
 
 
-def measure_loaders(folder: FaceFolder, workers: int, options: Options) -> list[dict[str, Any]]:
+def measure_loaders(folder: FaceFolder, sampler: GlobalBatchSampler, workers: int, options: Options) -> Rows:
     """Rows of both loaders with this many workers each."""
     published = ImageFolder(folder.root, transform=Compose([ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)]))
     if [path for path, _ in published.samples] != [folder.path(i) for i in range(len(folder))]:
         raise UserError(f"{folder.root}: ImageFolder and FaceFolder find different images; give a folder of JPEGs")
     loaders: dict[str, DataLoader] = {
-        "ours": build_train_loader(folder, sampler(folder, options), workers=workers, pin_memory=False),
-        "published": DataLoader(
-            published, batch_sampler=sampler(folder, options), num_workers=workers, persistent_workers=workers > 0,
-            multiprocessing_context="fork" if workers else None,
-        ),
+        "ours": build_train_loader(folder, sampler, workers=workers, pin_memory=False),
+        "published": DataLoader(published, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
+                                multiprocessing_context="fork" if workers else None),
     }
-    turns = {name: partial(images_per_second, endless(loader), 2 * workers, options)
+    turns = {name: partial(images_per_second, chain.from_iterable(repeat(loader)), 2 * workers, options)
              for name, loader in loaders.items()}
     measure.alternate(turns, 1)  # the first turn starts the workers and reads files for the first time
     common = {"measure": "loader", "workers": workers, "batch": options.batch, "files": len(folder),
               "directories": len(folder.identities), "unit": "images/s"}
-    rows: list[dict[str, Any]] = [{**common, "impl": name, **measure.spread(rates)}
+    rows: Rows = [{**common, "impl": name, **measure.spread(rates)}
                                   for name, rates in measure.alternate(turns, options.rounds).items()]
     rows[0]["over_published"] = rows[0]["p50"] / rows[1]["p50"]
     return rows
-
-
-def sampler(folder: FaceFolder, options: Options) -> GlobalBatchSampler:
-    return GlobalBatchSampler(len(folder), options.batch, 1, 0, 1, SEED)
-
-
-def endless(loader: DataLoader) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def images_per_second(batches: Iterator[Any], ahead: int, options: Options) -> float:
@@ -126,9 +117,9 @@ def images_per_second(batches: Iterator[Any], ahead: int, options: Options) -> f
     return images / seconds
 
 
-def measure_augmentation(folder: FaceFolder, options: Options) -> list[dict[str, Any]]:
+def measure_augmentation(folder: FaceFolder, sampler: GlobalBatchSampler, options: Options) -> Rows:
     """Rows of prepare_batch with each --augment, in turns, on one thread."""
-    batch = next(iter(build_train_loader(folder, sampler(folder, options), workers=0, pin_memory=False)))
+    batch = next(iter(build_train_loader(folder, sampler, workers=0, pin_memory=False)))
     works = {augment: partial(measure.timed, partial(prepare_batch, batch.images, torch.float32, augment=augment,
                                                      seed=SEED, epoch=0, indices=batch.indices))
              for augment in AUGMENTS}
@@ -138,30 +129,30 @@ def measure_augmentation(folder: FaceFolder, options: Options) -> list[dict[str,
              **measure.spread([options.batch / value for value in values])} for augment, values in seconds.items()]
 
 
-def measure_starts(files: int, options: Options) -> list[dict[str, Any]]:
+def measure_starts(files: int, options: Options) -> Rows:
     """Rows of opening a folder of `files` empty files."""
+    directories = min(options.directories, files)
     with tempfile.TemporaryDirectory() as directory:
         root, index = os.path.join(directory, "images"), os.path.join(directory, "index")
-        make_empty_files(root, files, options.directories)
+        make_empty_files(root, files, directories)
         time.sleep(3)  # a directory that has just changed would not count as settled
 
         def scan() -> dict[str, float]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(index)
-            return in_a_fresh_process(open_folder, root, index)
+            return open_in_a_fresh_process(root, index)
 
-        in_a_fresh_process(open_folder, root, None)  # pays for what the system has not cached yet
+        open_in_a_fresh_process(root, None)  # pays for what the system has not cached yet
         starts = measure.alternate({
-            "published": lambda: in_a_fresh_process(open_folder, root, None),
+            "published": lambda: open_in_a_fresh_process(root, None),
             "first, scans": scan,
-            "later, by the index": lambda: in_a_fresh_process(open_folder, root, index),
+            "later, by the index": lambda: open_in_a_fresh_process(root, index),
         }, STARTS)
-    common = {"measure": "start", "files": files, "directories": options.directories, "unit": "s"}
-    rows: list[dict[str, Any]] = [
-        {**common, "impl": name, **measure.spread([result["seconds"] for result in results]),
-         **{column: max(result[column] for result in results) for column in ("worker_private_mib", "process_mib")}}
-        for name, results in starts.items()
-    ]
+    common = {"measure": "start", "files": files, "directories": directories, "unit": "s"}
+    rows: Rows = [{**common, "impl": name, **measure.spread([result["seconds"] for result in results]),
+                   "worker_private_mib": max(result["worker_private_mib"] for result in results),
+                   "process_mib": max(result["process_mib"] for result in results)}
+                  for name, results in starts.items()]
     for row in rows[1:]:
         row["over_published"] = rows[0]["p50"] / row["p50"]
     return rows
@@ -175,9 +166,9 @@ def make_empty_files(root: str, files: int, directories: int) -> None:
             os.close(os.open(f"{directory}/{k:08d}.jpg", os.O_CREAT | os.O_WRONLY))
 
 
-def in_a_fresh_process(work: Callable[..., dict[str, float]], *args: object) -> dict[str, float]:
+def open_in_a_fresh_process(root: str, index: str | None) -> dict[str, float]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, args)
+        return pool.apply(open_folder, (root, index))
 
 
 def open_folder(root: str, index: str | None) -> dict[str, float]:
@@ -210,8 +201,6 @@ def parse_options(argv: list[str] | None = None) -> Options:
                           "Images per second of the training loader; start-up time with and without an index.", argv)
     if options.data is None and options.files is None:
         raise UserError("nothing to measure: give a folder of images, --files N to time the start, or both")
-    if options.files is not None and options.files < options.directories:
-        raise UserError(f"--files {options.files}: fewer than the {options.directories} of --directories")
     return options
 
 

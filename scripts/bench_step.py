@@ -4,14 +4,13 @@
     python3 scripts/bench_step.py -a iresnet50 --classes 85744 --batch 128 --precision bf16 --channels-last
 
 ours: `build_training` and `main.train_one_epoch`, always with --enable-model-parallel.
-published: the step of that script (projects/arcface of torchshard 0.1), in `PublishedTraining`: float images in NCHW,
-fp16 autocast with a GradScaler or none, the margin on all logits, a one-hot matrix that selects the targets, the full
-softmax, top-5 over the full logits, and three values read from the device in every step. With several processes its
-full head would need all logits on every GPU, so it gets torchshard's parallel cross entropy instead.
+published: the step of that script (projects/arcface of torchshard 0.1): float images in NCHW, fp16 autocast with a
+GradScaler or none, the margin on all logits, a one-hot matrix that selects the targets, the full softmax, top-5 over
+the full logits, and three values read from the device in every step. With several processes its full head would need
+all logits on every GPU, so it gets torchshard's parallel cross entropy instead.
 
-Random images are on the device from the start, so reading them is not measured; neither mirrors them, which the
-published script does while it reads. Both start from the same weights, must find the same first loss, and take turns, a
-block of steps each. Peak memory is that of one process, after the first steps.
+Random images are on the device from the start. Neither way mirrors them: the published script does that while it reads.
+Both start from the same weights, must find the same first loss, and take turns, a block of steps each.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from utils.options import Options as TrainingOptions  # noqa: E402
 from utils.preflight import check_fused_update  # noqa: E402
 from utils.training.guard import StepGuard, StepLoss  # noqa: E402
 
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OWN_FLAGS = ("channels_last", "compile", "fuse_classifier_update", "classifier")  # of main.py, for ours alone
 SEED = 0
 SCALE = 64.0
@@ -79,7 +78,8 @@ class Options(measure.StepFlags):
     arch: str = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, default="iresnet50", help="backbone")
     precision: str = flag("--precision", choices=PRECISIONS, default="fp32",
                           help="of the backbone; published does bf16 on GPUs as fp16")
-    impl: tuple[str, ...] = measure.impl_flag("ours", "published")
+    impl: tuple[str, ...] = flag("--impl", default=("ours", "published"), choices=("ours", "published"),
+                                 metavar="A,B", help="implementations that take turns")
     steps: int = flag("--steps", default=40, metavar="K", at_least=1,
                       help="timed steps of each, rounded up to whole blocks")
     block: int = flag("--block", default=4, metavar="K", at_least=1, help="steps in a turn")
@@ -111,14 +111,13 @@ def run(context: DistContext, options: Options, training_options: TrainingOption
 
     for name in options.impl:
         held = measure.restart_peak(device)
-        cpu_bytes = head_bytes(options) if name == "published" else 0
-        if measure.fits_in_memory(name, partial(build, name), device, cpu_bytes):
+        if measure.fits_in_memory(name, partial(build, name), device, 0 if name == "ours" else options.logits_bytes):
             measure.restart_peak(device)
             ways[name].run(1)
             peak_mib[name] = measure.peak_mib(device, held)
     first_loss = {name: float(way.losses[0]) for name, way in ways.items()}
-    low, high = min(first_loss.values(), default=0.0), max(first_loss.values(), default=0.0)
-    if not high - low <= (0.01 if options.precision == "fp32" else 0.05) * high:
+    tolerance = 0.01 if options.precision == "fp32" else 0.05
+    if not np.allclose(list(first_loss.values()), max(first_loss.values(), default=0.0), rtol=tolerance):
         raise UserError(f"the first losses differ: {first_loss}; nothing was measured")
 
     blocks = -(-options.steps // options.block)
@@ -127,10 +126,8 @@ def run(context: DistContext, options: Options, training_options: TrainingOption
     if context.is_main:
         rates = {name: options.batch * options.block / np.array(values) for name, values in seconds.items()}
         median = {name: float(np.median(values)) for name, values in rates.items()}
-        definitions = flags_of(Options)
-        given = {name: getattr(options, name) for name in OWN_FLAGS}
-        flags = [definitions[name].describe(value) for name, value in given.items()
-                 if value != definitions[name].default]
+        flags = [definition.describe(getattr(options, name)) for name, definition in flags_of(Options).items()
+                 if name in OWN_FLAGS and getattr(options, name) != definition.default]
         common = {**asdict(options), **measure.describe_machine(device), "flags": " ".join(flags)}
         measure.report([
             {**common, "impl": name, **measure.spread(rates[name], "_images_s"), "peak_mib": peak_mib[name],
@@ -144,9 +141,7 @@ class OurTraining:
     """Collective. The model, optimizers and loop of main.py, repeatedly on one batch."""
 
     def __init__(self, context: DistContext, options: TrainingOptions, images: Tensor, labels: Tensor) -> None:
-        state, model = build_training(
-            context, options, SEED, num_images=options.batch_size, global_batch=options.batch_size
-        )
+        state, model = build_training(context, options, SEED, options.batch_size, options.batch_size)
         indices = torch.arange(len(images)) + context.rank * len(images)
         self._batch = TrainBatch(images, labels, indices, skipped=0)
         self.losses: list[Tensor] = []
@@ -206,19 +201,16 @@ class PublishedTraining:
         torch.manual_seed(SEED)
         backbone = build_backbone(options.arch, EMBEDDING_SIZE)
         shard = ClassShard(options.classes, context.rank, context.world_size)
-        several = context.world_size > 1
-        model: nn.Module = (ParallelModel if several else FullModel)(backbone, shard)
-        model = model.to(device).train()
-        if several:
-            let_ddp_ignore_shards(model)
-            model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        self._model = model
+        self._model: nn.Module = (ParallelModel if context.world_size > 1 else FullModel)(backbone, shard)
+        self._model.to(device).train()
+        if context.world_size > 1:
+            let_ddp_ignore_shards(self._model)
+            self._model = DistributedDataParallel(self._model, device_ids=[device] if device.type == "cuda" else None)
+        low_precision = options.precision != "fp32"
         # Its mixed precision is fp16 on GPUs. It has none on the CPU, so it gets ours there.
-        dtype = PRECISIONS[options.precision]
-        if dtype is not None and device.type == "cuda":
-            dtype = torch.float16
-        self._autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-        self._optimizer = SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+        dtype = torch.float16 if low_precision and device.type == "cuda" else PRECISIONS[options.precision]
+        self._autocast = torch.autocast(device.type, dtype, enabled=low_precision)
+        self._optimizer = SGD(self._model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._images, self._labels = images.float().div_(255), labels
         self.losses: list[float] = []
@@ -250,11 +242,6 @@ def warm_up_libraries(arch: str, device: torch.device) -> None:
     backbone = build_backbone(arch, EMBEDDING_SIZE).to(device).train()
     backbone(torch.zeros(2, 3, 112, 112, device=device)).sum().backward()
     SGD(backbone.parameters(), lr=0.0).step()
-
-
-def head_bytes(options: Options) -> int:
-    """Of a process, for the published head: ten float32 (N, C_r); centers, normalised copy, gradient, momentum."""
-    return 4 * ClassShard(options.classes, 0, options.world_size).size * (10 * options.batch + 4 * EMBEDDING_SIZE)
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptions]:

@@ -14,7 +14,6 @@ import pickle
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -62,16 +61,15 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "set.bin")
-        images = [rng.bytes(options.image_bytes) for _ in range(2 * options.pairs)]
         with open(path, "wb") as file:
+            images = [rng.bytes(options.image_bytes) for _ in range(2 * options.pairs)]
             pickle.dump((images, is_same.tolist()), file, protocol=pickle.HIGHEST_PROTOCOL)
-        works = {
-            "arithmetic": lambda: evaluate(first, second, is_same),
-            "arithmetic, threshold by threshold": lambda: threshold_by_threshold(first, second, is_same),
-            "open the set": lambda: PairBin(path),
-        }
-        seconds = measure.alternate({what: partial(measure.timed, work) for what, work in works.items()},
-                                    options.repeat)
+        seconds = measure.alternate({
+            "arithmetic": lambda: measure.timed(lambda: evaluate(first, second, is_same)),
+            "arithmetic, threshold by threshold":
+                lambda: measure.timed(lambda: threshold_by_threshold(first, second, is_same)),
+            "open the set": lambda: measure.timed(lambda: PairBin(path)),
+        }, options.repeat)
     common = {**asdict(options), **measure.describe_machine()}
     measure.report([{**common, "what": what, **measure.spread(values, "_s")} for what, values in seconds.items()],
                    CSV_COLUMNS, "what", options.csv)

@@ -8,9 +8,9 @@ import datetime
 import gc
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from utils.files import require_writable
 from utils.flags import flag
 from utils.launch.plan import ProcessPlan, choose_device_type
 from utils.memory import free_host_bytes
+from utils.options import EMBEDDING_SIZE
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 CPU = torch.device("cpu")
 MIB = 2**20
 PERCENTILES = (20, 50, 80)
@@ -50,15 +49,15 @@ class StepFlags:
                            processes_per_node=self.world_size, device_type=device, gpu=None,
                            backend="nccl" if device == "cuda" else "gloo", host="127.0.0.1", port=0)
 
+    @property
+    def logits_bytes(self) -> int:
+        """A process's part of a step that holds all logits: about ten float32 (N, C / W) and four (C / W, d)."""
+        return 4 * -(-self.classes // self.world_size) * (10 * self.batch + 4 * EMBEDDING_SIZE)
 
-def impl_flag(*names: str) -> Any:
-    """The flag --impl A,B."""
-    return flag("--impl", default=names, choices=names, metavar="A,B", help="implementations that take turns")
 
-
-def alternate(works: Mapping[K, Callable[[], V]], turns: int) -> dict[K, list[V]]:
+def alternate(works: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any, list[Any]]:
     """What each function returned in `turns` calls. They take turns, so that a change of the machine hits all alike."""
-    results: dict[K, list[V]] = {name: [] for name in works}
+    results: dict[Any, list[Any]] = {name: [] for name in works}
     for _ in range(turns):
         for name, work in works.items():
             results[name].append(work())
@@ -69,10 +68,12 @@ def timed(work: Callable[[], object], device: torch.device = CPU) -> float:
     """Collective in a process group: all ranks start together. The seconds `work` takes on the slowest rank."""
     if dist.is_initialized():
         dist.barrier()
-    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     work()
-    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return of_worst_rank(time.perf_counter() - start, device)
 
 
@@ -89,16 +90,10 @@ def spread(values: Sequence[float] | np.ndarray, unit: str = "") -> dict[str, fl
     return {f"p{p}{unit}": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES))}
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def fits_in_memory(name: str, work: Callable[[], object], device: torch.device, cpu_bytes: int = 0) -> bool:
-    """Collective. Run `work`. If any rank's GPU runs out of memory, free what it held, say so and return False.
+    """Collective. Run `work`. If a GPU runs out of memory (all do, at the same place), say so and return False.
 
-    cpu_bytes: what `work` will allocate on the CPU, where the system would kill a process. If all ranks together lack
-    this much, `work` does not run. All ranks allocate nearly the same, so all run out at the same place.
+    cpu_bytes: what `work` will allocate in each process. A CPU without it does not run `work`: Linux would kill it.
     """
     lacks = device.type == "cpu" and cpu_bytes * dist.get_world_size() > free_host_bytes()
     if not (lacks := of_worst_rank(lacks, device) > 0):
@@ -145,9 +140,9 @@ def peak_mib(device: torch.device, held: float = 0.0) -> float:
     return of_worst_rank(peak - held, device)
 
 
-def process_mib(field: str, process: int | str = "self", file: str = "smaps_rollup") -> float:
-    """The sum of the lines of /proc/<process>/<file> that begin with `field`, such as Rss or Private_ (proc(5))."""
-    with open(f"/proc/{process}/{file}", encoding="utf-8") as lines:
+def process_mib(field: str, file: str = "smaps_rollup") -> float:
+    """The sum of the lines of /proc/self/<file> that begin with `field`, such as Rss or Private_ (proc(5))."""
+    with open(f"/proc/self/{file}", encoding="utf-8") as lines:
         return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
