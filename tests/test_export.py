@@ -82,7 +82,7 @@ def test_onnx_file(checkpoint, tmp_path, monkeypatch, capsys):
     with torch.no_grad():
         next(backbone.parameters()).mul_(1.5)
     monkeypatch.setattr(export, "export_onnx", lambda _, temporary: Path(temporary).write_bytes(written))
-    weights = Weights("", backbone, "mobilefacenet", 0, None, None)
+    weights = Weights(backbone, "mobilefacenet", 0, None, None)
     monkeypatch.setattr(export, "open_weights", lambda *_, **__: weights)
     with pytest.raises(UserError, match="onnxruntime's embeddings differ from PyTorch's"):
         export_to(checkpoint, "onnx", tmp_path / "wrong.onnx")

@@ -25,8 +25,9 @@ from utils.checkpoint.layout import METADATA_FILE, SHARDS_DIRECTORY, DamagedChec
 from utils.checkpoint.safe_load import first_words
 from utils.files import flush
 
-# Classes per block: 64 MiB at d = 512 in float32. Writers and readers hold one block beside the shard.
-BLOCK_CLASSES = 32768
+# Classes per block: 8 MiB at d = 512 in float32. Beside the shard, a writer holds one block; a reader holds a block's
+# bytes, its rows, and a copy of those that it needs. Older checkpoints have blocks of 32,768 classes.
+BLOCK_CLASSES = 4096
 
 
 class Block(NamedTuple):
