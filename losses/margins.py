@@ -135,6 +135,25 @@ class ArcFace(Margin):
         return f"ArcFace, margin {self.margin:g} ({'easy' if self.easy_margin else 'hard'})"
 
 
+@dataclass(eq=False, repr=False)
+class CosFace(Margin):
+    """phi = cosine - m.
+
+    Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, equation 4. m is 0.35 in the
+    paper and 0.4 in insightface's recipes.
+    """
+
+    margin: float = flag("--margin", default=0.35, at_least=0, at_most=1, metavar="M", section="loss",
+                         help="margin, subtracted from the target cosine")
+
+    def target(self, cosine: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+        return cosine - self.margin, torch.ones_like(cosine), None
+
+    def describe(self) -> str:
+        return f"CosFace, margin {self.margin:g}"
+
+
 MARGINS: dict[str, type[Margin]] = {
     "arcface": ArcFace,
+    "cosface": CosFace,
 }

@@ -21,9 +21,15 @@ from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
 from utils.dist.sharding import ClassShard, init_model_parallel
 from utils.flags import check_values, flags_of
 
+
+def true_cosface(cosine: torch.Tensor, norm: torch.Tensor | None = None, margin: float = 0.35) -> torch.Tensor:
+    return cosine - margin
+
+
 # name -> (phi(cosine, norm, **settings) by its definition, differentiable by autograd; settings to try)
 TRUTH = {
     "arcface": (true_arcface, [dict(margin=m, easy_margin=e) for m in (0.0, 0.1, 0.5, 1.2) for e in (True, False)]),
+    "cosface": (true_cosface, [dict(margin=m) for m in (0.0, 0.35, 0.8)]),
 }
 CASES = [(name, settings) for name, (_, tried) in TRUTH.items() for settings in tried]
 FORMS = {"fused": margin_softmax, "torchshard": margin_softmax_torchshard}
