@@ -27,6 +27,7 @@ def read_rows(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_classifier_command(tmp_path):
     flags = ["--classes", 1001, "--batch", 8, "--world-size", 2, "--steps", 2, "--update", "--device", "cpu"]
     table = tmp_path / "rows.csv"
@@ -122,6 +123,7 @@ def nothing_is_free() -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_where_the_results_differ(pools, tmp_path):
     (message,) = pools(1).run(classifier_in_this_process, str(tmp_path / "rows.csv"),
                               "scripts.bench_classifier.margin_softmax", slightly_wrong.__name__)
@@ -150,6 +152,7 @@ def step_in_this_process(rank: int, world_size: int, table: str, wrong: float) -
         bench_step.run(DistContext(rank, world_size, world_size, CPU), options, training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_both_ways_of_training_take_turns(pools, tmp_path, world_size):
     pools(world_size).run(step_in_this_process, str(tmp_path / "rows.csv"), 0.0)
@@ -186,6 +189,7 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
 
 
+@pytest.mark.slow
 def test_data_command_in_this_process(faces, tmp_path, monkeypatch, capsys):
     # Fresh processes would import torch and torchvision seven times.
     monkeypatch.setattr(bench_data, "open_in_a_fresh_process", bench_data.open_folder)

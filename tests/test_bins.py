@@ -326,6 +326,7 @@ def damaged(data: bytes, draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # Python's, of a damaged string
 @settings(FUZZ, max_examples=700)
 @given(st.data())

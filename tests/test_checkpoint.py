@@ -84,6 +84,7 @@ def saved_at(pools, faces, tmp_path_factory):
     return output_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 @pytest.mark.parametrize("before", [1, 2, 3, 4])
 def test_resume_at_another_world_size(pools, faces, tmp_path, uninterrupted, saved_at, before, after):
@@ -576,6 +577,7 @@ def test_manifest_errors_are_of_their_own_kind(sound, tmp_path):
 # Killed runs, eight processes: scripts/kill_test.sh does the first with main.py itself
 
 
+@pytest.mark.slow
 def test_killed_runs_and_eight_processes(faces, tmp_path):
     """SIGKILL to whole runs, most of them inside a save: at last the weights of the run that nobody killed, to the bit.
 

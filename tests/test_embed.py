@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.evaluation.embed import buffers_of_rank_0, embed_images
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning")  # torch's, where there are more workers than cores
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("batch_size, workers", [(8, 0), (1, 12), (7, 3), (64, 2)])
@@ -157,6 +158,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("faces"))
 
 
+@pytest.mark.slow
 def test_embed_script_writes_embeddings_and_paths(
     faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

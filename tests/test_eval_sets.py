@@ -146,6 +146,7 @@ def test_the_montage_shows_the_worst_pairs(tmp_path: Path) -> None:
     assert not (pixels == colours[0]).all(axis=2).sum() > 5000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("ARCFACE_REAL_FACES"), reason="ARCFACE_REAL_FACES names no folder of real faces")
 def test_pixels_of_real_faces() -> None:
     """1,000 pairs of LFW's first view. A separate literal program gave these accuracies; single-label folds give 0.38

@@ -74,6 +74,7 @@ def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {**contents["state_dict"], **momentum}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "mode"), [(1, "base"), (2, "base"), (3, "sharded, ZeRO")])
 def test_evaluation_changes_nothing(pools, faces, tmp_path, world_size, mode):
     """Losses and weights are the same to the bit, and it evaluates what the checkpoint of that step holds."""
@@ -103,6 +104,7 @@ def test_evaluation_changes_nothing(pools, faces, tmp_path, world_size, mode):
     assert lines[-1]["val"]["lfw"] == result.metrics
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_with_its_shards(pools, faces, tmp_path):
     flags = [str(faces), *RESUME, "--enable-model-parallel", "--val-pairs", str(faces / "lfw" / "pair.list"),
              "--output", str(tmp_path)]
@@ -137,6 +139,7 @@ def test_the_best_checkpoint_is_kept_with_its_shards(pools, faces, tmp_path):
     assert state(best) == (8, 0.5)
 
 
+@pytest.mark.slow
 def test_evaluation_without_checkpoints(pools, faces, tmp_path):
     """Two sets, one of them a .bin: their mean counts, and nothing is saved."""
     images = [open(path, "rb").read() for path in sorted((faces / "lfw/imgs").rglob("*.jpg"))[:8]]

@@ -43,6 +43,7 @@ def test_torchshard_file(checkpoint, torchshard_file):
     assert_same_backbone(torchshard_file, checkpoint)
 
 
+@pytest.mark.slow
 def test_insightface_and_safetensors_files(checkpoint, safetensors_file, tmp_path):
     path = export_to(checkpoint, "insightface", tmp_path / "backbone.pth")
     assert torch.load(path, weights_only=True).keys() == backbone_of(checkpoint).keys()
@@ -64,6 +65,7 @@ def assert_same_backbone(path: Path, expected: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.slow
 def test_onnx_file(checkpoint, tmp_path, monkeypatch, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = export_to(checkpoint, "onnx", tmp_path / "backbone.onnx")
@@ -95,6 +97,7 @@ def data_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.slow
 def test_no_process_holds_the_classifier(pools, tmp_path):
     """A process that may allocate 48 MiB exports a classifier of 117 MiB, and reads a third of it."""
     num_classes = 60_000
@@ -148,6 +151,7 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
 
 
+@pytest.mark.slow
 def test_export_as_a_program(checkpoint, tmp_path):
     output = run("scripts/export.py", "--resume", checkpoint, "--format", "torchshard",
                  "--output", tmp_path / "x.pth.tar")

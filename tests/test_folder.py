@@ -67,6 +67,7 @@ def test_the_loaders_decoder_with_other_formats_and_colours():
         assert torch.equal(decoded_into(data), decode_image(data, "face"))
 
 
+@pytest.mark.slow
 def test_the_loaders_decoder_on_damaged_data(capfd):
     """The same pixels or the same error as decode_image."""
     rng = np.random.default_rng(0)

@@ -123,6 +123,7 @@ def check_random_cases(rank: int, world_size: int, first_seed: int, count: int) 
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_random_shapes_equal_float64_truth(pools, world_size):
     assert pools(world_size).run(check_random_cases, 1000 * world_size, 60) == [60] * world_size

@@ -127,6 +127,7 @@ def start_and_train(rank: int, world_size: int, argv: list[str]) -> None:
         train(rank, world_size, argv)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_run(pools, faces, tmp_path):
     """Through main.py's own loop: the weights are those of the file, everything else is as at the start of a run."""
     flags = [str(faces), "-a", "mobilefacenet", "-b", "4", "--num-classes", "9", "--max-steps", "1", "-j", "0",

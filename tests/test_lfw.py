@@ -187,6 +187,7 @@ def test_equals_the_literal_protocol_with_ties_on_the_grid(seed: int) -> None:
     assert_equals_literal(first, second, is_same)
 
 
+@pytest.mark.slow
 def test_equals_the_literal_protocol_where_the_false_accept_rate_is_exactly_reached() -> None:
     """Each of two folds has 1,000 different pairs outside, so 1e-3 is one pair and a flat stretch of the curve."""
     rng = np.random.default_rng(5)

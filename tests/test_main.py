@@ -32,6 +32,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_single_node_commands_then_valid(faces, tmp_path, name):
     # bf16 without hardware for it is slow on a CPU
@@ -72,6 +73,7 @@ def processes(count: int) -> list[object]:
     return ["--multiprocessing-distributed", "--nproc-per-node", count, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
 
 
+@pytest.mark.slow
 def test_two_nodes_equal_one(faces, tmp_path):
     """The published two-node command, both nodes on this machine with two processes each, against four on one node."""
     common = [faces, "--enable-model-parallel", "--model-parallel-dim", 1, "-a", "mobilefacenet", "--num-classes", 11,
@@ -90,6 +92,7 @@ def test_two_nodes_equal_one(faces, tmp_path):
     assert (tmp_path / "two" / "checkpoint.pth.tar").exists()
 
 
+@pytest.mark.slow
 def test_torchrun(faces, tmp_path):
     arguments = [faces, *SHORT, "--enable-model-parallel", "--seed", 1, "--max-steps", 1, "-j", 0]
     run("main.py", *arguments, *processes(2), "--output", tmp_path / "spawn")
@@ -103,6 +106,7 @@ def test_torchrun(faces, tmp_path):
     assert output.count("torchrun decides the processes") == 1
 
 
+@pytest.mark.slow
 def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     run("main.py", faces, *SHORT, "--output", tmp_path)
@@ -134,6 +138,7 @@ def truncate_one_image(source: Path, target: Path) -> Path:
     return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_cannot_be_decoded_stops_all_ranks(faces, tmp_path, workers):
     image = truncate_one_image(faces, tmp_path / "faces")
@@ -156,6 +161,7 @@ def descendants(process: int) -> list[int]:
     return children + [one for child in children for one in descendants(child)]
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_saves_and_ends(faces, tmp_path):
     """As a batch system or Ctrl-C does it: parent, ranks and loading processes get it, the ranks twice."""
     process = start("main.py", faces, *SHORT, *processes(2), "--max-steps", 1000, "--epochs", 1000, "-p", 1, "-j", 2,
@@ -174,6 +180,7 @@ def test_a_signal_to_every_process_saves_and_ends(faces, tmp_path):
     assert contents["position"]["step"] == int(stopped[1]) == len(read_metrics(tmp_path)) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--plan"], ["--evaluate", "--resume", "x"]], ids=["train", "evaluate"])
 def test_ctrl_c_before_training_leaves_no_traceback(faces, flags):
     process = start("main.py", faces, *flags)
@@ -187,6 +194,7 @@ def test_ctrl_c_before_training_leaves_no_traceback(faces, flags):
     assert finish(process, status=-signal.SIGINT) == ""
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_what_was_killed(faces, tmp_path):
     """Elastic restart: a killed rank costs the steps since the checkpoint."""
     common = [faces, *SHORT, "--enable-model-parallel", "-j", 0, "-p", 1, "--epochs", 100, "--output", tmp_path]
@@ -203,6 +211,7 @@ def test_torchrun_starts_again_what_was_killed(faces, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("ARCFACE_REAL_FACES"), reason="ARCFACE_REAL_FACES names no folder of real faces")
 def test_real_faces(tmp_path):
     faces = Path(os.environ["ARCFACE_REAL_FACES"])

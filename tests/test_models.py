@@ -28,6 +28,7 @@ def test_archs():
     assert set(BACKBONES) == PARAMETERS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_names_shapes_and_counts(arch):
     model = build_backbone(arch)
@@ -62,6 +63,7 @@ def test_iresnet_initial_values():
             assert (module.weight == 0.25).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["iresnet50", "iresnet100"])  # iresnet18: test_published_iresnet_gives_its_embedding
 def test_iresnet_equals_plain_functions(arch):
     weights = random_weights(iresnet_entries(BLOCKS[arch]))
@@ -124,6 +126,7 @@ def test_mobilefacenet_initial_values():
             assert (module.project[1].weight == (0.2 if module.has_shortcut else 1.0)).all(), name
 
 
+@pytest.mark.slow
 def test_mobilefacenet_learns():
     """Four images, each its own class: a few steps lower the loss, and every trained parameter takes part."""
     torch.manual_seed(0)

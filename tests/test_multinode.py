@@ -162,6 +162,7 @@ def test_causes_have_an_order():
     assert (mistake.exit_status, bug.exit_status, Cause("stopped", "", 0, signal=15).exit_status) == (2, 1, 143)
 
 
+@pytest.mark.slow
 def test_a_parent_that_ends_is_named(meeting):
     links = meeting(3).meet()
     links[2].close()
@@ -179,6 +180,7 @@ def test_a_parent_that_ends_is_named_sooner_after_a_failure(meeting, monkeypatch
     assert (cause.kind, cause.node) == ("gone", 1) and "no sign of life for " in cause.message
 
 
+@pytest.mark.slow
 def test_a_cut_network_is_noticed_on_both_sides(meeting):
     both = meeting(2)
     first, second = both.meet(through_network=(1,))
@@ -198,6 +200,7 @@ def test_node_0_that_ends_is_named(meeting):
     assert cause.kind == "gone" and "node 0 (127.0.0.1) is gone: its process has ended" in cause.message
 
 
+@pytest.mark.slow
 def test_nodes_that_do_not_come_are_named(meeting, capsys, monkeypatch):
     monkeypatch.setattr(multinode, "WAITING_SECONDS", 0.3)
     four = meeting(4, timeout=2)
@@ -206,6 +209,7 @@ def test_nodes_that_do_not_come_are_named(meeting, capsys, monkeypatch):
     assert capsys.readouterr().out.count("waiting for nodes 1, 3 of 4, up to 2 s") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_node_0_that_does_not_come_is_named(host):
     port = free_port()
@@ -247,6 +251,7 @@ def test_a_latecomer_does_not_end_the_run(meeting):
     assert report_all(links, None, None) == [None, None]
 
 
+@pytest.mark.slow
 def test_a_node_may_start_again_while_the_others_wait(meeting):
     three = meeting(3)
     first, early = three.link(0), three.link(1)
@@ -357,6 +362,7 @@ MAIN = ("from utils.launch import multinode; multinode.SILENCE_SECONDS = 4; "
         "import main; main.exit_on_user_error(main.main)")
 
 
+@pytest.mark.slow
 def test_a_cut_network_ends_both_nodes_and_the_run_resumes(faces, tmp_path, network):
     common = ["--enable-model-parallel", "-a", "mobilefacenet", "--num-classes", "11", "-b", "4", "-j", "0", "-p", "1",
               "--nproc-per-node", "1", "--multiprocessing-distributed", "--world-size", "2", "--output", str(tmp_path)]

@@ -423,13 +423,14 @@ def test_pairs_are_packed_as_insightface_does(tmp_path, faces):
 def test_bad_pairs(tmp_path, faces):
     argv = ["bin", "--imgs-root", str(faces / "lfw" / "imgs"), "--pair-list", str(tmp_path / "pair.list")]
     (tmp_path / "pair.list").write_text("a b 2\n")
-    with pytest.raises(UserError, match="pair.list:1: the label must be 0 or 1"):
+    with pytest.raises(UserError, match="pair.list:1: .*'a b 2'"):
         pack.main([*argv, str(tmp_path / "lfw.bin")])
     with pytest.raises(UserError, match="there is no directory .*nowhere"):
         pack.main([*argv, str(tmp_path / "nowhere" / "lfw.bin")])
     assert os.listdir(tmp_path) == ["pair.list"]
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path, folder):
     assert "rec: 18 images of 4 identities" in run("scripts/pack.py", "rec", folder, tmp_path / "rec")
     assert sorted(os.listdir(tmp_path / "rec")) == PACKAGE
@@ -462,6 +463,7 @@ def train(rank: int, world_size: int, argv: list[str], packed: bool) -> None:
         main.train(DistContext(rank, world_size, world_size, torch.device("cpu")), options, dataset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["drawn", "real"])
 def test_training_from_a_package_equals_training_from_the_folder(pools, faces, tmp_path, source):
     """The same losses and weights to the bit, on two processes."""

@@ -86,6 +86,7 @@ def test_mistakes(tmp_path: Path, monkeypatch, command, arguments: tuple[str, ..
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     message = run("scripts/plot.py", "--output", "x.png", status=2, cwd=tmp_path)
     assert message.startswith("error:") and message.count("\n") == 1

@@ -80,6 +80,7 @@ def is_running(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_nodes_within_seconds(start_nodes):
     these = start_nodes(2, 1)
     os.kill(these[1].ranks()[1], signal.SIGKILL)
@@ -93,6 +94,7 @@ def test_a_killed_rank_ends_all_nodes_within_seconds(start_nodes):
         assert status == 1 and "Traceback" not in output and "saved" not in output
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_one_node(start_nodes):
     (node,) = start_nodes(1, 2)
     os.kill(node.ranks()[1], signal.SIGKILL)
@@ -104,6 +106,7 @@ def test_a_killed_rank_ends_the_one_node(start_nodes):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_its_parent_or_saves(start_nodes):
     (node,) = start_nodes(1, 1)
     node.process.kill()
@@ -111,6 +114,7 @@ def test_no_rank_outlives_its_parent_or_saves(start_nodes):
     assert "saved" not in "".join(node.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_parent_ends_its_ranks_and_the_other_nodes(start_nodes, killed):
     these = start_nodes(2, 1)
@@ -123,6 +127,7 @@ def test_a_killed_parent_ends_its_ranks_and_the_other_nodes(start_nodes, killed)
     assert "saved" not in "".join(these[killed].lines) + output
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_parent_stops_all_nodes_at_the_same_step(start_nodes):
     """A batch system may signal the ranks as well, and twice."""
     these = start_nodes(2, 1)
@@ -136,6 +141,7 @@ def test_a_signal_to_one_parent_stops_all_nodes_at_the_same_step(start_nodes):
     assert len({line[4] for line in saved}) == 1 and {line[6] for line in saved} == {"SIGUSR1"}
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_run_that_saves_nothing(start_nodes):
     (node,) = start_nodes(1, 1, "--no-save")
     os.kill(node.process.pid, signal.SIGTERM)
@@ -143,6 +149,7 @@ def test_a_signal_to_a_run_that_saves_nothing(start_nodes):
     assert status == 128 + signal.SIGTERM and "error" not in output, output
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_one_node_at_once(start_nodes):
     (node,) = start_nodes(1, 1, "--linger", 100)
     if "SIGINT is ignored" in "".join(node.lines):
@@ -159,6 +166,7 @@ def test_a_second_ctrl_c_ends_one_node_at_once(start_nodes):
     assert status == 130 and "stopped at once by a second Ctrl-C" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_signal_before_training_ends_it_at_once():
     node = Node("--prepare", 100)
     wait_for(lambda: any("prepares" in line for line in node.lines), seconds=120)
@@ -167,6 +175,7 @@ def test_a_signal_before_training_ends_it_at_once():
     assert status == 143 and "stopped by SIGTERM on node 0 before training" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_error_of_a_rank_is_shown_with_its_traceback():
     node = Node("--processes", 2, "--fail", "the reason")
     status, output = node.end()
@@ -195,6 +204,7 @@ launch(work, ProcessPlan(launcher="single", nodes=1, node_rank=0, processes_per_
 """
 
 
+@pytest.mark.slow
 def test_a_single_process_that_fails_does_not_wait_for_its_loaders(tmp_path):
     """Loading processes ignore SIGTERM, and Python's exit would wait for them."""
     script = tmp_path / "fails.py"

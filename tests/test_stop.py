@@ -59,6 +59,7 @@ def without_waiting(rank: int, world_size: int) -> float:
     return seconds
 
 
+@pytest.mark.slow
 def test_a_poll_does_not_wait_for_the_other_ranks(pools):
     assert pools(2).run(without_waiting)[1] < 1
 

@@ -38,6 +38,7 @@ def one_process_trace(pools, faces, tmp_path_factory) -> list[float]:
     return losses(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_loss_traces_agree(pools, faces, tmp_path, one_process_trace, mode, world_size):
@@ -54,6 +55,7 @@ RESUMED = {**MODES, "base, accumulation": ["--accumulation-steps", "2"],
                ["--enable-model-parallel", "--enable-zero-optim", "--accumulation-steps", "2"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "world_size"), [
     *((mode, 3) for mode in RESUMED if mode != "sharded, ZeRO, accumulation"),
     ("sharded", 1), ("base", 2), ("sharded", 2),
@@ -137,6 +139,7 @@ def test_random_numbers_depend_on_the_step_and_the_rank_alone(pools, faces, tmp_
     assert_same_training(parts, whole)
 
 
+@pytest.mark.slow
 def test_resume_at_another_world_size_and_mode(pools, faces, tmp_path):
     flags = [str(faces), *RESUME, "--sync-bn", "--precision", "float64"]
     whole = tmp_path / "whole"

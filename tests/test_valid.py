@@ -53,6 +53,7 @@ def script(cwd: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_published_command(faces: Path, tmp_path: Path) -> None:
     """Verbatim except for the paths. It imports neither torchshard nor the losses."""
     result = script(
@@ -96,6 +97,7 @@ def test_the_numbers_are_those_of_the_backbone(
     assert written["auc"] == pytest.approx(expected.auc, abs=0.02)
 
 
+@pytest.mark.slow
 def test_untrained_baseline(
     faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +131,7 @@ def test_json_replaces_the_old_file_whole_or_not_at_all(
     assert json.loads(output.read_text()) and os.listdir(tmp_path) == ["result.json"]
 
 
+@pytest.mark.slow
 def test_several_sets_pictures_and_processes(faces: Path, tmp_path: Path) -> None:
     """A list and a .bin of the same pairs, by two processes: the same numbers, headed by the sets' names."""
     pack(faces, tmp_path / "packed.bin")
@@ -149,6 +152,7 @@ def test_several_sets_pictures_and_processes(faces: Path, tmp_path: Path) -> Non
             assert picture.width > 800
 
 
+@pytest.mark.slow
 def test_a_bin_alone_gives_the_numbers_of_its_pairs(
     faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +233,7 @@ def test_pair_mistakes_are_found_before_the_checkpoint_is_read(
             "--resume", str(faces / "checkpoint.pth.tar"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--multiprocessing-distributed", "--nproc-per-node", "2"]], ids=["one", "two"])
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, flags: list[str]) -> None:
     bad = tmp_path
