@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a face recognition backbone with a margin softmax whose class centers are sharded over all processes.
+"""Train a face recognition backbone with a margin softmax whose class centers can be sharded over all processes.
 
 Reads from top to bottom: options -> checks -> launch -> train -> train_one_epoch -> the parts of a run.
 """
@@ -101,7 +101,7 @@ def train(
 ) -> int:
     """Collective: every rank runs this. Returns the exit status, 0 unless a signal stopped the run.
 
-    sets: what the backbone is evaluated on. lock: held, not used.
+    sets: what the backbone is evaluated on. lock: kept, so that the directory stays locked.
     """
     require_same_on_all_ranks(context, preflight.shared_facts(options, dataset, sets))
     checkpoint = find_checkpoint(resume_request(options), dataset.identities, context) if options.resume else None
@@ -140,9 +140,9 @@ def train(
             if position.step_in_epoch == steps_per_epoch:
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
             # After a signal there may be little time left, so write the checkpoint without an evaluation.
-            due = position.step == last_step or not stopped_by and (
-                options.val_freq is None or evaluator.is_due(position.step))
-            save(run, is_best=due and is_best_so_far(run))
+            due = position.step == last_step or (
+                not stopped_by and (options.val_freq is None or evaluator.is_due(position.step)))
+            save(run, is_best=due and evaluate_backbone(run))
     except NotFinite:  # raised on all ranks together; the save in progress is of an earlier, finite step
         writer.wait()
         raise
@@ -168,6 +168,7 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
     run.model.train()
     batches = iter(DeviceBatches(batches, run.context.device))
     for steps_left in reversed(range(steps)):
+        # Not position.step: the schedule counts epochs, whose number of steps changes with the training set.
         step_number = position.epoch * run.steps_per_epoch + position.step_in_epoch
         lr = learning_rate(step_number, run.steps_per_epoch, total_steps, options)
         state.optimizers.set_learning_rate(lr)
@@ -196,7 +197,7 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
         if stopped_by:
             break
         if steps_left:
-            is_best = run.evaluator is not None and run.evaluator.is_due(position.step) and is_best_so_far(run)
+            is_best = run.evaluator is not None and run.evaluator.is_due(position.step) and evaluate_backbone(run)
             if run.writer is not None and (is_best or run.writer.is_due(position.step)):
                 save(run, is_best=is_best)
     run.log.count_replaced(replaced_images)
@@ -211,8 +212,8 @@ def save(run: Run, *, is_best: bool) -> None:
     run.log.pause(run.writer.save(run.state, is_best=is_best))
 
 
-def is_best_so_far(run: Run) -> bool:
-    """Collective. Evaluate the backbone; log and keep the score. False without evaluation sets."""
+def evaluate_backbone(run: Run) -> bool:
+    """Collective. Evaluate the backbone; log and keep the score. Returns whether it is the best so far."""
     if run.evaluator is None or not run.evaluator.sets:
         return False
     run.guard.check(run.log.flush())

@@ -139,10 +139,16 @@ def read_cache(path: str, verify: bool = True) -> CachedArrays:
     text = content[_HEAD.size : _HEAD.size + length]
     if zlib.crc32(text) != checksum:
         raise ValueError("its header has a wrong checksum")
-    header = json.loads(text)
-    cache = CachedArrays(header["made_from"], {}, path)
+    try:
+        header = json.loads(text)
+        cache = CachedArrays(header["made_from"], {}, path)
+        described = [(name, dtype, shape, checksum) for name, (dtype, shape, checksum) in header["arrays"].items()]
+        if not described or not all(type(size) is int and size >= 0 for _, _, shape, _ in described for size in shape):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError("its header is damaged") from None
     position = _HEAD.size + length
-    for name, (dtype, shape, checksum) in header["arrays"].items():
+    for name, dtype, shape, checksum in described:
         array = np.frombuffer(content, dtype, math.prod(shape), position).reshape(shape)  # ValueError beyond the end
         if verify and zlib.crc32(array.data) != checksum:
             raise ValueError(f"its {name} have a wrong checksum")

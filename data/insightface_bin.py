@@ -113,6 +113,8 @@ class _Name(str):
     """Stands in for what a file names. Calling it notes the arguments."""
 
     def __call__(self, *arguments: Any) -> _Call:
+        if len(arguments) > 4:  # numpy needs no more; bytes as arguments would become a tuple of as many numbers
+            raise ValueError("not a call of numpy")
         return _Call(self, arguments)
 
 
@@ -140,7 +142,8 @@ class _Call:
         if code not in ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"):
             raise _Refused(f"holds an array of {ascii(code)[:60]}, not of bytes or integers")
         array = np.frombuffer(data, np.dtype(order.replace("|", "=") + code))
-        if array.size != math.prod(shape):
+        # The shape comes from the file too: a list in it would be repeated by the product.
+        if not all(type(size) is int for size in shape) or array.size != math.prod(shape):
             raise ValueError("an array whose data do not have its shape")
         return array
 

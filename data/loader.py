@@ -267,11 +267,11 @@ class _BatchReader(Dataset):
         try:
             with codec_messages(messages) if in_worker and self._decodes else contextlib.nullcontext():
                 read = [self._read(i, pixels) for pixels, i in zip(images.unbind(), samples)]
+            indices, labels = [index for index, _ in read], [label for _, label in read]
+            if messages:
+                self._report_damage(indices)
         except UserError as error:
             return str(error)
-        indices, labels = [index for index, _ in read], [label for _, label in read]
-        if messages:
-            self._report_damage(indices)
         skipped = sum(index != i for index, i in zip(indices, samples))
         return images if slot is None else slot, labels, indices, skipped
 

@@ -54,6 +54,13 @@ _SCANNED = np.dtype([("size", "u4"), ("label", "f4"), ("id", "u8"), ("empty", "?
 _CACHE_VERSION = 3
 
 
+def _is_sound(cache: CachedArrays) -> bool:
+    """Whether the arrays fit together, and every label is a class: copies of a .rec and its index keep their times."""
+    labels, num_classes = cache["labels"], int(cache["num_classes"][0])
+    lengths = {len(cache[name]) for name in ("offsets", "sizes", "labels", "keys")}
+    return 0 < num_classes <= MAX_CLASSES and len(lengths) == 1 and 0 <= labels.min() and labels.max() < num_classes
+
+
 class RecordIODataset(TrainingSet):
     """The images of a .rec file, or of the train.rec in a directory (or in its sub-directory train), sorted by key.
 
@@ -77,7 +84,8 @@ class RecordIODataset(TrainingSet):
         self.root = found
         self._open()
         paths = cache_paths(f"{found}.index", os.fspath(index))
-        self._cache = next(load_caches(paths, self._made_from(), progress), None) or self._scan_file(paths, progress)
+        cached = next(filter(_is_sound, load_caches(paths, self._made_from(), progress)), None)
+        self._cache = cached or self._scan_file(paths, progress)
         self.identities = _read_identities(_beside(found, ".identities.txt"), int(self._cache["num_classes"][0]))
 
     @staticmethod

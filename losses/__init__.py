@@ -1,1 +1,1 @@
-"""Losses: the ArcFace margin and the sharded margin softmax."""
+"""Margins on the target cosine, and the margin softmax over class centers that may be sharded."""

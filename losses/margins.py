@@ -1,4 +1,4 @@
-"""Margins on the target cosine: MARGINS, a class each, which `--loss` chooses from.
+"""Margins on the target cosine: one class per loss; `--loss` selects from MARGINS.
 
 A margin turns the cosine between an embedding and the center of its own class into phi; the loss's target logit is
 scale * phi. It computes phi's slopes itself: the fused loss needs no graph, and they stay finite where phi's are not.

@@ -138,7 +138,10 @@ def plot_metrics(path: str, output: str) -> None:
         plots.tidy(panel, label)
     figure.align_ylabels()
     figure.suptitle(f"Training: {len(rows):,} steps, loss {loss[0]:.2f} to {smoothed[-1]:.2f}")
-    figure.savefig(output, dpi=130)
+    try:
+        figure.savefig(output, dpi=130)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

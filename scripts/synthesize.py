@@ -137,9 +137,12 @@ def main() -> None:
         raise UserError(f"OUT {options.out}: holds a set with other settings; give another directory, or --force")
 
     started = time.perf_counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Drawn beside OUT and then renamed, so that OUT is complete or missing.
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Drawn beside OUT and then renamed, so that OUT is complete or missing.
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"OUT {out}: cannot be created ({error.strerror}); give another directory") from None
     try:
         partial.chmod(0o755)
         others = range(options.identities, options.identities + options.pair_identities)

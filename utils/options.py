@@ -219,7 +219,7 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
                "--val-pairs and --val-bin evaluate during training, and --evaluate does not train: give it --imgs-root "
                "and --pair-list, or use python3 valid.py, which reads .bin files too")
         yield o.plan, "--plan with --evaluate: there is nothing to plan; drop one of them"
-        yield o.resume in ("", AUTO), f"--evaluate with --resume {o.resume}: give the path of a checkpoint to evaluate"
+        yield o.resume in ("", AUTO), "--evaluate: name the checkpoint to evaluate with --resume PATH"
         yield (o.imgs_root is None or o.pair_list is None,
                "--evaluate: give the images and the pairs with --imgs-root and --pair-list")
         yield bool(o.init_from), f"--init-from {o.init_from} with --evaluate: give the model with --resume"
@@ -233,7 +233,8 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
         ("--model-parallel-dim", o.model_parallel_dim, "--enable-model-parallel", o.enable_model_parallel),
         ("--amp-dtype", o.amp_dtype, "--enable-amp-mode", o.enable_amp_mode),
     ):
-        yield setting is not None and not has_other, f"{name} {setting}: has no effect without {other}; add it"
+        yield (setting is not None and not has_other,
+               f"{name} {setting}: has no effect without {other}; add it, or drop {name}")
 
     # --resume auto is allowed: a job that is requeued starts from these weights once, and later from its own.
     yield (bool(o.init_from) and o.resume not in ("", AUTO),

@@ -14,6 +14,7 @@ from data.training_set import TrainingSet
 from losses.margins import MARGINS
 from models import build_backbone
 from utils.checkpoint.layout import BEST, LATEST
+from utils.checkpoint.reader import AUTO
 from utils.dist.sharding import ClassShard
 from utils.errors import UserError
 from utils.evaluation.protocol import EvalSet
@@ -91,6 +92,7 @@ def shared_facts(options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]
            if not definition.per_node},
         **{loss_flags()[field].name: value for field, value in options.loss_settings.items()},
         "--resume given": bool(options.resume),
+        "--resume auto": options.resume == AUTO,
         "--init-from given": bool(options.init_from),
         "number of images": len(dataset),
         "number of identities": len(dataset.identities),

@@ -37,7 +37,7 @@ def run_together(work: Callable[[], Any], device: torch.device, group: dist.Proc
     outcomes = all_gather_json([kind, message, result], device, group)
     for kind, message, _ in outcomes:
         if kind:
-            raise _KINDS[kind](message) from own
+            raise _KINDS.get(kind, UserError)(message) from own
     return [result for *_, result in outcomes]
 
 

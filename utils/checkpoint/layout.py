@@ -28,6 +28,7 @@ METADATA_FILE = f"{SHARDS_DIRECTORY}/.metadata"
 # step-00000010.1 is a second save of step 10, after the first was damaged or belonged to an older run.
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
 _UNFINISHED = ".part"
+_FILE_NAME = re.compile(rf"{re.escape(STATE_FILE)}|{SHARDS_DIRECTORY}/\.?\w[\w.]*")
 
 Files = dict[str, tuple[int, int]]  # {path relative to the step's directory: (bytes, CRC-32)}
 
@@ -133,8 +134,9 @@ def _saved_at(directory: str) -> float:
     try:
         with open(os.path.join(directory, MANIFEST_FILE), encoding="utf-8") as file:
             return float(json.load(file)["saved_at"])
-    except (OSError, KeyError, TypeError, ValueError):  # The manifest is damaged, which its reader reports.
-        return os.path.getmtime(directory)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        # The manifest is damaged, which its reader reports.
+        return os.path.getmtime(directory) if os.path.isdir(directory) else 0.0
 
 
 def step_directory(path: str, contents: dict) -> str:
@@ -159,11 +161,13 @@ def read_manifest(directory: str) -> Files:
     manifest = os.path.join(directory, MANIFEST_FILE)
     try:
         with open(manifest, encoding="utf-8") as file:
-            files = {name: (size, crc) for name, (size, crc) in json.load(file)["files"].items()}
+            files = {name: (int(size), int(crc)) for name, (size, crc) in json.load(file)["files"].items()}
+        if not all(map(_FILE_NAME.fullmatch, files)):  # a device or a pipe elsewhere could be read for ever
+            raise ValueError("names that no checkpoint has")
         sizes = {name: os.path.getsize(os.path.join(directory, name)) for name in files}
     except OSError as error:
         raise DamagedCheckpoint(f"{error.filename}: cannot be read: {error.strerror}") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         files = {}
     if not {STATE_FILE, METADATA_FILE} <= files.keys():
         raise DamagedCheckpoint(f"{manifest}: is damaged: not the manifest of a checkpoint")

@@ -78,7 +78,10 @@ def find_checkpoint(resume: Resume, identities: Sequence[str], context: DistCont
     Args:
         identities: names of the training set by label. A label must mean the same person as in the checkpoint.
     """
-    paths = all_gather_json(_candidates(resume) if context.is_main else [], context.device)[0]
+    paths = [resume.path]  # each node's own
+    if resume.path == AUTO:  # rank 0 chooses; nodes may see the shared directory at different paths
+        found = [os.path.relpath(path, resume.output) for path in _candidates(resume)] if context.is_main else []
+        paths = [os.path.join(resume.output, path) for path in all_gather_json(found, context.device)[0]]
     checkpoint = _newest_undamaged(
         resume, paths, lambda path: _read_and_verify(path, resume, context), rename=context.is_main)
     if checkpoint is not None:

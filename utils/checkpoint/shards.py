@@ -180,8 +180,10 @@ class _Inert:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Resolves torch.Size and the float dtypes. Every name that torch's own writer uses becomes `_Inert`."""
+class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python; not in the stubs
+    """The C unpickler allocates as much memory as a memo index in the file claims.
+
+    Resolves torch.Size and the float dtypes. Every name that torch's own writer uses becomes `_Inert`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in ("Size", "float16", "bfloat16", "float32", "float64"):

@@ -45,8 +45,8 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
 
     The file is a checkpoint of this program; a published backbone's bare state dict; torchshard's {"epoch", "arch",
     "state_dict", ...}, whose names start with "module." and whose classifier is "arcface_linear.weight"; or any of
-    these weights as FILE.safetensors. Names and shapes determine arch and embedding size. Counters that old versions of
-    torch did not write (num_batches_tracked) become 0.
+    these weights as FILE.safetensors. The file says its arch, or the names of the weights suggest it. Counters that old
+    versions of torch did not write (num_batches_tracked) become 0.
 
     arch: what the file must hold; None accepts any architecture.
 
@@ -59,37 +59,47 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     entries = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(entries, Mapping) or not entries or not all(isinstance(name, str) for name in entries):
         raise UserError(f"{path}: holds no state_dict; give a checkpoint, or the state dict of a published backbone")
-    backbone, found = _build(path, entries)
+    backbone, found = _build(path, content, entries)
     if arch not in (found, None):
         raise UserError(f"{path}: holds {found}, but --arch says {arch}; give {found}, or leave --arch out")
     is_checkpoint = "shards" in content and "position" in content
-    epoch = content["position"]["epoch"] if is_checkpoint else content.get("epoch")
+    position = content["position"] if is_checkpoint else content
+    epoch = position.get("epoch") if isinstance(position, Mapping) else None
     centers = None
     if with_centers and is_checkpoint:
-        shape = content["num_classes"], content["embedding_size"]
         try:
+            shape = content["num_classes"], content["embedding_size"]
             directory = step_directory(path, content)
             centers = open_shards(directory, ["centers"], shape, read_manifest(directory))["centers"]
-        except UserError as error:
+        except (UserError, KeyError) as error:
             raise UserError(f"{path}: its class centers are missing or damaged: {error}") from None
     elif with_centers:
         for name in filter(_CENTERS_ENTRY.fullmatch, entries):
             weight = entries[name]
-            if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != backbone.embedding_size:
+            if (not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2
+                    or weight.shape[1] != backbone.embedding_size):
                 raise UserError(f"{path}: its {name} is not a matrix of class centers "
                                 f"(classes, {backbone.embedding_size})")
             centers = rows_of(weight.detach())
     identities = content.get("identities") or None
+    names = isinstance(identities, list) and all(isinstance(name, str) for name in identities)
+    if identities is not None and (not names or centers is not None and len(identities) > centers.shape[0]):
+        raise UserError(f"{path}: its list of identities is damaged; copy the file again")
     return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities)
 
 
-def _build(path: str, entries: Mapping[str, Any]) -> tuple[nn.Module, str]:
+def _build(path: str, content: Mapping[str, Any], entries: Mapping[str, Any]) -> tuple[nn.Module, str]:
     """The backbone with the entries' values, and its arch."""
     weights = {name.removeprefix("module."): value for name, value in entries.items()}
+    if len(weights) != len(entries):
+        raise UserError(f"{path}: holds some weights both with and without 'module.' in front; remove one of them")
     weights = {name: value for name, value in weights.items() if not _CLASSIFIER_ENTRY.fullmatch(name)}
-    arch = _nearest_arch(path, weights)
+    said = content.get("arch")
+    arch = said if isinstance(said, str) and said in BACKBONES else _nearest_arch(path, weights)
     bias = weights.get("features.bias")  # of the last BatchNorm: d values
-    embedding_size = bias.numel() if isinstance(bias, Tensor) and bias.numel() else 512
+    embedding_size = content.get("embedding_size")
+    if not isinstance(embedding_size, int) or embedding_size < 1:
+        embedding_size = bias.numel() if isinstance(bias, Tensor) and bias.numel() else 512
     with torch.random.fork_rng(devices=[]):  # Initial values, which are overwritten, must not use up random numbers.
         backbone = build_backbone(arch, embedding_size)
     counters = {name: value for name, value in backbone.state_dict().items() if name.endswith(".num_batches_tracked")}
@@ -100,7 +110,7 @@ def _build(path: str, entries: Mapping[str, Any]) -> tuple[nn.Module, str]:
                 raise TypeError(f"{name} is not a tensor of floating point numbers")
         backbone.load_state_dict(counters | weights)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: does not fit {arch}, the nearest architecture: {first_words(error)}") from None
+        raise UserError(f"{path}: does not fit {arch}: {first_words(error)}") from None
     return backbone.eval(), arch
 
 

@@ -97,8 +97,8 @@ def plan_processes(flags: ProcessFlags) -> ProcessPlan:
         nodes = _environment_number("WORLD_SIZE") if flags.world_size == -1 and from_environment else flags.world_size
         node_rank = _environment_number("RANK") if flags.rank == -1 and from_environment else flags.rank
         if not 0 <= node_rank < nodes:
-            raise UserError(f"--world-size {nodes} --rank {node_rank}: give the number of nodes, at least 1, and the "
-                            "number of this node, from 0 to one less")
+            raise UserError(f"--rank {node_rank} with --world-size {nodes}: give at least one node, and the number "
+                            f"of this node from 0 to {max(nodes, 1) - 1}")
         processes = (flags.nproc_per_node or max(gpus, 1)) if flags.multiprocessing_distributed else 1
         # With several nodes even a single process has a parent, because the parents watch each other.
         launcher = "spawn" if flags.multiprocessing_distributed or nodes > 1 else "single"

@@ -32,6 +32,7 @@ Work = Callable[..., "int | None"]  # what a rank does: `work(context, *args)` r
 
 _SIOCGIFADDR = 0x8915  # netdevice(7): an interface's IPv4 address
 _TRACEBACK_CHARACTERS = 8000  # a pipe takes 64 KiB at once, and the parent reads it after the end
+_MESSAGE_CHARACTERS = 2000
 
 
 def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
@@ -61,12 +62,14 @@ def run_child(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, .
         # The connection to another rank or to the store broke. gloo raises a plain RuntimeError.
         lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
             "gloo|Connection closed by peer", str(error))
-        failure = {"kind": "user", "message": str(error)} if isinstance(error, UserError) else {
+        failure = {"kind": "user", "message": str(error)[:_MESSAGE_CHARACTERS]} if isinstance(error, UserError) else {
             "kind": "lost" if lost else "error",
-            "message": traceback.format_exception_only(error)[-1].splitlines()[0],
+            "message": traceback.format_exception_only(error)[-1].splitlines()[0][:_MESSAGE_CHARACTERS],
             "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:],
         }
-        report.send_bytes(json.dumps({**failure, "time": time.time()}).encode())
+        # The parent reads when this process has ended, so all of it must fit into the pipe's 64 KiB.
+        text = json.dumps({**failure, "time": time.time()}, ensure_ascii=False)
+        report.send_bytes(text.encode(errors="backslashreplace"))
         _kill_loaders()
         # Not sys.exit: an orderly exit may wait for ever in a collective that the other ranks never join.
         os._exit(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import json
 import math
@@ -82,7 +83,14 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
         # Many machines resolve their own name to the loopback, where other nodes cannot reach them.
         if plan.nodes > 1 and host != plan.host and ipaddress.ip_address(host).is_loopback:
             family, host = socket.AF_INET, ""  # all IPv4 addresses
-        listener = socket.create_server((host, plan.port), family=family, backlog=1024)
+        try:
+            listener = socket.create_server((host, plan.port), family=family, backlog=1024)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL or plan.nodes == 1:
+                raise
+            # Not an address of this machine, but perhaps one that leads to it, as behind NAT.
+            listener = socket.create_server(("", plan.port), backlog=1024)
+            host = ""
     except OSError as error:
         raise UserError(f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({error.strerror}); give an "
                         "address of node 0 that the other nodes reach, and a free port") from None
