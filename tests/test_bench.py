@@ -131,6 +131,7 @@ def test_nothing_is_measured_where_the_results_differ(pools, tmp_path):
     assert not (tmp_path / "rows.csv").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_reported_and_the_others_are_measured(pools, tmp_path):
     (printed,) = pools(1).run(classifier_in_this_process, str(tmp_path / "rows.csv"),
                               "scripts.measure.free_host_bytes", nothing_is_free.__name__)

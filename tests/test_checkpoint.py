@@ -113,6 +113,7 @@ def rows_read(rank: int, world_size: int, argv: list[str]) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_a_reader_holds_one_block_beside_its_own_classes(pools, faces, tmp_path, saved_at):
     flags = [str(faces), *MATRIX, *SHARDED, "--resume", str(saved_at(4) / "checkpoint.pth.tar"), "--max-steps", "2"]
     # 9 classes on 2 ranks: 5 and 4, each with a center and a momentum. Written by 3 ranks in blocks of 2 and 1.
@@ -176,6 +177,7 @@ def save_and_load(rank: int, world_size: int, output: str, resume: str, loss: st
     return float(state.margin.mean)
 
 
+@pytest.mark.slow
 def test_the_loss_is_saved_with_its_statistics(pools, tmp_path):
     pools(2).run(save_and_load, str(tmp_path), "", "adaface")
     path = tmp_path / "checkpoint.pth.tar"

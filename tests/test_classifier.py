@@ -72,6 +72,7 @@ def on_one_rank(rank: int, world_size: int, sharded: bool, form: str, skip: list
     return two_steps(build(shard, group=group, **forms[form]), embeddings, labels, skip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
 @pytest.mark.parametrize(("sharded", "form"), [(True, "fused"), (True, "torchshard"), (False, "fused")])
 @pytest.mark.parametrize("world_size", [1, 2, 3])

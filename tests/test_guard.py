@@ -73,6 +73,7 @@ def steps_on_batches(
     return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_skipped_step_did_not_happen(pools, mode, world_size):

@@ -67,6 +67,7 @@ def assert_starts_with(outcomes: list[tuple], expected: np.ndarray, sharded: boo
             np.testing.assert_array_equal(backbone[name], tensor.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("identities", IDENTITIES)
 @pytest.mark.parametrize(("world_size", "flags"), [(1, []), (1, SHARDED), (2, []), (2, SHARDED), (3, SHARDED)])
 def test_centers_go_by_identity(pools, checkpoint, identities, world_size, flags):

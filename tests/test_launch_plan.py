@@ -65,7 +65,7 @@ def test_environment(gpus, monkeypatch):
     plan = plan_processes(flags)
     assert (plan.nodes, plan.node_rank, plan.host, plan.port) == (4, 2, "10.0.0.1", 8000)
     monkeypatch.setenv("RANK", "4")
-    with pytest.raises(UserError, match="--world-size 4 --rank 4: .* from 0 to one less"):
+    with pytest.raises(UserError, match="--rank 4 with --world-size 4: .* from 0 to 3"):
         plan_processes(flags)
 
 
@@ -97,7 +97,7 @@ def test_torchrun(gpus, monkeypatch):
     (dict(nproc_per_node=2), "--nproc-per-node 2: .*--multiprocessing-distributed"),
     (dict(gpu=0, multiprocessing_distributed=True), "--gpu 0: .*CUDA_VISIBLE_DEVICES"),
     (dict(gpu=0, device="cpu"), "--gpu 0: .*--device cpu"),
-    (dict(world_size=2, rank=2), "--world-size 2 --rank 2: .* from 0 to one less"),
+    (dict(world_size=2, rank=2), "--rank 2 with --world-size 2: .* from 0 to 1"),
     (dict(world_size=0), "--world-size 0"),
     (dict(world_size=-1), "--world-size -1"),
     (dict(world_size=2, rank=-1), "--rank -1"),

@@ -191,7 +191,7 @@ def test_the_options_cannot_be_changed():
     (["--keep", "0"], ["--keep 0"]),
     (["--keep", "3", "--no-save"], ["--keep 3", "--no-save"]),
     (["--save-freq", "3", "--no-save"], ["--save-freq 3", "--no-save"]),
-    (["-e", "--resume", "auto", "--imgs-root", "x", "--pair-list", "x"], ["--evaluate", "--resume auto"]),
+    (["-e", "--resume", "auto", "--imgs-root", "x", "--pair-list", "x"], ["--evaluate", "--resume PATH"]),
     (["--no-such-flag"], ["--no-such-flag"]),
 ])
 def test_a_wrong_flag_is_named(flags, words):

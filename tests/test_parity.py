@@ -60,7 +60,8 @@ CASES = [(mode, num_classes) for mode in MODES for num_classes in ((5,) if mode 
 CASES += [(mode, num_classes) for mode in ("base", "sharded") for num_classes in (2, 13)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2, 3,
+                                        pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mode", "num_classes"), CASES)
 def test_equals_single_process_in_float64(pools, mode, world_size, num_classes):
     flags = [*MODES[mode], "--precision", "float64"]
@@ -73,6 +74,7 @@ def test_fused_update_with_one_process_and_no_model_parallel(pools):
     assert_equal(pools(1).run(run_training, 12, False, flags), truth_for(12, False, flags), True, 1e-9, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("mode", ["base", "base, ZeRO", "base, accumulation", "sharded", "sharded, ZeRO",
                                   "sharded, accumulation"])

@@ -150,8 +150,9 @@ def peak_allocations(rank: int, world_size: int, flags: list[str]) -> int:
     return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--fuse-classifier-update"]])
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_prediction_equals_the_allocations_of_a_training_run(pools, world_size, flags):
     classes, batch = 20_000, 8
     measured = max(pools(world_size).run(

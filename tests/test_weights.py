@@ -65,6 +65,7 @@ PUBLISHED_FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", PUBLISHED_FORMS)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_published_iresnet_gives_its_embedding(tmp_path, published, published_embedding, form, zipped):
@@ -83,6 +84,7 @@ def test_published_iresnet_gives_its_embedding(tmp_path, published, published_em
         assert relative_error(model(images(1)), published_embedding) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["iresnet34", "iresnet50", "iresnet100", "iresnet200"])
 def test_arch_and_embedding_size_from_names_and_shapes(tmp_path, arch):
     path = str(tmp_path / "backbone.pth")
