@@ -180,7 +180,7 @@ class _Inert:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python; not in the stubs
+class _MetadataUnpickler(pickle._Unpickler):
     """The C unpickler allocates as much memory as a memo index in the file claims.
 
     Resolves torch.Size and the float dtypes. Every name that torch's own writer uses becomes `_Inert`."""
