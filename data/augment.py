@@ -30,6 +30,7 @@ COLOR_PROBABILITY = 0.2
 COLOR_FACTORS = (0.6, 1.4)  # of brightness, contrast and saturation
 GRAY_PROBABILITY = 0.05
 _BLUR_RADIUS = 4  # two of the largest sigma
+_NO_BLUR = [0.0] * (2 * _BLUR_RADIUS + 1)  # of an image that is not blurred; never applied
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG
 
 # One stream of random numbers for each decision.
@@ -134,8 +135,9 @@ def _degrade(images: torch.Tensor, uniform: Callable[[int], torch.Tensor]) -> to
     _change(images, crop | low, _resample, torch.stack([top, left, side, resolution]))
 
     blur = uniform(STREAM_BLUR) < BLUR_PROBABILITY
-    sigmas = torch.where(blur, between(STREAM_BLUR_SIGMA, BLUR_SIGMAS), 1.0).tolist()
-    _change(images, blur, _blur, torch.tensor([_gaussian(sigma) for sigma in sigmas]).T)
+    sigmas = between(STREAM_BLUR_SIGMA, BLUR_SIGMAS).tolist()
+    kernels = [_gaussian(sigma) if blurred else _NO_BLUR for sigma, blurred in zip(sigmas, blur.tolist())]
+    _change(images, blur, _blur, torch.tensor(kernels).T)
 
     jitter, gray = uniform(STREAM_COLOR) < COLOR_PROBABILITY, uniform(STREAM_GRAY) < GRAY_PROBABILITY
     brightness, contrast, saturation = (
