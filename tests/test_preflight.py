@@ -94,8 +94,8 @@ def test_the_table_of_the_run(faces):
 
     rows = {name: value.strip() for name, value in table().items()}
     assert rows["loss"] == "ArcFace, margin 0.5 (easy), scale 64"
-    assert rows["schedule"] == "lr 0.1, schedule step, lr-milestones 10,16,21, warmup-epochs 0"
-    assert rows["optimizer"] == "optimizer sgd, momentum 0.9, wd 0.0001"
+    assert rows["schedule"] == "lr 0.1, step, lr-milestones 10,16,21, warmup-epochs 0"
+    assert rows["optimizer"] == "sgd, momentum 0.9, wd 0.0001"
     assert rows["images"].startswith("48 of 8 identities in ")
     assert rows["training"] == "35 epochs x 6 steps"
     changed = table("--margin", "0.3", "--no-easy-margin", "--scale", "32", "--max-steps", "4", "--enable-amp-mode")

@@ -147,8 +147,8 @@ def check_values(options: Any) -> None:
 
 
 def describe_section(options: Any, section: str) -> str:
-    """The values of a section's flags: "schedule step, lr 0.1, lr-milestones 10,16,21"."""
-    return ", ".join(definition.describe(value).removeprefix("--")
+    """The values of a section's flags, such as "lr 0.1, step, lr-milestones 10,16,21" of "schedule"."""
+    return ", ".join(definition.describe(value).removeprefix("--").removeprefix(f"{section} ")
                      for field, definition in flags_of(type(options)).items()
                      if definition.section == section and (value := getattr(options, field)) is not None)
 
