@@ -167,7 +167,7 @@ class _Images(NamedTuple):
 
 
 def _open_cache(root: str, paths: list[str], progress: bool) -> CachedArrays:
-    """What `root` holds: from a cache as far as it is still right, else from a scan."""
+    """List the images in `root`. Valid parts come from a cache, the rest from a scan."""
     started = time.time_ns()
     names = _list(root, lambda entry: entry.is_dir())
     stamps = _stamps(root, names)

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import training
 from helpers.commands import read_metrics
 from helpers.tiny import TinyBackbone
 from helpers.training import RESUME, RandomFaces, RecordingLog, make_run, train
@@ -25,11 +26,7 @@ from utils.training.metrics import TrainingLog
 
 BATCH, CLASSES = 8, 5
 MODES = {
-    "base": [],
-    "base, ZeRO": ["--enable-zero-optim"],
-    "sharded": ["--enable-model-parallel"],
-    "sharded, ZeRO": ["--enable-model-parallel", "--enable-zero-optim"],
-    "sharded, fused update": ["--enable-model-parallel", "--fuse-classifier-update"],
+    **training.MODES,
     "sharded, torchshard classifier": ["--enable-model-parallel", "--classifier", "torchshard"],
     "sharded, accumulation": ["--enable-model-parallel", "--accumulation-steps", "2"],
     "base, synchronised BatchNorm": ["--sync-bn"],

@@ -145,7 +145,7 @@ def test_a_run_starts_from_another_run(pools, faces, tmp_path):
             assert torch.equal(tensor, second["state_dict"][name]), name
     before, after = (saved_training(tmp_path / name)["centers"] for name in ("first", "second"))
     assert torch.equal(before, after)
-    # A job that is requeued: the same command goes on from its own checkpoint, whatever became of the other one.
+    # A requeued job runs the same command and resumes its own checkpoint, even if the other one is gone.
     again = [*flags, "--lr", "0", "--init-from", str(tmp_path / "gone"), "--output", str(tmp_path / "second"),
              "--resume", "auto"]
     pools(2).run(start_and_train, [*again, "--max-steps", "2"])
