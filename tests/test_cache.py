@@ -1,4 +1,4 @@
-"""The cache of a scan of images: kept in a file, mapped by all processes, and used as long as it is right."""
+"""The file that caches a scan of images: mapped by all processes, and used while it matches the data."""
 
 from __future__ import annotations
 
