@@ -38,7 +38,7 @@ from utils.errors import exit_on_user_error
 from utils.evaluation.protocol import EvalSet
 from utils.evaluation.sets import Source, evaluate_set, open_sets
 from utils.files import OutputLock, lock_output
-from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
+from utils.launch.plan import ProcessPlan, is_first_process, plan_processes, warn_of_unused_environment
 from utils.launch.spawn import launch
 from utils.options import EMBEDDING_SIZE, Options, parse_options
 from utils.signals import EXIT_SAVED
@@ -52,6 +52,7 @@ from utils.training.state import TrainState
 def main() -> None:
     options = parse_options()
     plan = plan_processes(options)
+    warn_of_unused_environment(plan)
     if options.evaluate:
         if is_first_process():
             evaluate(options, plan)
@@ -64,6 +65,7 @@ def main() -> None:
         check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
+    options = preflight.count_classes(options, dataset)
     if is_first_process():
         print(preflight.run_table(options, plan, dataset, sets), flush=True)
     if options.plan:
@@ -262,7 +264,7 @@ def choose_seed(options: Options, context: DistContext) -> int:
 
 
 def resume_request(options: Options) -> Resume:
-    return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes,
+    return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes or None,
                   loss=options.loss, seed=options.seed)
 
 

@@ -25,7 +25,7 @@ from utils.evaluation.protocol import EvalSet, Result
 from utils.evaluation.sets import Source, check_images, evaluate_set, open_sets
 from utils.files import atomic_write, require_writable
 from utils.flags import flag, parse_flags
-from utils.launch.plan import NodeFlags, is_first_process, plan_node
+from utils.launch.plan import NodeFlags, is_first_process, plan_node, warn_of_unused_environment
 from utils.launch.spawn import launch
 from utils.memory import keep_freed_memory
 
@@ -67,6 +67,7 @@ class Options(NodeFlags):
 def main() -> None:
     options = parse_options()
     plan = plan_node(options)
+    warn_of_unused_environment(plan)
     sources = [Source("pairs", options.pair_list, "--pair-list", options.imgs_root)] if options.pair_list else []
     sets = open_sets(sources + [Source("bin", path, "--bin") for path in options.bin])
     for name, path in output_files(options).items():

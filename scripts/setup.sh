@@ -1,6 +1,21 @@
-# Sourced by demo.sh and test.sh. `setup_environment FILE...` creates a virtual environment in $ARCFACE_VENV (default:
+# Sourced by the other scripts, in the repository's directory.
+#
+# `choose_python` sets PYTHON, unless it is set, for a script that installs nothing: the active environment's python3,
+# else that of $ARCFACE_VENV (default: .venv, where demo.sh installs) if it exists, else python3.
+#
+# `setup_environment FILE...` creates a virtual environment in $ARCFACE_VENV (default:
 # .venv), installs these requirements files, and sets PYTHON to its interpreter. It installs them again only when a
 # file has changed.
+
+choose_python() {
+    local venv="${ARCFACE_VENV:-.venv}"
+    [ -z "${PYTHON:-}" ] || return 0
+    PYTHON=python3
+    # conda's "base" is always active, and rarely on purpose.
+    if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$venv/bin/python3" ]; then
+        PYTHON="$venv/bin/python3"
+    fi
+}
 
 setup_environment() {
     local venv="${ARCFACE_VENV:-.venv}" checksum

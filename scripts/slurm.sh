@@ -20,10 +20,11 @@ DATA="${DATA:-data/ms1m}"                     # training images, the same on eve
 NUM_CLASSES="${NUM_CLASSES:-4000000}"
 BATCH_SIZE="${BATCH_SIZE:-512}"               # images per step and node, over its GPUs
 OUTPUT="${OUTPUT:-runs/slurm}"                # a directory shared by all nodes
-PYTHON="${PYTHON:-python3}"
 EXIT_SAVED=75                                 # main.py stopped by a signal and saved
 
 : "${SLURM_JOB_ID:?submit this script with sbatch}"
+source scripts/setup.sh  # Slurm runs a copy of this script, in the directory where it was submitted.
+choose_python
 export MASTER_ADDR MASTER_PORT
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")  # the first node
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"  # jobs may share a node

@@ -23,7 +23,9 @@ export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}"
 
 data="$(realpath -m "$DATA")" output="$(realpath -m "$OUTPUT")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec python3 main.py "$data" \
+source scripts/setup.sh
+choose_python
+exec "$PYTHON" main.py "$data" \
     --multiprocessing-distributed --dist-url "tcp://$MASTER_ADDR:$MASTER_PORT" \
     --enable-model-parallel --model-parallel-dim 1 \
     --batch-size "$BATCH_SIZE" --num-classes "$NUM_CLASSES" \

@@ -12,7 +12,9 @@ OUTPUT="${OUTPUT:-runs/single_node}"    # checkpoint.pth.tar, metrics.jsonl
 
 data="$(realpath -m "$DATA")" output="$(realpath -m "$OUTPUT")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec python3 main.py "$data" \
+source scripts/setup.sh
+choose_python
+exec "$PYTHON" main.py "$data" \
     --multiprocessing-distributed \
     --enable-model-parallel --model-parallel-dim 1 \
     --batch-size "$BATCH_SIZE" --num-classes "$NUM_CLASSES" \

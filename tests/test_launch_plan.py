@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.launch.plan import NodeFlags, ProcessFlags, is_first_process, plan_node, plan_processes
+from utils.launch.plan import (
+    LAUNCHER_VARIABLES,
+    NodeFlags,
+    ProcessFlags,
+    is_first_process,
+    plan_node,
+    plan_processes,
+    warn_of_unused_environment,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1",
             "MASTER_PORT": "29500"}
@@ -91,6 +99,34 @@ def test_torchrun(gpus, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "9")
     with pytest.raises(UserError, match="started 9 processes, 4 of them on this node"):
         plan_processes(ProcessFlags())
+
+
+def test_the_local_rank_of_torch_distributed_launch(gpus, monkeypatch):
+    with pytest.raises(UserError, match="--local-rank 0: .*torch.distributed.launch.*LOCAL_RANK.*drop the flag"):
+        plan_processes(ProcessFlags(local_rank=0))
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert plan_processes(ProcessFlags(local_rank=1)) == plan_processes(ProcessFlags())
+    with pytest.raises(UserError, match="--local-rank 0: .*LOCAL_RANK=1"):
+        plan_processes(ProcessFlags(local_rank=0))
+
+
+@pytest.mark.parametrize(("variables", "warns"), [
+    ({"WORLD_SIZE": "8", "RANK": "3"}, "WORLD_SIZE=8"),
+    ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4"),
+    ({"SLURM_NTASKS": "2"}, ""),  # scripts/slurm.sh: a task per node
+    ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "10.0.0.1"}, ""),
+    (TORCHRUN, ""),
+])
+def test_variables_of_launchers_that_are_not_used(gpus, monkeypatch, capsys, variables, warns):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    flags = ProcessFlags() if variables == TORCHRUN else ProcessFlags(world_size=2, dist_url="tcp://10.0.0.1:80")
+    warn_of_unused_environment(plan_processes(flags))
+    warning = capsys.readouterr().err
+    assert warns in warning and warning.count("\n") == bool(warns)
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -61,6 +61,7 @@ PUBLISHED = {
     "--dist-timeout": (1800.0, "SECONDS"),
     "--device": ("auto", "auto|cuda|cpu"),
     "--gpu": (None, "ID"),
+    "--local-rank --local_rank": (None, "N"),
     "--enable-model-parallel": (False, None),
     "--model-parallel-dim": (None, "D"),
     "--enable-amp-mode": (False, None),

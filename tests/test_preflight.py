@@ -86,6 +86,23 @@ def test_the_published_class_counts_print_their_plan(monkeypatch, capsys, faces,
     assert f"{num_classes:,} classes" in capsys.readouterr().out
 
 
+def test_the_number_of_classes_from_the_training_set(answer, monkeypatch, capsys, faces, tmp_path):
+    assert "'many'" in answer(faces, "--num-classes", "many")
+    launched = []
+    monkeypatch.setattr(main, "launch", lambda work, plan, options, *rest: launched.append(options.num_classes) or 0)
+    for given, row in (("auto", "8 classes, "), ("11", "11 classes (3 of them without images), ")):
+        monkeypatch.setattr(sys, "argv", ["main.py", str(faces), "-b", "8", "--num-classes", given, "--output",
+                                          str(tmp_path)])
+        with pytest.raises(SystemExit):
+            main.main()
+        assert row in capsys.readouterr().out
+    assert launched == [8, 11]
+    (tmp_path / "one" / "someone").mkdir(parents=True)
+    for number in range(2):
+        shutil.copy(next((faces / "train").glob("*/*.jpg")), tmp_path / "one" / "someone" / f"{number}.jpg")
+    assert "--num-classes auto" in answer(tmp_path / "one", "-b", 2, "--num-classes", "auto")
+
+
 def test_the_table_of_the_run(faces):
     def table(*flags: str) -> dict[str, str]:
         options = parse_options([str(faces), "-b", "8", "-a", "mobilefacenet", "--device", "cpu", *flags])

@@ -11,7 +11,7 @@ import pytest
 from helpers.commands import ROOT, wait_for
 
 FAKE_SLURM = {
-    "srun": """echo "$@" > "$FAKE/command"; echo $$ > "$FAKE/pid"; trap 'exit 75' USR1; while :; do sleep 0.05; done""",
+    "srun": """trap 'exit 75' USR1; echo "$@" > "$FAKE/command"; echo $$ > "$FAKE/pid"; while :; do sleep 0.05; done""",
     "scancel": """[ "$*" = "--signal=USR1 $((20000 * 3 + 7)).0" ] && kill -USR1 "$(cat "$FAKE/pid")" """,
     "scontrol": """case "$1" in show) printf 'gpu-a\\ngpu-b\\n' ;; requeue) echo "$2" > "$FAKE/requeued" ;; esac""",
 }

@@ -41,6 +41,7 @@ class Flag:
     default_text: str | None = None  # the default as --help shows it, if the value would not explain it; "" shows none
     required: bool = False  # the command line must contain the flag; its dataclass field has no default
     per_node: bool = False  # nodes of one run may have different values
+    words: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # words that stand for values outside the range
     at_least: float | None = None  # bounds of a number, or of each number in a list; numbers are always finite
     above: float | None = None
     at_most: float | None = None
@@ -71,7 +72,7 @@ class Flag:
 
     def check(self, value: Any) -> None:
         """Raise UserError if the value is outside the range or is none of the choices. None is always valid."""
-        if value is None:
+        if value is None or value in self.words.values():
             return
         values = value if self.is_list else (value,)
         if self.choices is not None and not set(values) <= set(self.choices):
@@ -84,6 +85,15 @@ class Flag:
             if not math.isfinite(number) or not all(holds(number, bound) for _, bound, holds in bounds):
                 which = " and ".join(f"{words} {_text(bound)}" for words, bound, _ in bounds) or "that is finite"
                 raise UserError(f"{self.describe(value)}: give a number {which}")
+
+    def _parse(self, text: str) -> Any:
+        if text in self.words:
+            return self.words[text]
+        try:
+            return self.type(text)
+        except ValueError:
+            what = {int: "a whole number", float: "a number"}[self.type]
+            raise argparse.ArgumentTypeError(" or ".join([f"{text!r}: give {what}", *self.words])) from None
 
     def add_to(self, group: Any, field: str) -> None:
         """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""
@@ -98,7 +108,7 @@ class Flag:
             arguments["action"] = "store_true" if self.default is False else argparse.BooleanOptionalAction
         else:
             arguments["metavar"] = self.metavar or (self.choices and f"{{{','.join(self.choices)}}}")
-            arguments["type"] = functools.partial(parse_list, self.type) if self.is_list else self.type
+            arguments["type"] = functools.partial(parse_list, self.type) if self.is_list else self._parse
         group.add_argument(*self.names, **arguments)
 
 

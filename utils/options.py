@@ -17,6 +17,7 @@ from utils.training.optim import OPTIMIZERS
 from utils.training.schedules import ScheduleFlags
 
 EMBEDDING_SIZE = 512
+AUTO_CLASSES = 0  # --num-classes auto, until the training set is open
 
 SECTIONS = ("data", "model", "loss", "training", "schedule", "optimizer", "output", "evaluation",
             "processes and devices", "parallelism and precision", "speed and memory")
@@ -44,7 +45,8 @@ class Options(ProcessFlags, ScheduleFlags):
     arch: str | None = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, default_text="iresnet50",
                             section="model", help="backbone")
     num_classes: int = flag("--num-classes", default=1000, metavar="C", at_least=2, section="model",
-                            help="classes of the classifier, at least the number of identities")
+                            words={"auto": AUTO_CLASSES},
+                            help="classes of the classifier, at least the number of identities; auto: that number")
     sync_bn: bool = flag("--sync-bn", default=False, section="model",
                          help="compute BatchNorm statistics over all ranks, not on each rank alone")
 

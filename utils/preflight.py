@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from utils.files import require_directory
 from utils.flags import describe_section, flags_of
 from utils.launch.fingerprint import program_fingerprint
 from utils.launch.plan import ProcessPlan, is_first_process
-from utils.options import EMBEDDING_SIZE, Options, loss_flags
+from utils.options import AUTO_CLASSES, EMBEDDING_SIZE, Options, loss_flags
 from utils.training.scaler import amp_dtype
 
 
@@ -65,13 +66,23 @@ def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
     dataset = open_training_set(options.data, index=options.index, skip_bad=options.skip_bad_images,
                                 progress=is_first_process())
     global_batch = options.batch_size * plan.nodes
-    if len(dataset.identities) > options.num_classes:
+    if options.num_classes != AUTO_CLASSES and len(dataset.identities) > options.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: give at least {len(dataset.identities)}, the identities "
                         f"of {dataset.root}")
     if len(dataset) < global_batch:
         raise UserError(f"--batch-size {options.batch_size}: a step takes {global_batch} images over all nodes, and "
                         f"{dataset.root} has {len(dataset)}; give a smaller batch")
     return dataset
+
+
+def count_classes(options: Options, dataset: TrainingSet) -> Options:
+    """The options with the number of identities in place of --num-classes auto."""
+    if options.num_classes != AUTO_CLASSES:
+        return options
+    if len(dataset.identities) < 2:
+        raise UserError(f"--num-classes auto: {dataset.root} has {len(dataset.identities)} identity, and a classifier "
+                        "needs at least 2; give another DIR")
+    return dataclasses.replace(options, num_classes=len(dataset.identities))
 
 
 def make_output(options: Options) -> None:
@@ -114,13 +125,15 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: S
         low = str(amp_dtype(options.amp_dtype, plan.device_type)).removeprefix("torch.")
         precision = f"mixed: backbone {low}, classifier " + (
             f"{low} products summed in float32" if plan.device_type == "cuda" else "float32")
+    spare = options.num_classes - len(dataset.identities)
+    without = f" ({spare:,} of them without images)" if spare else ""
     rows = {
         "device": f"{device}, {plan.backend}",
         "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
                      f"this is node {plan.node_rank}",
         "backbone": f"{options.training_arch}, {sum(p.numel() for p in backbone.parameters()):,} parameters, "
                     f"embedding {EMBEDDING_SIZE}" + (", synchronized BatchNorm" if options.sync_bn else ""),
-        "classifier": f"{options.num_classes:,} classes, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
+        "classifier": f"{options.num_classes:,} classes{without}, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
         "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
                          + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update

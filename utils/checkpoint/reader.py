@@ -37,13 +37,13 @@ class Resume:
 
     path: --resume: a state file, a link to one, or "auto".
     output: --output, where "auto" looks.
-    seed: None accepts the checkpoint's.
+    num_classes, seed: None accepts the checkpoint's.
     """
 
     path: str
     output: str
     arch: str
-    num_classes: int
+    num_classes: int | None
     loss: str = "arcface"
     seed: int | None = None
 

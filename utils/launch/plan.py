@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -15,6 +16,8 @@ from utils.flags import flag, flags_of
 SECTION = "processes and devices"
 DIST_TIMEOUT = 1800.0
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# With which launchers tell how many processes (of one per node, or of one per GPU) they start.
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class NodeFlags:
         help="with --multiprocessing-distributed: processes of this node, on the CPU too")
     device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"), section=SECTION,
                        help="auto: GPUs if there are any")
+    local_rank: int | None = flag(
+        "--local-rank", "--local_rank", metavar="N", at_least=0, per_node=True, section=SECTION,
+        help="torch.distributed.launch adds this flag; the environment variable LOCAL_RANK says the same")
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,17 @@ def plan_node(flags: NodeFlags) -> ProcessPlan:
     """The plan of a program that runs on this node alone; its processes meet at any free port. Raises UserError."""
     return plan_processes(ProcessFlags(
         multiprocessing_distributed=flags.multiprocessing_distributed, nproc_per_node=flags.nproc_per_node,
-        device=flags.device, dist_url="tcp://127.0.0.1:0"))
+        device=flags.device, local_rank=flags.local_rank, dist_url="tcp://127.0.0.1:0"))
+
+
+def warn_of_unused_environment(plan: ProcessPlan) -> None:
+    """Print a warning if a launcher's variables ask for more processes than the plan, which ignores them, has."""
+    unused = [f"{name}={os.environ[name]}" for name in LAUNCHER_VARIABLES
+              if os.environ.get(name, "").isdigit() and int(os.environ[name]) not in (1, plan.nodes)]
+    if unused and plan.launcher != "torchrun":
+        print(f"warning: the environment has {', '.join(unused)}, which this run ignores: it has {plan.nodes} nodes x "
+              f"{plan.processes_per_node} processes; to use more, start it with torchrun or give --world-size and "
+              "--rank", file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:
@@ -141,6 +157,13 @@ def _check(flags: ProcessFlags) -> None:
     ):
         if conflict:
             raise UserError(message)
+    if flags.local_rank is not None and not _started_by_torchrun():
+        missing = ", ".join(name for name in TORCHRUN_VARIABLES if name not in os.environ)
+        raise UserError(f"--local-rank {flags.local_rank}: is for torch.distributed.launch, which also sets {missing} "
+                        "in the environment; drop the flag, or start with this launcher")
+    if flags.local_rank is not None and flags.local_rank != _environment_number("LOCAL_RANK"):
+        raise UserError(f"--local-rank {flags.local_rank}: the launcher says LOCAL_RANK={os.environ['LOCAL_RANK']}; "
+                        "drop the flag")
     for name, neutral in {"nproc_per_node": (None,), "world_size": (1, -1), "rank": (0, -1), "gpu": (None,)}.items():
         value = getattr(flags, name)
         if _started_by_torchrun() and value not in neutral:
