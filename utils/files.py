@@ -9,6 +9,7 @@ import itertools
 import os
 import secrets
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -58,6 +59,15 @@ def flush_directory(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a file for reading. Raises OSError, also for a directory, a device and a pipe, which may never end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # a pipe does not block
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is a device or a pipe, not a file", path)
+    return file
 
 
 def move_aside(path: str) -> None:

@@ -128,6 +128,20 @@ def _newest_undamaged(
 def _read(path: str, resume: Resume) -> Checkpoint:
     """Raises DamagedCheckpoint, or UserError if the checkpoint is undamaged but this run cannot resume it."""
     try:
+        return _read_state(path, resume)
+    except DamagedCheckpoint:
+        raise
+    except UserError:
+        # Another file in the place of the state file is damage, and no reason to refuse the run.
+        directory, name = os.path.split(os.path.realpath(path))
+        if resume.path == AUTO and name == STATE_FILE:
+            layout.check_files(directory, {name: layout.read_manifest(directory)[name]})
+        raise
+
+
+def _read_state(path: str, resume: Resume) -> Checkpoint:
+    """`_read`, before the state file is compared with its manifest."""
+    try:
         contents = read_torch_file(path)
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from None
@@ -135,13 +149,15 @@ def _read(path: str, resume: Resume) -> Checkpoint:
         raise UserError(f"{path}: has no training state, perhaps only weights; give a {LATEST} that main.py wrote, or "
                         f"start a new run from these weights with --init-from {path}")
     version = contents.get("format_version")
-    if version not in (2, FORMAT_VERSION):
+    if not isinstance(version, int) or version not in (2, FORMAT_VERSION):
         raise UserError(f"{path}: has format version {version}, this program reads 2 and {FORMAT_VERSION}; continue it "
                         "with the program that wrote it, or start a new run in another --output")
     try:
         contents = _from_format_2(contents) if version == 2 else contents
         stored_values = contents["arch"], contents["num_classes"], contents["loss"]["name"], contents["seed"]
-    except (LookupError, TypeError):
+        if not all(isinstance(value, (str, int)) for value in stored_values):
+            raise TypeError
+    except (LookupError, TypeError, AttributeError, RuntimeError):  # any entry can be a tensor
         raise DamagedCheckpoint(f"{path}: is not the state of a training run, or is damaged") from None
     given_values = resume.arch, resume.num_classes, resume.loss, resume.seed
     for flag, given, stored in zip(("--arch", "--num-classes", "--loss", "--seed"), given_values, stored_values):

@@ -10,7 +10,6 @@ Shapes: a tensor is (C, d). A rank's shard is its rows [start, start + C_r).
 from __future__ import annotations
 
 import functools
-import io
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint.layout import METADATA_FILE, SHARDS_DIRECTORY, DamagedCheckpoint, Files
-from utils.checkpoint.safe_load import first_words
+from utils.checkpoint.safe_load import first_words, load_tensor
 from utils.files import flush
 
 # Classes per block: 8 MiB at d = 512 in float32. Beside the shard, a writer holds one block; a reader holds a block's
@@ -162,7 +161,7 @@ def _read(directory: str, block: Block, width: int) -> Tensor:
     try:
         with open(path, "rb") as file:
             file.seek(block.offset)
-            rows = torch.load(io.BytesIO(file.read(block.length)), map_location="cpu", weights_only=True)
+            rows = load_tensor(file.read(block.length))
         if rows.shape != (block.rows, width):
             raise ValueError(f"{tuple(rows.shape)} instead of {(block.rows, width)}")
     except Exception as error:  # The bytes of a damaged archive can be anything.
@@ -181,9 +180,11 @@ class _Inert:
 
 
 class _MetadataUnpickler(pickle._Unpickler):
-    """The C unpickler allocates as much memory as a memo index in the file claims.
+    """The C unpickler allocates as much memory as a memo index in the file claims, and both do for a bytearray.
 
     Resolves torch.Size and the float dtypes. Every name that torch's own writer uses becomes `_Inert`."""
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in ("Size", "float16", "bfloat16", "float32", "float64"):
