@@ -63,11 +63,14 @@ def flush_directory(path: str) -> None:
 
 def open_regular(path: str) -> BinaryIO:
     """Open a file for reading. Raises OSError, also for a directory, a device and a pipe, which may never end."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # a pipe does not block
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "is a device or a pipe, not a file", path)
-    return file
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe does not block
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
+    raise OSError(errno.EINVAL, "is a device or a pipe, not a file", path)
 
 
 def move_aside(path: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from utils.checkpoint import layout
 from utils.checkpoint.agreement import RankFailed, run_together
-from utils.checkpoint.layout import LATEST, STATE_FILE, DamagedCheckpoint
+from utils.checkpoint.layout import BEST, LATEST, STATE_FILE, DamagedCheckpoint
 from utils.checkpoint.safe_load import first_words, read_torch_file
 from utils.checkpoint.shards import open_shards
 from utils.dist.collectives import all_gather_json
@@ -144,7 +144,9 @@ def _read_state(path: str, resume: Resume) -> Checkpoint:
     try:
         contents = read_torch_file(path)
     except UserError as error:
-        raise DamagedCheckpoint(str(error)) from None
+        own = resume.path == AUTO or os.path.basename(path) in (LATEST, BEST, STATE_FILE)
+        hint = "" if own else f"; to start a run from weights of another program, use --init-from {path}"
+        raise DamagedCheckpoint(f"{error}{hint}") from None
     if not isinstance(contents, dict) or not {"position", "shards"} <= contents.keys():
         raise UserError(f"{path}: has no training state, perhaps only weights; give a {LATEST} that main.py wrote, or "
                         f"start a new run from these weights with --init-from {path}")

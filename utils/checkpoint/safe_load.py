@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import os
 import re
 import warnings
 import zipfile
@@ -64,6 +65,10 @@ def read_torch_file(path: str) -> object:
             file.seek(0)
             cause = next((text for start, text in _OTHER_FILES.items() if re.match(start, head)), None)
             cause = cause or _reason_not_to_load(file)
+    except IsADirectoryError as error:
+        names = [name for name in ("checkpoint.pth.tar", "state.pth.tar") if os.path.isfile(os.path.join(path, name))]
+        raise UserError(f"{path}: {error.strerror}; give the file in it"
+                        + (f", {os.path.join(path, names[0])}" if names else "")) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give a checkpoint file") from None
     if cause is None:
