@@ -219,6 +219,7 @@ def test_a_wrong_flag_is_named(flags, words):
     (["--batch", "8"], "did you mean --batch-size instead of --batch?"),
     (["--enable-model-paralel"], "did you mean --enable-model-parallel instead of"),
     (["--lr-milestones", "10", "16", "21"], "the values of --lr-milestones are one argument, with commas"),
+    (["--sync-bn", "True"], "--sync-bn takes no value"),
     (["--val-bin", "a.bin", "b.bin"], "the values of --val-bin are one argument, with commas"),
 ])
 def test_a_hint_for_what_is_left_over(flags, hint):

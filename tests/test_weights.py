@@ -127,6 +127,8 @@ def refusal(path: object, arch: str | None = None) -> str:
 def test_missing_file_and_directory(tmp_path):
     assert "No such file" in refusal(tmp_path / "missing.pth.tar")
     assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "checkpoint.pth.tar").touch()
+    assert f"give the file in it, {tmp_path}/checkpoint.pth.tar" in refusal(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert "No such file" in refusal(tmp_path / "link")
 

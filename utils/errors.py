@@ -32,18 +32,20 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _hints(self, arguments: list[str], unknown: list[str]) -> Iterator[str]:
-        names = [name for action in self._actions for name in action.option_strings]
+        """What may be meant by arguments that no flag takes."""
+        names = list(self._option_string_actions)
         for name in [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]:
             dashed = name.replace("_", "-")
             similar = [one for one in names if one.startswith(dashed)] or difflib.get_close_matches(dashed, names)
             if similar and name.startswith("--"):
                 yield f"did you mean {similar[0]} instead of {name}?"
-        for action in self._actions:  # lists, whose metavar is FILE,FILE,...
-            for name in action.option_strings if str(action.metavar).endswith(",...") else ():
-                following = arguments[arguments.index(name) + 1:] if name in arguments else []
-                values = list(itertools.takewhile(lambda value: not value.startswith("-"), following))
-                if set(values[1:]) & set(unknown):
-                    yield f"the values of {name} are one argument, with commas and without blanks"
+        for name, action in self._option_string_actions.items():
+            following = arguments[arguments.index(name) + 1:] if name in arguments else []
+            values = list(itertools.takewhile(lambda value: not value.startswith("-"), following))
+            if action.nargs == 0 and values and values[0].lower() in ("true", "false", "yes", "no", "0", "1"):
+                yield f"{name} takes no value"
+            elif str(action.metavar).endswith(",...") and set(values[1:]) & set(unknown):  # a list: FILE,FILE,...
+                yield f"the values of {name} are one argument, with commas and without blanks"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -144,7 +144,7 @@ def _read_state(path: str, resume: Resume) -> Checkpoint:
     try:
         contents = read_torch_file(path)
     except UserError as error:
-        own = resume.path == AUTO or os.path.basename(path) in (LATEST, BEST, STATE_FILE)
+        own = resume.path == AUTO or os.path.basename(path) in (LATEST, BEST, STATE_FILE) or os.path.isdir(path)
         hint = "" if own else f"; to start a run from weights of another program, use --init-from {path}"
         raise DamagedCheckpoint(f"{error}{hint}") from None
     if not isinstance(contents, dict) or not {"position", "shards"} <= contents.keys():

@@ -6,6 +6,7 @@ import io
 import json
 import mmap
 import os
+import pickle
 import re
 import warnings
 import zipfile
@@ -114,13 +115,15 @@ def _reason_not_to_load(file: BinaryIO) -> str | None:
 
     torch.save stores without compression. So a file never needs more memory than its own size, unless it was made to.
     """
-    is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    start = file.read(len(_ZIP_MAGIC))
     file.seek(0)
-    if not is_zip:  # the old format: one pickle after the other
+    if start != _ZIP_MAGIC:  # the old format: one pickle after the other
+        if not start.startswith(pickle.PROTO):
+            return _DAMAGED
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 unsafe = content.find(_BYTEARRAY) >= 0
-        except ValueError:  # an empty file, or bytes in memory, which `load_tensor` accepts in the new format only
+        except ValueError:  # bytes in memory, which `load_tensor` accepts in the new format only
             return _DAMAGED
     else:
         try:
