@@ -40,7 +40,7 @@ from utils.evaluation.sets import Source, evaluate_set, open_sets
 from utils.files import OutputLock, lock_output
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes, warn_of_unused_environment
 from utils.launch.spawn import launch
-from utils.options import EMBEDDING_SIZE, Options, parse_options
+from utils.options import EMBEDDING_SIZE, Options, describe_changes, parse_options
 from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
@@ -60,14 +60,16 @@ def main() -> None:
     preflight.check_batch(options, plan)
     preflight.check_fused_update(options, plan)
     # Only to check them here: every rank reads the files itself. Node 0 chooses the checkpoint; others may not see it.
-    resumes = bool(options.resume) and (plan.node_rank > 0 or read_resumable(resume_request(options)) is not None)
-    if options.init_from and not resumes:
+    decides = plan.node_rank == 0
+    resumed = read_resumable(resume_request(options)) if options.resume and decides else None
+    if options.init_from and resumed is None and (decides or not options.resume):
         check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
     options = preflight.count_classes(options, dataset)
     if is_first_process():
-        print(preflight.run_table(options, plan, dataset, sets), flush=True)
+        print(preflight.run_table(options, plan, dataset, sets, resumed), flush=True)
+    del resumed  # its tensors are mapped from a file
     if options.plan:
         return
     lock = None
@@ -248,6 +250,8 @@ def set_starting_point(
         if any(tuple(saved["options"].get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin")):
             position.best_score = None  # scores on different sets do not compare
         note = f", resuming {checkpoint.path} at step {position.step}"
+        if changes := describe_changes(saved["options"], options):
+            note += f"; changed since: {changes}"
         if saved["position"]["step_in_epoch"] and saved["sampler"]["num_images"] != state.num_images:
             note += f"; the number of training images changed, so epoch {position.epoch + 1} starts again"
         return note

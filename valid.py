@@ -71,7 +71,8 @@ def main() -> None:
     sources = [Source("pairs", options.pair_list, "--pair-list", options.imgs_root)] if options.pair_list else []
     sets = open_sets(sources + [Source("bin", path, "--bin") for path in options.bin])
     for name, path in output_files(options).items():
-        require_writable(name, path)
+        # A result replaces an older one.
+        require_writable(name, path, force=True, inputs=filter(None, [options.resume, options.pair_list, *options.bin]))
     if options.resume and plan.launcher != "single":
         open_weights(options.resume, options.arch)  # reports unusable weights before processes are started
     if is_first_process():

@@ -42,6 +42,7 @@ class Options:
         "--output", metavar="FILE.npy",
         help="float32 (images, d) go there, and the images' paths to FILE.txt beside it; without it, give two images "
              "and their similarity is printed")
+    force: bool = flag("--force", default=False, help="replace existing files of --output")
     batch_size: int = flag("-b", "--batch-size", default=256, metavar="N", at_least=1, help="images at a time")
     workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0,
                         help="image reading processes; 0 reads in the main process")
@@ -140,7 +141,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
         if not options.output.endswith(".npy"):
             raise UserError(f"--output {options.output}: the name must end in .npy; the paths go beside it as .txt")
         for path in (options.output, list_path(options.output)):
-            require_writable("--output", path)
+            require_writable("--output", path, force=options.force, inputs=[options.resume, *options.images])
     return options
 
 

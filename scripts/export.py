@@ -47,7 +47,7 @@ ONNX_TOLERANCE = 1e-3
 
 def main() -> None:
     options = parse_options()
-    require_writable("--output", options.output)
+    require_writable("--output", options.output, force=options.force, inputs=[options.resume])
     with_centers = options.centers or options.format == "torchshard"
     weights = open_weights(options.resume, options.arch, with_centers=with_centers)
     if with_centers and weights.centers is None:
@@ -198,8 +198,8 @@ class Options:
         "--format", required=True, choices=WRITERS, metavar="FORMAT",
         help="torchshard has backbone and classifier, insightface the backbone's state dict, onnx the backbone for any "
              "batch size, checked with onnxruntime, safetensors the backbone")
-    output: str = flag("--output", required=True, metavar="FILE",
-                       help="file to write, or to replace once the new one is complete")
+    output: str = flag("--output", required=True, metavar="FILE", help="file to write")
+    force: bool = flag("--force", default=False, help="replace an existing file once the new one is complete")
     arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="any", help="fail unless the file holds this")
     centers: bool = flag("--centers", default=False, help="with --format safetensors: also the class centers")
 

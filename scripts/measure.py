@@ -151,9 +151,9 @@ def check_csv(path: str | None, columns: Sequence[str]) -> None:
     """Raise UserError unless rows with these columns can be appended to the file of --csv. None: there is none."""
     if path is None:
         return
-    require_writable("--csv", path)
+    require_writable("--csv", path, force=True)  # rows are appended
     if os.path.exists(path):
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
             if next(csv.reader(file), list(columns)) != list(columns):
                 raise UserError(f"--csv {path}: has other columns than this benchmark writes; give another file")
 

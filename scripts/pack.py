@@ -249,6 +249,8 @@ def unpack_folder(options: argparse.Namespace) -> str:
     if exists:
         _refuse_existing(out, options.force)
     dataset = RecordIODataset(options.source)
+    if os.path.commonpath([os.path.realpath(out), os.path.realpath(dataset.root)]) == os.path.realpath(out):
+        raise UserError(f"OUT {options.out}: holds the package {dataset.root}, which is read; give another directory")
     keys = dataset.keys
     skipped = dataset.check_headers(options.skip_bad_images, progress=True)
     names = _image_names(dataset, keys)
@@ -364,8 +366,9 @@ def _write_image(path: str, image: bytes) -> None:
 def pack_bin(options: argparse.Namespace) -> str:
     """Pairs -> one file. Restarts after an interruption: 6,000 pairs take seconds."""
     _refuse_existing(options.out, options.force)
-    require_writable("OUT", options.out)
+    require_writable("OUT", options.out, force=options.force, inputs=[options.pair_list])
     pairs = PairList(options.imgs_root, options.pair_list)
+    require_writable("OUT", options.out, force=options.force, inputs=pairs.paths)
 
     def read(path: str) -> bytes:
         image = read_bytes(path)

@@ -29,11 +29,13 @@ def main() -> None:
     parser.add_argument("--roc", action="append", metavar="FILE[=LABEL]",
                         help="a file that valid.py --json wrote; may be repeated")
     parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture")
     options = parser.parse_args()
     if (options.metrics is None) == (options.roc is None):
         raise UserError("give either --metrics FILE or --roc FILE")
     plots.check_picture("--output", options.output, plots.PLOT_FORMATS)
-    require_writable("--output", options.output)
+    require_writable("--output", options.output, force=options.force,
+                     inputs=[options.metrics] if options.roc is None else map(roc_path, options.roc))
     plots.require_matplotlib("--metrics" if options.roc is None else "--roc")
     if options.roc is None:
         plot_metrics(options.metrics, options.output)
@@ -67,10 +69,15 @@ def read_metrics(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     return steps, evaluations
 
 
+def roc_path(argument: str) -> str:
+    """The file in `FILE` or `FILE=LABEL`."""
+    return argument if os.path.exists(argument) else argument.partition("=")[0]
+
+
 def read_roc(argument: str) -> list[RocCurve]:
     """The curves in a file that valid.py wrote, one per set. argument: `FILE` or `FILE=LABEL`. Raises UserError."""
-    path, _, label = argument.partition("=") if not os.path.exists(argument) else (argument, "", "")
-    label = label or os.path.splitext(os.path.basename(path))[0]
+    path = roc_path(argument)
+    label = argument[len(path) + 1:] or os.path.splitext(os.path.basename(path))[0]
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

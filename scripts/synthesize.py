@@ -135,6 +135,9 @@ def main() -> None:
         raise UserError(f"OUT {options.out}: is not empty and not from this program; give another directory")
     if found is not None and not options.force:
         raise UserError(f"OUT {options.out}: holds a set with other settings; give another directory, or --force")
+    if others := [path.name for path in (out.iterdir() if found is not None else ())
+                  if path.name not in ("train", "lfw", SETTINGS_FILE) and not path.name.startswith(".")]:
+        raise UserError(f"OUT {options.out}: holds {others[0]} beside the set; move it, or give another directory")
 
     started = time.perf_counter()
     try:
@@ -145,9 +148,9 @@ def main() -> None:
         raise UserError(f"OUT {out}: cannot be created ({error.strerror}); give another directory") from None
     try:
         partial.chmod(0o755)
-        others = range(options.identities, options.identities + options.pair_identities)
+        people = range(options.identities, options.identities + options.pair_identities)
         write_identity_set(partial / "train", range(options.identities), options.images, options.seed)
-        write_pairs(partial / "lfw", options.pairs, others, options.images, options.seed)
+        write_pairs(partial / "lfw", options.pairs, people, options.images, options.seed)
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         if found is not None:
             shutil.rmtree(out)

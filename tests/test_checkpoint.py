@@ -567,6 +567,29 @@ def test_auto_in_an_output_of_the_old_format(tmp_path):
         read_resumable(Resume("auto", str(tmp_path), arch="mobilefacenet", num_classes=11))
 
 
+@pytest.mark.parametrize("content", [
+    {"fc.weight": torch.ones(1)}, {"format_version": 2, "position": {}, "shards": {}, "options": 3},
+    {"format_version": torch.ones(2), "position": {}, "shards": {}},
+    {"format_version": 3, "position": {}, "shards": {}, "arch": torch.ones(2), "num_classes": 11, "seed": 1,
+     "loss": {"name": "arcface"}},
+])
+def test_auto_takes_another_file_in_the_place_of_the_state_for_damage(sound, tmp_path, content):
+    shutil.copytree(sound / "checkpoints", tmp_path / "checkpoints")
+    torch.save(content, tmp_path / "checkpoints/step-00000002/state.pth.tar")
+    resume = Resume("auto", str(tmp_path), arch="mobilefacenet", num_classes=11)
+    assert read_resumable(resume).directory == str(tmp_path / "checkpoints/step-00000001")
+
+
+def test_what_is_not_a_checkpoint_is_for_init_from(sound, tmp_path):
+    torch.save({"args": Malicious("")}, tmp_path / "backbone.pth")
+    torch.save({"fc.weight": torch.ones(1)}, tmp_path / "weights.pth")
+    for path in (tmp_path / "backbone.pth", tmp_path / "weights.pth"):
+        with pytest.raises(UserError, match=f"--init-from {path}"):
+            read_resumable(Resume(str(path), "", arch="mobilefacenet", num_classes=11))
+    with pytest.raises(UserError, match=f"give the file in it, {sound}/checkpoint.pth.tar$"):
+        read_resumable(Resume(str(sound), "", arch="mobilefacenet", num_classes=11))
+
+
 def test_manifest_errors_are_of_their_own_kind(sound, tmp_path):
     """--resume auto goes on to another checkpoint for these, and for nothing else."""
     shutil.copytree(sound / "checkpoints", tmp_path / "checkpoints")

@@ -198,6 +198,7 @@ def test_embed_script_writes_embeddings_and_paths(
         (["{empty}", "--output", "{faces}/e.npy"], "no images below it"),
         (["{faces}/imgs", "--output", "{faces}/e.npy", "--resume", ""], "--resume is missing"),
         (["{faces}/imgs", "--output", "{faces}/e.npy", "--resume", "none"], "--resume none: no such file"),
+        (["{faces}/imgs", "--output", "{faces}/old.npy"], "--output .*old.txt: exists; .*--force"),
         (["{faces}/imgs", "--output", "{faces}/e.npy", "-a", "vgg"], "--arch vgg"),
         (["{faces}/imgs", "--output", "{faces}/e.npy", "-b", "0"], "--batch-size 0"),
         (["{faces}/imgs", "--output", "{faces}/e.npy", "--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
@@ -210,6 +211,7 @@ def test_embed_script_mistakes(
     monkeypatch.setattr(embed, "open_weights", lambda *_: pytest.fail("read the checkpoint"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     parts = [part.format(faces=faces, empty=tmp_path) for part in argv]
+    (faces / "old.txt").touch()
     monkeypatch.setattr(sys, "argv", ["embed.py", "--resume", str(faces / "checkpoint.pth.tar"), *parts])
     with pytest.raises(UserError, match=message) as caught:
         embed.main()

@@ -151,6 +151,19 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
 
 
+def test_an_export_never_replaces_the_checkpoint(checkpoint, tmp_path):
+    state = checkpoint.resolve()
+    before = state.read_bytes()
+    for source in (checkpoint, state):
+        with pytest.raises(UserError, match="is the same file as"):
+            export_to(source, "insightface", state, "--force")
+    (tmp_path / "x.pth").write_text("a file in use")
+    with pytest.raises(UserError, match="exists.*--force"):
+        export_to(checkpoint, "insightface", tmp_path / "x.pth")
+    assert state.read_bytes() == before and (tmp_path / "x.pth").read_text() == "a file in use"
+    export_to(checkpoint, "insightface", tmp_path / "x.pth", "--force")
+
+
 @pytest.mark.slow
 def test_export_as_a_program(checkpoint, tmp_path):
     output = run("scripts/export.py", "--resume", checkpoint, "--format", "torchshard",

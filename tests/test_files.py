@@ -12,7 +12,7 @@ import pytest
 
 from utils import files
 from utils.errors import UserError
-from utils.files import lock_output
+from utils.files import lock_output, require_writable
 
 
 def hold_the_lock(lock, pipe) -> None:
@@ -49,3 +49,22 @@ def test_a_file_system_that_cannot_lock(tmp_path, capfd):
     with mock.patch.object(files.fcntl, "flock", side_effect=OSError(95, "Operation not supported")):
         assert lock_output(str(tmp_path)) is None
     assert "cannot be locked (Operation not supported)" in capfd.readouterr().err
+
+
+def test_a_file_that_exists_or_is_read_is_not_replaced(tmp_path):
+    source, output = tmp_path / "checkpoint", tmp_path / "output"
+    source.write_text("x")
+    require_writable("--output", str(output), force=False, inputs=[str(source)])
+    output.write_text("y")
+    with pytest.raises(UserError, match="--output .*output: exists.*--force"):
+        require_writable("--output", str(output), force=False, inputs=[str(source)])
+    require_writable("--output", str(output), force=True, inputs=[str(source), str(tmp_path / "missing")])
+    for make in (lambda path: os.link(source, path), lambda path: path.symlink_to(source)):
+        output.unlink()
+        make(output)
+        with pytest.raises(UserError, match="is the same file as .*checkpoint"):
+            require_writable("--output", str(output), force=True, inputs=[str(source)])
+    output.unlink()
+    output.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="exists"):
+        require_writable("--output", str(output), force=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from losses.margins import MARGINS
 from utils.errors import UserError
 from utils.flags import flag, flags_of
-from utils.options import SECTIONS, Options, complete_loss_settings, loss_flags, main_flags, parse_options
+from utils.options import (
+    SECTIONS,
+    Options,
+    complete_loss_settings,
+    describe_changes,
+    loss_flags,
+    main_flags,
+    parse_options,
+)
 
 # names -> default, and the metavar or choices. Scripts of users depend on these.
 PUBLISHED = {
@@ -179,7 +188,8 @@ def test_the_options_cannot_be_changed():
      ["--fuse-classifier-update", "--classifier torchshard"]),
     (["--fuse-classifier-update", "--accumulation-steps", "2"], ["--fuse-classifier-update", "--accumulation-steps 2"]),
     (["--fuse-classifier-update", "--enable-zero-optim"], ["--fuse-classifier-update", "--enable-model-parallel"]),
-    (["--resume", "x", "--start-epoch", "3"], ["--start-epoch 3", "--resume"]),
+    (["--resume", "x", "--start-epoch", "3"], ["--start-epoch 3", "--resume x"]),
+    (["--epochs", "3", "--warmup-epochs", "3.5"], ["--warmup-epochs 3.5", "--epochs 3"]),
     (["--start-epoch", "35"], ["--start-epoch 35", "--epochs 35"]),
     (["--imgs-root", "x"], ["--evaluate"]),
     (["-e"], ["--evaluate", "--resume"]),
@@ -201,6 +211,34 @@ def test_a_wrong_flag_is_named(flags, words):
     assert "\n" not in str(raised.value)
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("flags, hint", [
+    (["--num_classes", "40"], "did you mean --num-classes instead of --num_classes?"),
+    (["--lr_milestones=1,2"], "did you mean --lr-milestones instead of"),
+    (["--batch", "8"], "did you mean --batch-size instead of --batch?"),
+    (["--enable-model-paralel"], "did you mean --enable-model-parallel instead of"),
+    (["--lr-milestones", "10", "16", "21"], "the values of --lr-milestones are one argument, with commas"),
+    (["--sync-bn", "True"], "--sync-bn takes no value"),
+    (["--val-bin", "a.bin", "b.bin"], "the values of --val-bin are one argument, with commas"),
+])
+def test_a_hint_for_what_is_left_over(flags, hint):
+    for argv in (["DATA", *flags], [*flags, "DATA"]):
+        with pytest.raises(UserError, match="unrecognized arguments: ") as raised:
+            parse_options(argv)
+        assert hint in str(raised.value)
+
+
+def test_changed_flags():
+    def options(*flags: str) -> Options:
+        return parse_options(["DATA", *flags])
+
+    saved = dataclasses.asdict(options("--lr", "0.2", "--sync-bn", "--max-steps", "3", "--margin", "0.4", "-j", "7"))
+    assert describe_changes(saved, options("--lr", "0.2", "--sync-bn", "--margin", "0.4", "--output", "x")) == ""
+    assert describe_changes(saved, options("--lr-milestones", "1,2", "--margin", "0.4")) == (
+        "--lr 0.1 (was 0.2), --lr-milestones 1,2 (was 10,16,21), --no-sync-bn (was --sync-bn)")
+    assert describe_changes(saved, options("--lr", "0.2", "--sync-bn")) == "--margin 0.5 (was 0.4)"
+    assert describe_changes({"lr": 0.2}, options()) == "--lr 0.1 (was 0.2)"
 
 
 def test_the_directory_is_required():

@@ -317,6 +317,9 @@ def test_nothing_is_overwritten_without_force(tmp_path, folder, faces):
     pack.main(["bin", *pairs, str(bin_), "--force"])
     assert tree(out) == tree(tmp_path / "faces") and tree(tmp_path / "out.1") == tree(folder)
     assert bin_.read_bytes() == before[b"lfw.bin"]
+    for argv in (["bin", *pairs, pairs[3]], ["folder", str(rec), str(rec)], ["folder", str(rec), str(tmp_path)]):
+        with pytest.raises(UserError, match="which is read"):
+            pack.main([*argv, "--force"])
     (tmp_path / "empty").mkdir()
     pack.main(["folder", str(rec), str(tmp_path / "empty")])
     assert tree(tmp_path / "empty") == tree(tmp_path / "faces")

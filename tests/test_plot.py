@@ -45,7 +45,9 @@ def test_training_curve_with_an_incomplete_last_line(tmp_path: Path, command) ->
         for step, accuracy in ((20, 0.6), (60, 0.7)):
             sets = {"lfw": {"accuracy": accuracy}, "agedb": {"accuracy": 0.5}}
             file.write(json.dumps({"step": step, "epoch": 0, "val": sets}) + "\n")
-    command("--metrics", metrics, "--output", tmp_path / "curve.png")
+    with pytest.raises(UserError, match="--output .*curve.png: exists"):
+        command("--metrics", metrics, "--output", tmp_path / "curve.png")
+    command("--metrics", metrics, "--output", tmp_path / "curve.png", "--force")
     assert height(tmp_path / "curve.png") > plain + 200  # one more panel
 
     metrics.write_text("no\n" + json.dumps(rows[0]) + "\n")

@@ -10,6 +10,7 @@ import torch
 
 import main
 from data.folder import FaceFolder
+from utils.checkpoint.reader import Checkpoint
 from utils.errors import exit_on_user_error
 from utils.launch.plan import plan_processes
 from utils.options import parse_options
@@ -119,6 +120,10 @@ def test_the_table_of_the_run(faces):
     assert "margin 0.3 (hard), scale 32" in changed["loss"]
     assert "stops at step 4" in changed["training"]
     assert "backbone bfloat16, classifier float32" in changed["precision"]
+    options = parse_options([str(faces), "-b", "8", "--device", "cpu"])
+    checkpoint = Checkpoint("r/checkpoint.pth.tar", "r", {"position": {"epoch": 2, "step": 14}}, {})
+    text = run_table(options, plan_processes(options), FaceFolder(str(faces)), [], checkpoint)
+    assert "resumes        r/checkpoint.pth.tar, step 14, epoch 3" in text
 
 
 def test_nodes_compare_the_flags_that_must_agree(faces):

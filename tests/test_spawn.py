@@ -5,6 +5,7 @@ Processes of tests/helpers/node.py stand for whole nodes.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers.commands import ROOT, finish, free_port, start, wait_for
@@ -245,3 +247,10 @@ def test_an_address_where_it_cannot_listen_is_named(host):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"--dist-url tcp://{host}:{port}: cannot listen on port {port}.*\("):
             spawn._host_store(replace(PLAN, host=host, port=port))
+
+
+@pytest.mark.parametrize("number, remedy", [(errno.EACCES, "below 1024 are for root"), (errno.EADDRINUSE, "0 for any")])
+def test_a_port_that_it_cannot_have(monkeypatch, number, remedy):
+    monkeypatch.setattr(socket, "create_server", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    with pytest.raises(UserError, match=f"--dist-url tcp://127.0.0.1:80: cannot listen on port 80 .*{remedy}"):
+        spawn._host_store(replace(PLAN, host="127.0.0.1", port=80))

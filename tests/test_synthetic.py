@@ -94,6 +94,9 @@ def test_synthesize_keeps_its_own_set_and_nothing_else(tmp_path: Path) -> None:
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
     assert "error:" in run("scripts/synthesize.py", out, *SMALL, "--seed", 1, status=2)
+    (out / "runs").mkdir()
+    assert "holds runs beside the set" in run("scripts/synthesize.py", out, *SMALL, "--seed", 1, "--force", status=2)
+    (out / "runs").rmdir()
     assert contents(out) == made
     run("scripts/synthesize.py", out, *SMALL, "--seed", 1, "--force")
     assert contents(out).keys() & made.keys() and contents(out) != made

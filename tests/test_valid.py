@@ -201,6 +201,7 @@ MISTAKES = [
     ([*MODEL, "--json", "{faces}/none/result.json"], "--json .*: there is no directory"),
     ([*MODEL, "--json", "{faces}"], "--json .*: is not a file"),
     ([*MODEL, "--json", "/dev/null"], "--json /dev/null: is not a file"),
+    ([*MODEL, "--json", "{faces}/pair.list"], "pair.list: is the same file as .*pair.list, which is read"),
     ([*MODEL, "--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
     ([*MODEL, "--device", "tpu"], "--device.*tpu"),
     ([*MODEL, "--imgs-root", ""], "--imgs-root is missing"),

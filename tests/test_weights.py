@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import io
 import os
 import pickle
 import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from helpers.published import BLOCKS, images, iresnet_entries, plain_iresnet, random_weights, relative_error, shapes
 from torch import Tensor, nn
 
 from models import build_backbone
+from utils.checkpoint.safe_load import read_torch_file
 from utils.checkpoint.weights import open_weights
 from utils.errors import UserError
 
@@ -123,6 +127,8 @@ def refusal(path: object, arch: str | None = None) -> str:
 def test_missing_file_and_directory(tmp_path):
     assert "No such file" in refusal(tmp_path / "missing.pth.tar")
     assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "checkpoint.pth.tar").touch()
+    assert f"give the file in it, {tmp_path}/checkpoint.pth.tar" in refusal(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert "No such file" in refusal(tmp_path / "link")
 
@@ -157,6 +163,63 @@ def test_truncated(tmp_path, small, zipped, part):
     path = tmp_path / "checkpoint.pth.tar"
     path.write_bytes(whole[:int(part * len(whole))])
     assert "truncated" in refusal(path)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda w: {"state_dict_backbone": prefixed(w), "state_optimizer": {"state": {0: torch.zeros(3)}}, "epoch": 4},
+    lambda w: {"_orig_mod." + name: value for name, value in w.items()},
+    lambda w: {"state_dict": {f"model.backbone.module.{name}": value for name, value in w.items()}
+               | {"model.head.weight": torch.zeros(5, 16), "loss.centers": torch.zeros(2)}, "hyper_parameters": {}},
+    lambda w: {"model": w, "ema": {name: torch.zeros_like(value) for name, value in w.items()}},
+    lambda w: {"net": {"state_dict": w}, "best": np.float64(0.25), "step": np.int64(7), "flag": np.bool_(True)},
+    lambda w: {"ema": prefixed(w)},
+])
+def test_containers_of_other_programs(tmp_path, small, wrap):
+    path = tmp_path / "backbone.pt"
+    torch.save(wrap(small), path)
+    found = open_weights(str(path), "mobilefacenet").backbone.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in small.items())
+
+
+def test_class_centers_of_insightface(tmp_path, small):
+    path, centers = tmp_path / "checkpoint_gpu_0.pt", torch.randn(5, 16)
+    torch.save({"epoch": 1, "state_dict_backbone": small, "state_dict_softmax_fc": {"weight": centers}}, path)
+    stored = open_weights(str(path), with_centers=True).centers
+    assert torch.equal(torch.cat([rows for _, rows in stored.blocks()]), centers)
+
+
+def test_two_backbones_in_a_file(tmp_path, small):
+    path = tmp_path / "backbone.pth"
+    torch.save({f"{who}.{name}": value for who in ("student", "teacher") for name, value in small.items()}, path)
+    assert "'student.' and 'teacher.'" in refusal(path)
+
+
+def test_numpy_scalars_become_numbers(tmp_path):
+    values = {"a": np.float64(0.25), "b": np.int64(-7), "c": np.float32(1.5), "d": np.bool_(True), "e": np.uint8(3)}
+    torch.save(values, tmp_path / "x.pth")
+    found = read_torch_file(str(tmp_path / "x.pth"))
+    assert found == {name: value.item() for name, value in values.items()}
+    assert all(type(value) in (float, int, bool) for value in found.values())
+
+
+@pytest.mark.parametrize("extra, name", [
+    (datetime.date(2026, 1, 1), "datetime.date"), (argparse.Namespace(lr=1), "argparse.Namespace"),
+    (np.zeros(3), "numpy._core.multiarray._reconstruct"),
+])
+def test_what_to_do_with_other_objects_beside_the_weights(tmp_path, small, extra, name):
+    path = tmp_path / "backbone.pth"
+    torch.save({"state_dict": small, "args": extra}, path)
+    assert f"holds code ({name})" in (message := refusal(path)) and "weights_only=False" in message
+
+
+def test_files_of_other_kinds_are_named(tmp_path, small):
+    path = tmp_path / "backbone.pt"
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+    assert "is a TorchScript file" in refusal(path) and "torch.jit.load" in refusal(path)
+    for data, kind in ((b"\x08\x08\x12\x07pytorch", "is an ONNX file"), (b"version https://git-lfs", "git lfs pull"),
+                       (b"<!DOCTYPE html>", "is a web page")):
+        path.write_bytes(data)
+        assert kind in refusal(path)
 
 
 class Malicious:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -20,6 +22,30 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
         # No abbreviations: a flag that is added later must not change what an old command means.
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, but the error for what is left over says what may be meant."""
+        arguments = sys.argv[1:] if args is None else list(args)
+        parsed, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *self._hints(arguments, unknown)]))
+        return parsed
+
+    def _hints(self, arguments: list[str], unknown: list[str]) -> Iterator[str]:
+        """What may be meant by arguments that no flag takes."""
+        names = list(self._option_string_actions)
+        for name in [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]:
+            dashed = name.replace("_", "-")
+            similar = [one for one in names if one.startswith(dashed)] or difflib.get_close_matches(dashed, names)
+            if similar and name.startswith("--"):
+                yield f"did you mean {similar[0]} instead of {name}?"
+        for name, action in self._option_string_actions.items():
+            following = arguments[arguments.index(name) + 1:] if name in arguments else []
+            values = list(itertools.takewhile(lambda value: not value.startswith("-"), following))
+            if action.nargs == 0 and values and values[0].lower() in ("true", "false", "yes", "no", "0", "1"):
+                yield f"{name} takes no value"
+            elif str(action.metavar).endswith(",...") and set(values[1:]) & set(unknown):  # a list: FILE,FILE,...
+                yield f"the values of {name} are one argument, with commas and without blanks"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

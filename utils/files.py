@@ -9,10 +9,11 @@ import itertools
 import os
 import secrets
 import socket
+import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import BinaryIO
 
@@ -60,6 +61,18 @@ def flush_directory(path: str) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: str) -> BinaryIO:
+    """Open a file for reading. Raises OSError, also for a directory, a device and a pipe, which may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe does not block
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
+    raise OSError(errno.EINVAL, "is a device or a pipe, not a file", path)
+
+
 def move_aside(path: str) -> None:
     """Rename an older file, link or directory to path.1, path.2, ..."""
     if os.path.lexists(path):
@@ -76,11 +89,19 @@ def require_directory(flag: str, path: str) -> None:
         raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); give another directory") from None
 
 
-def require_writable(flag: str, path: str) -> None:
-    """Raises UserError unless the file of `flag` can be written: found before the work, not after it."""
+def require_writable(flag: str, path: str, *, force: bool, inputs: Iterable[str] = ()) -> None:
+    """Raises UserError unless the file of `flag` can be written: found before the work, not after it.
+
+    An existing file needs `force`. None of `inputs`, whatever its name or link, is ever replaced.
+    """
     directory = os.path.dirname(os.path.abspath(path))
     if os.path.exists(path) and not os.path.isfile(path):  # a device as well: it would be replaced
         raise UserError(f"{flag} {path}: is not a file; give the name of one")
+    for name in inputs if os.path.exists(path) else ():
+        if os.path.exists(name) and os.path.samefile(name, path):
+            raise UserError(f"{flag} {path}: is the same file as {name}, which is read; give another name")
+    if not force and os.path.lexists(path):
+        raise UserError(f"{flag} {path}: exists; give another name, or --force to replace it")
     if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: there is no directory {directory}, or it is not writable")
 

@@ -209,6 +209,28 @@ def check_options(options: Options) -> Options:
     return dataclasses.replace(options, loss_settings=complete_loss_settings(options.loss, options.loss_settings))
 
 
+# What a resumed run may change on its way, and where that shows in the results.
+_CHANGEABLE = ("loss", "training", "schedule", "optimizer", "parallelism and precision")
+
+
+def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
+    """The flags that differ from those that a checkpoint saved: "--lr 0.05 (was 0.1), --no-sync-bn (was --sync-bn)".
+
+    saved: its entry "options". Flags that it does not have, of an older version, are left out.
+    """
+    before = {**saved, **saved.get("loss_settings", {})}
+    now = {**dataclasses.asdict(options), **options.loss_settings}
+    changes = []
+    for field, definition in main_flags().items():
+        shows = definition.section in _CHANGEABLE or field in ("augment", "sync_bn")
+        if shows and field in before and field not in ("seed", "start_epoch", "max_steps"):
+            new, old = (definition.describe(definition.default_text if value is None else value)
+                        for value in (now.get(field), before[field]))
+            if new != old:
+                changes.append(f"{new} (was {old.removeprefix(definition.name + ' ')})")
+    return ", ".join(changes)
+
+
 def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     """(condition that must not be true, error message)."""
     yield (list(o.lr_milestones) != sorted(set(o.lr_milestones)),
@@ -242,10 +264,15 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     # --resume auto is allowed: a job that is requeued starts from these weights once, and later from its own.
     yield (bool(o.init_from) and o.resume not in ("", AUTO),
            f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them")
-    yield (o.start_epoch is not None and bool(o.resume),
-           f"--start-epoch {o.start_epoch} with --resume: the checkpoint says where to continue; drop --start-epoch")
+    yield (o.start_epoch is not None and o.resume not in ("", AUTO),
+           f"--start-epoch {o.start_epoch} with --resume {o.resume}: the checkpoint says where to continue; drop "
+           "--start-epoch")
     yield (o.start_epoch is not None and o.start_epoch >= o.epochs,
            f"--start-epoch {o.start_epoch}: the run ends after --epochs {o.epochs}; give a smaller epoch")
+
+    yield (o.warmup_epochs > o.epochs,
+           f"--warmup-epochs {o.warmup_epochs:g}: the run ends after --epochs {o.epochs}, before the learning rate has "
+           "risen to --lr; give fewer")
 
     yield (o.model_parallel_dim == 0,
            "--model-parallel-dim 0: would shard the embedding dimension, but every rank needs whole cosines for the "

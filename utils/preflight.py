@@ -15,7 +15,7 @@ from data.training_set import TrainingSet
 from losses.margins import MARGINS
 from models import build_backbone
 from utils.checkpoint.layout import BEST, LATEST
-from utils.checkpoint.reader import AUTO
+from utils.checkpoint.reader import AUTO, Checkpoint
 from utils.dist.sharding import ClassShard
 from utils.errors import UserError
 from utils.evaluation.protocol import EvalSet
@@ -112,8 +112,11 @@ def shared_facts(options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]
     }
 
 
-def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: Sequence[EvalSet]) -> str:
-    """A description of the run, one line per topic."""
+def run_table(
+    options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: Sequence[EvalSet],
+    resumed: Checkpoint | None = None,
+) -> str:
+    """A description of the run, one line per topic. resumed: the checkpoint that it is likely to continue."""
     backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
     center_mib = shard.size * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
@@ -150,6 +153,11 @@ def run_table(options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: S
         "precision": precision,
         "output": os.path.abspath(options.output) + (" (no checkpoints)" if options.no_save else ""),
     }
+    if resumed is not None:
+        position = resumed.contents["position"]
+        rows["resumes"] = f"{resumed.path}, step {position['step']:,}, epoch {position['epoch'] + 1}"
+    elif options.init_from:
+        rows["starts from"] = options.init_from
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
         rows["evaluation"] = ", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}" + (

@@ -16,9 +16,12 @@ from utils.errors import UserError
 def check_init_from(path: str, arch: str, embedding_size: int) -> Weights:
     """Raise UserError unless a run with this backbone can start from the file at `path`. Returns what it holds."""
     try:
-        weights = open_weights(path, arch, with_centers=True)
+        weights = open_weights(path, with_centers=True)
     except UserError as error:
         raise UserError(f"--init-from {error}") from None
+    if weights.arch != arch:
+        raise UserError(f"--init-from {path}: holds {weights.arch}, and this run trains {arch}; give --arch "
+                        f"{weights.arch}, or weights of {arch}")
     found = weights.backbone.embedding_size
     if found != embedding_size:
         raise UserError(f"--init-from {path}: has embedding size {found}, but runs have {embedding_size}; give "

@@ -15,10 +15,11 @@ import re
 import shutil
 import time
 import zlib
+from typing import Any
 
 from utils.checkpoint.safe_load import read_torch_file
 from utils.errors import UserError
-from utils.files import atomic_write, flush, flush_directory
+from utils.files import atomic_write, flush, flush_directory, open_regular
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 STEPS_DIRECTORY = "checkpoints"
@@ -29,6 +30,9 @@ METADATA_FILE = f"{SHARDS_DIRECTORY}/.metadata"
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
 _UNFINISHED = ".part"
 _FILE_NAME = re.compile(rf"{re.escape(STATE_FILE)}|{SHARDS_DIRECTORY}/\.?\w[\w.]*")
+
+# Most bytes that are read into memory. The manifest has a line per rank, .metadata 300 bytes per block.
+_MANIFEST_LIMIT, _METADATA_LIMIT = 2**26, 2**28
 
 Files = dict[str, tuple[int, int]]  # {path relative to the step's directory: (bytes, CRC-32)}
 
@@ -132,11 +136,16 @@ def newest_first(output: str) -> list[str]:
 
 def _saved_at(directory: str) -> float:
     try:
-        with open(os.path.join(directory, MANIFEST_FILE), encoding="utf-8") as file:
-            return float(json.load(file)["saved_at"])
+        return float(_load_manifest(directory)["saved_at"])
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         # The manifest is damaged, which its reader reports.
         return os.path.getmtime(directory) if os.path.isdir(directory) else 0.0
+
+
+def _load_manifest(directory: str) -> Any:
+    """The JSON in a manifest. Raises OSError, ValueError or RecursionError."""
+    with open_regular(os.path.join(directory, MANIFEST_FILE)) as file:
+        return json.loads(file.read(_MANIFEST_LIMIT))
 
 
 def step_directory(path: str, contents: dict) -> str:
@@ -160,16 +169,18 @@ def read_manifest(directory: str) -> Files:
     """The files of a checkpoint, after checking that each exists with the right size. Raises DamagedCheckpoint."""
     manifest = os.path.join(directory, MANIFEST_FILE)
     try:
-        with open(manifest, encoding="utf-8") as file:
-            files = {name: (int(size), int(crc)) for name, (size, crc) in json.load(file)["files"].items()}
+        files = {name: (int(size), int(crc)) for name, (size, crc) in _load_manifest(directory)["files"].items()}
         if not all(map(_FILE_NAME.fullmatch, files)):  # a device or a pipe elsewhere could be read for ever
             raise ValueError("names that no checkpoint has")
-        sizes = {name: os.path.getsize(os.path.join(directory, name)) for name in files}
+        sizes = {}
+        for name in files:
+            with open_regular(os.path.join(directory, name)) as file:
+                sizes[name] = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DamagedCheckpoint(f"{error.filename}: cannot be read: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         files = {}
-    if not {STATE_FILE, METADATA_FILE} <= files.keys():
+    if not {STATE_FILE, METADATA_FILE} <= files.keys() or files[METADATA_FILE][0] > _METADATA_LIMIT:
         raise DamagedCheckpoint(f"{manifest}: is damaged: not the manifest of a checkpoint")
     for name, (size, _) in files.items():
         if sizes[name] != size:
@@ -193,7 +204,7 @@ def check_files(directory: str, files: Files) -> None:
 def checksum(path: str) -> tuple[int, int]:
     """(bytes, CRC-32) of a file. CRC-32 detects damage, not malice: no reader executes anything in a checkpoint."""
     size = crc = 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(2**20):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc

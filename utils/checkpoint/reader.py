@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from utils.checkpoint import layout
 from utils.checkpoint.agreement import RankFailed, run_together
-from utils.checkpoint.layout import LATEST, STATE_FILE, DamagedCheckpoint
+from utils.checkpoint.layout import BEST, LATEST, STATE_FILE, DamagedCheckpoint
 from utils.checkpoint.safe_load import first_words, read_torch_file
 from utils.checkpoint.shards import open_shards
 from utils.checkpoint.transfer import PIECE_BYTES, Exchange, ReadBytes
@@ -173,7 +173,16 @@ def _set_aside(path: str, damage: UserError, context: DistContext) -> None:
 
 def _read(path: str, resume: Resume) -> Checkpoint:
     """Raises DamagedCheckpoint, or UserError if the checkpoint is undamaged but this run cannot resume it."""
-    contents = _read_state(path, path, resume)
+    try:
+        contents = _read_state(path, path, resume)
+    except DamagedCheckpoint:
+        raise
+    except UserError:
+        # Another file in the place of the state file is damage, and no reason to refuse the run.
+        directory, name = os.path.split(os.path.realpath(path))
+        if resume.path == AUTO and name == STATE_FILE:
+            layout.check_files(directory, {name: layout.read_manifest(directory)[name]})
+        raise
     directory = layout.step_directory(path, contents)
     return Checkpoint(path, directory, contents, layout.read_manifest(directory))
 
@@ -183,18 +192,22 @@ def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
     try:
         contents = read_torch_file(file)
     except UserError as error:
-        raise DamagedCheckpoint(str(error)) from None
+        own = resume.path == AUTO or os.path.basename(path) in (LATEST, BEST, STATE_FILE) or os.path.isdir(path)
+        hint = "" if own else f"; to start a run from weights of another program, use --init-from {path}"
+        raise DamagedCheckpoint(f"{error}{hint}") from None
     if not isinstance(contents, dict) or not {"position", "shards"} <= contents.keys():
         raise UserError(f"{path}: has no training state, perhaps only weights; give a {LATEST} that main.py wrote, or "
                         f"start a new run from these weights with --init-from {path}")
     version = contents.get("format_version")
-    if version not in (2, FORMAT_VERSION):
+    if not isinstance(version, int) or version not in (2, FORMAT_VERSION):
         raise UserError(f"{path}: has format version {version}, this program reads 2 and {FORMAT_VERSION}; continue it "
                         "with the program that wrote it, or start a new run in another --output")
     try:
         contents = _from_format_2(contents) if version == 2 else contents
         stored_values = contents["arch"], contents["num_classes"], contents["loss"]["name"], contents["seed"]
-    except (LookupError, TypeError):
+        if not all(isinstance(value, (str, int)) for value in stored_values):
+            raise TypeError
+    except (LookupError, TypeError, AttributeError, RuntimeError):  # any entry can be a tensor
         raise DamagedCheckpoint(f"{path}: is not the state of a training run, or is damaged") from None
     given_values = resume.arch, resume.num_classes, resume.loss, resume.seed
     for flag, given, stored in zip(("--arch", "--num-classes", "--loss", "--seed"), given_values, stored_values):

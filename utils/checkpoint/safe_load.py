@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import json
+import mmap
+import os
+import pickle
 import re
 import warnings
-from typing import Any
+import zipfile
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import open_regular
 
 SAFETENSORS_EXTENSION = ".safetensors"
 IDENTITIES_TENSOR = "identities.json"  # in a safetensors file with class centers: the identity names as JSON, uint8
 
 _ZIP_MAGIC = b"PK\x03\x04"  # first bytes of what torch.save writes since torch 1.6
+# First bytes of other files that users take for weights, and what to say about them.
+_OTHER_FILES = {
+    rb"\x08[\x01-\x20][\x12\x3a]": "is an ONNX file, which PyTorch cannot load; give the weights that it was exported "
+                                   "from",
+    rb"version https://git-lfs": "is a Git LFS pointer, not the file that it stands for; fetch that with git lfs pull",
+    rb"\s*<(!DOCTYPE|html|\?xml)": "is a web page, perhaps of a download that asks for a confirmation; download the "
+                                   "file again",
+}
+
+
+def read_weights(path: str) -> Any:
+    """The contents of a file of torch.save or safetensors. Raises UserError that names the cause."""
+    return read_safetensors(path) if path.endswith(SAFETENSORS_EXTENSION) else read_torch_file(path)
 
 
 def read_safetensors(path: str) -> dict[str, Any]:
@@ -25,35 +46,133 @@ def read_safetensors(path: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: the package safetensors is missing: pip install -r scripts/requirements.txt") from None
     try:
+        open_regular(path).close()
         with safetensors.safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
         content: dict[str, Any] = {"state_dict": weights}
         if IDENTITIES_TENSOR in weights:
             content["identities"] = json.loads(weights.pop(IDENTITIES_TENSOR).numpy().tobytes())
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a safetensors file, or is missing or damaged ({error}); copy or download it "
-                        "again") from None
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: is not a safetensors file, or is missing or damaged ({first_words(error)}); copy or "
+                        "download it again") from None
     return content
 
 
 def read_torch_file(path: str) -> object:
     """The contents of a file of torch.save: tensors and plain values only. Raises UserError that names the cause."""
     try:
-        with open(path, "rb") as file:
-            is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        with open_regular(path) as file:
+            head = file.read(64)
+            file.seek(0)
+            cause = next((text for start, text in _OTHER_FILES.items() if re.match(start, head)), None)
+            cause = cause or _reason_not_to_load(file)
+    except IsADirectoryError as error:
+        names = [name for name in ("checkpoint.pth.tar", "state.pth.tar") if os.path.isfile(os.path.join(path, name))]
+        raise UserError(f"{path}: {error.strerror}; give the file in it"
+                        + (f", {os.path.join(path, names[0])}" if names else "")) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give a checkpoint file") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.load also warns about what it then refuses.
+    if cause is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.load also warns about what it then refuses.
+            try:
+                # Mapped into memory, which the old format does not allow: what is not used is not read.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP_MAGIC))
+            except Exception as error:  # Damaged bytes can be any pickle instructions, so any exception can come out.
+                code = re.search(r"GLOBAL (\S+)", str(error))
+                cause = (f"holds code ({code[1]}) and was not loaded; give a file of tensors and plain values only. If "
+                         "you trust this one, make it in Python: torch.save(torch.load(FILE, weights_only=False)"
+                         "['state_dict'], 'weights.pth'), or .state_dict() of a whole module" if code else _DAMAGED)
+    raise UserError(f"{path}: {cause}")
+
+
+def load_tensor(data: bytes | memoryview) -> Tensor:
+    """The floating point tensor that torch.save wrote as `data`. Other bytes can raise any exception."""
+    file = io.BytesIO(data)
+    if cause := _reason_not_to_load(file):
+        raise ValueError(cause)
+    file.seek(0)
+    tensor = torch.load(file, map_location="cpu", weights_only=True)
+    if not is_plain(tensor):
+        raise ValueError("is not a tensor of floating point numbers with all its values")
+    return tensor
+
+
+def is_plain(value: object) -> bool:
+    """Whether `value` is a dense floating point tensor whose values all exist.
+
+    A few bytes can claim a sparse tensor of any size, and a tensor of any size that repeats one value.
+    """
+    return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+            and value.is_floating_point() and value.numel() * value.itemsize <= value.untyped_storage().nbytes())
+
+
+_DAMAGED = "is not a checkpoint of tensors and plain values, or is truncated; copy or download it again"
+
+
+def _reason_not_to_load(file: BinaryIO) -> str | None:
+    """Why torch.load must not see a file: memory that it does not need, or another format. Reads no tensors.
+
+    torch.save stores without compression. So a file never needs more memory than its own size, unless it was made to.
+    """
+    start = file.read(len(_ZIP_MAGIC))
+    file.seek(0)
+    if start != _ZIP_MAGIC:  # the old format: one pickle after the other
+        if not start.startswith(pickle.PROTO):
+            return _DAMAGED
         try:
-            # Mapped into memory, which the old format does not allow: what is not used is not read.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except Exception as error:  # Damaged bytes can be any pickle instructions, so any exception can come out.
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            cause = (f"holds code ({code[1]}) and was not loaded; give a file of tensors and plain values only, such "
-                     "as a saved state_dict" if code else
-                     "is not a checkpoint of tensors and plain values, or is truncated; copy or download it again")
-            raise UserError(f"{path}: {cause}") from None
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                unsafe = content.find(_BYTEARRAY) >= 0
+        except ValueError:  # bytes in memory, which `load_tensor` accepts in the new format only
+            return _DAMAGED
+    else:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                    return ("is a TorchScript file; save its weights in Python: torch.save(torch.jit.load(FILE)."
+                            "state_dict(), 'weights.pth')")
+                stored = sum(entry.compress_size for entry in entries)
+                if (any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+                        for entry in entries) or stored > file.seek(0, io.SEEK_END)):
+                    return ("is compressed, which torch.save never does, and was not loaded; unzip it and zip it with "
+                            "compression level 0")
+                unsafe = any(_BYTEARRAY in archive.read(entry) for entry in entries
+                             if entry.filename.endswith("/data.pkl"))
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
+            return _DAMAGED
+    return "holds code (bytearray) and was not loaded; give a file of tensors and plain values only" if unsafe else None
+
+
+# The only name that torch.load allows with which a few bytes allocate and touch any amount of memory.
+_BYTEARRAY = b"\nbytearray\n"
+
+
+class _NumpyType:
+    """numpy.dtype in a file: a type of plain numbers, of which only kind, size and byte order are kept."""
+
+    def __init__(self, name: str, *_: object) -> None:
+        if not re.fullmatch(r"[fiub]\d{1,2}", name):
+            raise ValueError(f"a numpy value of type {ascii(name)[:40]}")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _numpy_scalar(kind: _NumpyType, data: bytes) -> float | int | bool:
+    """A numpy scalar in a file, as a Python number."""
+    (value,) = np.frombuffer(data, kind.dtype)
+    return value.item()
+
+
+# Published files have numbers of numpy beside their weights, such as the best accuracy. Numpy's own functions are not
+# called for them: these two take their names.
+torch.serialization.add_safe_globals([
+    (_NumpyType, "numpy.dtype"), (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+])
 
 
 def first_words(error: Exception) -> str:

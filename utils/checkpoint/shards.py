@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint.layout import METADATA_FILE, SHARDS_DIRECTORY, DamagedCheckpoint, Files
-from utils.checkpoint.safe_load import first_words
+from utils.checkpoint.safe_load import first_words, load_tensor
 from utils.checkpoint.transfer import PIECE_BYTES, ReadBytes, read_bytes
 from utils.files import flush
 
 # Classes per block: 8 MiB at d = 512 in float32. Beside the shard, a writer holds one block; a reader holds a block's
 # bytes, its rows, and a copy of those that it needs. Older checkpoints have blocks of 32,768 classes.
 BLOCK_CLASSES = 4096
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a stored tensor may have
 
 
 class Block(NamedTuple):
@@ -182,12 +180,9 @@ def _read(read: ReadBytes, directory: str, block: Block, width: int) -> Tensor:
     """The rows (rows, width) of a block, of a float dtype. Raises DamagedCheckpoint."""
     name = f"{SHARDS_DIRECTORY}/{block.file}"
     try:
-        rows = torch.load(io.BytesIO(read(name, block.offset, block.length)), map_location="cpu", weights_only=True)
+        rows = load_tensor(read(name, block.offset, block.length))
         if rows.shape != (block.rows, width):
             raise ValueError(f"{tuple(rows.shape)} instead of {(block.rows, width)}")
-        # Integers would be copied as if they were values.
-        if rows.dtype not in _DTYPES or rows.layout != torch.strided:
-            raise ValueError(f"{rows.dtype}, {rows.layout}")
     except Exception as error:  # The bytes of a damaged archive can be anything.
         raise DamagedCheckpoint(f"{os.path.join(directory, name)}: is damaged: {block.tensor} cannot be read "
                                 f"({first_words(error)})") from None
@@ -205,9 +200,11 @@ class _Inert:
 
 
 class _MetadataUnpickler(pickle._Unpickler):
-    """The C unpickler allocates as much memory as a memo index in the file claims.
+    """The C unpickler allocates as much memory as a memo index in the file claims, and both do for a bytearray.
 
     Resolves torch.Size and the float dtypes. Every name that torch's own writer uses becomes `_Inert`."""
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in ("Size", "float16", "bfloat16", "float32", "float64"):

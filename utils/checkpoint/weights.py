@@ -13,14 +13,22 @@ from torch import Tensor, nn
 from models import BACKBONES, build_backbone, check_arch
 from models.iresnet import BLOCK_COUNTS
 from utils.checkpoint.layout import read_manifest, step_directory
-from utils.checkpoint.safe_load import SAFETENSORS_EXTENSION, first_words, read_safetensors, read_torch_file
+from utils.checkpoint.safe_load import first_words, is_plain, read_weights
 from utils.checkpoint.shards import StoredRows, open_shards, rows_of
 from utils.errors import UserError
 
 # Entries of a classifier, which published files have beside the backbone's. No other entries may be left over.
 _CLASSIFIER_ENTRY = re.compile(r"(arcface_linear|arcface|classifier|logits)\.(weight|kernel|bias)")
 # The name of the class centers, in torchshard's files and in ours.
-_CENTERS_ENTRY = re.compile(r"(module\.)?(arcface_linear|classifier)\.weight")
+_CENTERS_ENTRY = re.compile(r"(.*\.)?(arcface_linear|classifier)\.weight")
+# A weight that every backbone has, and what a wrapper writes in front of all names: "module.", "model._orig_mod.", ...
+_BACKBONE_ENTRY = re.compile(r"(?P<prefix>(?:.*?\.)?)(?:layer1|bottlenecks)\.0\.")
+# Where training programs keep the backbone's weights, the first that is there counts; insightface's class centers.
+_WRAPPERS = ("state_dict", "state_dict_backbone", "backbone", "model_state_dict", "model", "module", "net", "network",
+             "weights", "params", "state_dict_ema", "model_ema", "ema", "ema_state_dict")
+_INSIGHTFACE_CENTERS = "state_dict_softmax_fc"
+# The largest embedding that a file may claim. Published backbones have up to 2,048 values.
+_MAX_EMBEDDING_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,11 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     """Read the backbone in a file, and open its class centers if asked for. The global random state does not change.
 
     The file is a checkpoint of this program; a published backbone's bare state dict; torchshard's {"epoch", "arch",
-    "state_dict", ...}, whose names start with "module." and whose classifier is "arcface_linear.weight"; or any of
-    these weights as FILE.safetensors. The file says its arch, or the names of the weights suggest it. Counters that old
-    versions of torch did not write (num_batches_tracked) become 0.
+    "state_dict", ...}, whose classifier is "arcface_linear.weight"; insightface's checkpoint_gpu_0.pt, whose class
+    centers are those of its GPU; a state dict below one of _WRAPPERS; or any of these weights as FILE.safetensors. All
+    names of the backbone may have one prefix, such as "module."; then other entries are ignored. The file says its
+    arch, or the names of the weights suggest it. Counters that old versions of torch did not write
+    (num_batches_tracked) become 0.
 
     arch: what the file must hold; None accepts any architecture.
 
@@ -55,9 +65,10 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     """
     if arch is not None:
         check_arch(arch)
-    content: Any = read_safetensors(path) if path.endswith(SAFETENSORS_EXTENSION) else read_torch_file(path)
-    entries = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(entries, Mapping) or not entries or not all(isinstance(name, str) for name in entries):
+    content: Any = read_weights(path)
+    entries = _unwrap(content)
+    if (not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries)
+            or not any(isinstance(value, Tensor) for value in entries.values())):
         raise UserError(f"{path}: holds no state_dict; give a checkpoint, or the state dict of a published backbone")
     backbone, found = _build(path, content, entries)
     if arch not in (found, None):
@@ -74,10 +85,11 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
         except (UserError, KeyError) as error:
             raise UserError(f"{path}: its class centers are missing or damaged: {error}") from None
     elif with_centers:
-        for name in filter(_CENTERS_ENTRY.fullmatch, entries):
-            weight = entries[name]
-            if (not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2
-                    or weight.shape[1] != backbone.embedding_size):
+        found_centers = {name: entries[name] for name in filter(_CENTERS_ENTRY.fullmatch, entries)}
+        if isinstance(beside := content.get(_INSIGHTFACE_CENTERS), Mapping) and "weight" in beside:
+            found_centers[f"{_INSIGHTFACE_CENTERS}.weight"] = beside["weight"]
+        for name, weight in found_centers.items():
+            if not is_plain(weight) or weight.ndim != 2 or weight.shape[1] != backbone.embedding_size:
                 raise UserError(f"{path}: its {name} is not a matrix of class centers "
                                 f"(classes, {backbone.embedding_size})")
             centers = rows_of(weight.detach())
@@ -88,11 +100,25 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities)
 
 
+def _unwrap(content: Any) -> Any:
+    """The state dict in the contents of a file, below the names that training programs give it."""
+    for _ in range(3):
+        wrapped = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None) if (
+            isinstance(content, Mapping)) else None
+        if wrapped is None:
+            break
+        content = wrapped
+    return content
+
+
 def _build(path: str, content: Mapping[str, Any], entries: Mapping[str, Any]) -> tuple[nn.Module, str]:
     """The backbone with the entries' values, and its arch."""
-    weights = {name.removeprefix("module."): value for name, value in entries.items()}
-    if len(weights) != len(entries):
-        raise UserError(f"{path}: holds some weights both with and without 'module.' in front; remove one of them")
+    prefixes = {match["prefix"] for match in map(_BACKBONE_ENTRY.match, entries) if match}
+    if len(prefixes) > 1:
+        raise UserError(f"{path}: holds weights under {' and '.join(repr(p) for p in sorted(prefixes))}; keep one of "
+                        "them, in a file of its own")
+    prefix = prefixes.pop() if prefixes else ""
+    weights = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
     weights = {name: value for name, value in weights.items() if not _CLASSIFIER_ENTRY.fullmatch(name)}
     said = content.get("arch")
     arch = said if isinstance(said, str) and said in BACKBONES else _nearest_arch(path, weights)
@@ -100,6 +126,8 @@ def _build(path: str, content: Mapping[str, Any], entries: Mapping[str, Any]) ->
     embedding_size = content.get("embedding_size")
     if not isinstance(embedding_size, int) or embedding_size < 1:
         embedding_size = bias.numel() if isinstance(bias, Tensor) and bias.numel() else 512
+    if embedding_size > _MAX_EMBEDDING_SIZE:
+        raise UserError(f"{path}: claims an embedding size of {embedding_size}; {_MAX_EMBEDDING_SIZE} is the most")
     with torch.random.fork_rng(devices=[]):  # Initial values, which are overwritten, must not use up random numbers.
         backbone = build_backbone(arch, embedding_size)
     counters = {name: value for name, value in backbone.state_dict().items() if name.endswith(".num_batches_tracked")}

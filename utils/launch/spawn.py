@@ -92,8 +92,13 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
             listener = socket.create_server(("", plan.port), backlog=1024)
             host = ""
     except OSError as error:
-        raise UserError(f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({error.strerror}); give an "
-                        "address of node 0 that the other nodes reach, and a free port") from None
+        remedy = {
+            errno.EACCES: "ports below 1024 are for root; give another one, such as 8000",
+            errno.EADDRINUSE: "another program uses it, perhaps another run; give another port"
+                              + (", or 0 for any free one" if plan.nodes == 1 else ", the same on all nodes"),
+        }.get(error.errno or 0, "give an address of node 0 that the other nodes reach, and a free port")
+        raise UserError(f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({error.strerror}); {remedy}"
+                        ) from None
     return dist.TCPStore(host or "localhost", listener.getsockname()[1], is_master=True, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
