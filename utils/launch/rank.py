@@ -25,6 +25,7 @@ import torch.distributed as dist
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.launch.plan import ProcessPlan
+from utils.launch.secret import private_keys
 from utils.memory import keep_freed_memory
 from utils.signals import end_with_parent, handle
 
@@ -129,7 +130,7 @@ def _connect(rank: int, plan: ProcessPlan) -> dist.Store:
     if plan.world_size == 1:
         return dist.HashStore()
     store = dist.TCPStore(plan.host, plan.port, is_master=False, timeout=timedelta(seconds=plan.timeout))
-    return dist.PrefixStore("ranks", store)
+    return private_keys("ranks", store)
 
 
 def _interface_towards(host: str) -> str | None:

@@ -31,6 +31,7 @@ from utils.launch.fingerprint import program_fingerprint
 from utils.launch.multinode import Cause, NodeLink, first_cause
 from utils.launch.plan import ProcessPlan
 from utils.launch.rank import Work, run_child, run_here
+from utils.launch.secret import draw_secret
 from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle
 
 # After a rank has failed, the others fail within moments, and one of them may know the cause. Then they are killed.
@@ -50,6 +51,8 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
         return run_here(work, plan, args)
     # C++ threads that lose their peer print warnings, which would bury the cause.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if plan.nodes == 1:
+        draw_secret()
     store = _host_store(plan) if plan.node_rank == 0 else None
     if store is not None and plan.nodes == 1:
         outcome = _supervise(work, dataclasses.replace(plan, host=store.host, port=store.port), args, None)
