@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -51,31 +52,38 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
         _kill_loaders()
 
 
-def run_child(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...], parent: int,
-              report: Connection) -> NoReturn:
-    """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause."""
+def run_child(local_rank: int, task: bytes, parent: int, report: Connection) -> NoReturn:
+    """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause.
+
+    task: the pickle of (work, plan, args).
+    """
     end_with_parent(parent)
     handle(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
+        work, plan, args = pickle.loads(task)
         status = _run(local_rank, work, plan, args)
     except BaseException as error:
-        # The connection to another rank or to the store broke. gloo raises a plain RuntimeError.
-        lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
-            "gloo|Connection closed by peer", str(error))
-        failure = {"kind": "user", "message": str(error)[:_MESSAGE_CHARACTERS]} if isinstance(error, UserError) else {
-            "kind": "lost" if lost else "error",
-            "message": traceback.format_exception_only(error)[-1].splitlines()[0][:_MESSAGE_CHARACTERS],
-            "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:],
-        }
-        # The parent reads when this process has ended, so all of it must fit into the pipe's 64 KiB.
-        text = json.dumps({**failure, "time": time.time()}, ensure_ascii=False)
-        report.send_bytes(text.encode(errors="backslashreplace"))
+        report.send_bytes(_describe_failure(error))
         _kill_loaders()
         # Not sys.exit: an orderly exit may wait for ever in a collective that the other ranks never join.
         os._exit(1)
     _kill_loaders()
     sys.exit(status)
+
+
+def _describe_failure(error: BaseException) -> bytes:
+    """JSON. The parent reads it when this process has ended, so it must fit into a pipe's 64 KiB."""
+    # The connection to another rank or to the store broke. gloo raises a plain RuntimeError.
+    lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
+        "gloo|Connection closed by peer", str(error))
+    failure = {"kind": "user", "message": str(error)[:_MESSAGE_CHARACTERS]} if isinstance(error, UserError) else {
+        "kind": "lost" if lost else "error",
+        "message": traceback.format_exception_only(error)[-1].splitlines()[0][:_MESSAGE_CHARACTERS],
+        "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:],
+    }
+    text = json.dumps({**failure, "time": time.time()}, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
 
 
 def _kill_loaders() -> None:

@@ -1,9 +1,9 @@
 """The secret of a run, which keeps strangers out of the store in which its processes meet.
 
-The environment variable ARCFACE_SECRET holds it, the same on all nodes. Keys of the store begin with a prefix that follows
-from it, and the values that the nodes exchange are signed with it. So whoever reaches the store without it learns nothing
-of use, and what he writes is ignored. Without the variable everybody knows the secret: it is empty. A run of one node
-draws its own. The connections that gloo and NCCL make themselves are not protected.
+The environment variable ARCFACE_SECRET holds it, the same on all nodes. Keys of the store begin with a prefix that
+follows from it, and the values that the nodes exchange are signed with it: what others write is ignored. Without the
+variable the secret is empty, and protects nothing. A run of one node draws its own. The connections that gloo and NCCL
+make themselves are not protected.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import time
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import Any
 
@@ -97,6 +99,9 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
     except OSError as error:
         raise UserError(f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({error.strerror}); give an "
                         "address of node 0 that the other nodes reach, and a free port") from None
+    # Idle connections of strangers must not use up the descriptors, of which a process often has 1,024 unless it asks.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     return dist.TCPStore(host or "localhost", listener.getsockname()[1], is_master=True, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
@@ -145,6 +150,17 @@ def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeL
     return cause or max(codes)
 
 
+class _Task:
+    """What a rank is given: Work, plan and arguments. It arrives as bytes, which the rank unpickles when it can report
+    an error of that, such as an index that has changed meanwhile."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (bytes(ForkingPickler.dumps(self._parts)),)
+
+
 def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[BaseProcess], list[Connection]]:
     """Start the processes of this node's ranks. Returns them, and the pipes through which they say why they failed."""
     spawning = mp.get_context("spawn")
@@ -157,7 +173,8 @@ def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[B
         signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGINT})
         for local_rank in range(plan.processes_per_node):
             reader, writer = spawning.Pipe(duplex=False)
-            process = spawning.Process(target=run_child, args=(local_rank, work, plan, args, os.getpid(), writer))
+            process = spawning.Process(target=run_child,
+                                       args=(local_rank, _Task(work, plan, args), os.getpid(), writer))
             process.start()
             writer.close()
             processes.append(process)
@@ -182,6 +199,8 @@ def _explain(code: int, report: Connection, rank: str, plan: ProcessPlan, reques
         return Cause("stopped", f"stopped by {request.signal.name} on node {node} before training began", node,
                      signal=request.signal)
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    hint = " (out of memory? see dmesg)" if how == "SIGKILL" else ""
+    hint = {"SIGKILL": " (out of memory? see dmesg)",
+            "SIGBUS": " (was a file that it maps truncated, such as the index of the images, or is /dev/shm full?)",
+            }.get(how, "")
     # NCCL answers the failure of another rank with SIGABRT.
     return Cause("lost" if how == "SIGABRT" else "crash", f"{rank} was ended by {how}{hint}", node)
