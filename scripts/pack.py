@@ -46,7 +46,7 @@ from data.progress import progress_bar  # noqa: E402
 from data.record_format import MAX_CLASSES, image_record, labels_record  # noqa: E402
 from data.recordio import RecordIODataset  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.files import atomic_write, flush, flush_directory, move_aside, require_writable  # noqa: E402
+from utils.files import atomic_write, flush, flush_directory, move_aside, open_bounded, require_writable  # noqa: E402
 
 COMMIT_SECONDS = 5.0  # the work that a kill costs at most
 THREADS = 4  # they hide the latency of cold files and network disks
@@ -298,7 +298,7 @@ def _image_names(dataset: RecordIODataset, keys: np.ndarray) -> Iterator[str]:
 def _listed_names(path: str, used: np.ndarray, identities: list[str]) -> Iterator[str]:
     """The lines of files.txt for the images that are `used` (bool, all images), whose `identities` are given."""
     expected = iter(identities)
-    with open(path, "rb") as file:
+    with open_bounded(path, 1024 * len(used)) as file:
         for number, (line, is_used) in enumerate(zip_longest(file, used), 1):
             if line is None or is_used is None:
                 raise UserError(f"{path}: must have a line for each of the package's {len(used)} images; fetch it "

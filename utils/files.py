@@ -9,6 +9,7 @@ import itertools
 import os
 import secrets
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -42,6 +43,15 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
         raise
 
 
+def open_bounded(path: str, at_most: int) -> BinaryIO:
+    """Open a file of up to `at_most` bytes for reading. Raises OSError, also for a larger one, and as open_regular."""
+    file = open_regular(path)
+    if (size := os.fstat(file.fileno()).st_size) > at_most:
+        file.close()
+        raise OSError(errno.EFBIG, f"has {size:,} bytes, and should have {at_most:,} at most", path)
+    return file
+
+
 def flush(file: BinaryIO) -> None:
     """Have what was written on the disk when this returns. Raises OSError."""
     file.flush()
@@ -58,6 +68,15 @@ def flush_directory(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a file for reading. Raises OSError, also for a directory, a device and a pipe, which may never end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # a pipe does not block
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is a device or a pipe, not a file", path)
+    return file
 
 
 def move_aside(path: str) -> None:
