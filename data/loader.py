@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.decode import IMAGE_SIZE, codec_messages, decode_into, jpeg_operator
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.signals import STOP_SIGNALS
 
 # This many unreadable images in a row are not a few bad files: the disk is gone.
@@ -310,7 +310,8 @@ class _BatchReader(Dataset):
                 decode_into(data, name, pixels)
             if messages and name not in self._reported:
                 self._reported.add(name)
-                print(f"warning: {name}: the image's data is damaged ({messages[0]})", file=sys.stderr, flush=True)
+                print(f"warning: {printable(name)}: the image's data is damaged ({messages[0]})", file=sys.stderr,
+                      flush=True)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -413,5 +413,5 @@ def _read_identities(path: str, num_classes: int) -> list[str]:
                         "again, or remove it to use labels as names")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{path}: the name {ascii(name)} appears twice; correct it, or remove the file")
+        raise UserError(f"{path}: the name {name!r} appears twice; correct it, or remove the file")
     return names

@@ -134,7 +134,7 @@ def _digest(folder: FaceFolder) -> str:
     for i in range(len(folder)):
         name = _name(folder, i)
         if "\n" in name:
-            raise UserError(f"{ascii(folder.path(i))}: a line break in a name cannot be kept in train.files.txt; "
+            raise UserError(f"{folder.path(i)!r}: a line break in a name cannot be kept in train.files.txt; "
                             "rename the file or directory")
         digest.update(os.fsencode(name) + b"\n")
     return digest.hexdigest()
@@ -306,8 +306,8 @@ def _listed_names(path: str, used: np.ndarray, identities: list[str]) -> Iterato
             if is_used:
                 name, identity = os.fsdecode(line.removesuffix(b"\n")), next(expected)
                 if not name.startswith(f"{identity}/"):
-                    raise UserError(f"{path}:{number}: expected {ascii(identity)}/<file>, the identity of the image's "
-                                    f"label, got {ascii(name[:120])}; fetch this file again, or remove it")
+                    raise UserError(f"{path}:{number}: expected {identity!r}/<file>, the identity of the image's "
+                                    f"label, got {name[:120]!r}; fetch this file again, or remove it")
                 _require_plain(name[len(identity) + 1 :], f"{path}:{number}")
                 yield name
 
@@ -315,7 +315,7 @@ def _listed_names(path: str, used: np.ndarray, identities: list[str]) -> Iterato
 def _require_plain(name: str, source: str) -> None:
     """Packages come from the internet: names in them must not lead out of OUT."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise UserError(f"{source}: {ascii(name[:120])} is not the name of a file or directory; correct it, or remove "
+        raise UserError(f"{source}: {name[:120]!r} is not the name of a file or directory; correct it, or remove "
                         "this file")
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from utils.errors import UserError
-from utils.launch.secret import VARIABLE, SignedStore
+from utils.launch.secret import VARIABLE, SignedStore, read_secret
 
 POLL_SECONDS = 0.2
 SILENCE_SECONDS = 20.0  # a network that stalls for a moment must not end a run of days
@@ -112,18 +112,21 @@ def _gone(node: int, place: str, silence: float) -> Cause:
 class Coordinator:
     """What node 0 decides: it waits for the nodes, then for what ends the run. One thread alone uses it and `store`."""
 
-    def __init__(self, store: dist.TCPStore, nodes: int, facts: dict[str, Any], timeout: float) -> None:
-        self._store, self._nodes, self._timeout = SignedStore(store), nodes, timeout
+    def __init__(self, store: SignedStore, nodes: int, facts: dict[str, Any], timeout: float) -> None:
+        self._store, self._nodes, self._timeout = store, nodes, timeout
         self._clock = _Clock()
         self._records: dict[int, Record] = {}
         self._heard = [-math.inf] * nodes
         self._facts = facts
-        self._publish(State("waiting"))
+        self._decide(State("waiting"))
+        self._publish()
 
-    def _publish(self, state: State) -> None:
+    def _decide(self, state: State) -> None:
         self._state, self._since = state, self._clock()
+
+    def _publish(self) -> None:
         self._store.set("facts", self._facts)
-        self._store.set("state", state)
+        self._store.set("state", self._state)
 
     def step(self) -> bool:
         """Read what the nodes wrote, and publish what follows. True when all nodes have read how the run ended."""
@@ -137,7 +140,7 @@ class Coordinator:
             self._wait_for_nodes(missing, self._store.get("refusal"))
         elif self._state.phase != "ended":
             self._watch_nodes(now)
-        self._store.set("state", self._state)  # again: a stranger may have overwritten it
+        self._publish()  # also what has not changed: a stranger may have overwritten it
         return self._state.phase == "ended" and (
             all(record.left or node in missing for node, record in self._records.items())
             or now - self._since > ANSWER_SECONDS)
@@ -148,9 +151,9 @@ class Coordinator:
             refusal = (f"{names} did not come within {self._timeout:g} s (--dist-timeout): start every node with this "
                        "--dist-url and its own --rank")
         if refusal:
-            self._publish(State("ended", cause=Cause("user", refusal, 0)))
+            self._decide(State("ended", cause=Cause("user", refusal, 0)))
         else:
-            self._publish(State("waiting", names) if names else State("running"))
+            self._decide(State("waiting", names) if names else State("running"))
 
     def _watch_nodes(self, now: float) -> None:
         stopping = self._state.phase == "stopping"
@@ -164,22 +167,23 @@ class Coordinator:
             elif stopping and now - self._since > SILENCE_SECONDS:
                 causes.append(Cause("gone", f"node {node} ({record.place}) could not end its ranks", node))
         if len(causes) == self._nodes:
-            self._publish(State("ended", cause=first_cause(causes)))
+            self._decide(State("ended", cause=first_cause(causes)))
         elif any(causes) and not stopping:
-            self._publish(State("stopping"))
+            self._decide(State("stopping"))
 
 
 class NodeLink:
     """A parent's link to the other parents: `meet`, start the ranks, watch `alarm`, `report` in the end, and `close`.
 
     `address` is that of node 0's store, `facts` (name -> value) must be the same on all nodes, `timeout` is in seconds.
-    On node 0 `store` is the store itself; nothing else may use this object.
+    On node 0 `store` is the store itself; nothing else may use this object. `secret`: by default ARCFACE_SECRET.
     """
 
     def __init__(self, address: tuple[str, int], *, node: int, nodes: int, facts: dict[str, Any], timeout: float,
-                 store: dist.TCPStore | None = None) -> None:
+                 store: dist.TCPStore | None = None, secret: bytes | None = None) -> None:
         self._address, self._nodes, self._timeout = address, nodes, timeout
-        self._coordinator = store and Coordinator(store, nodes, facts, timeout)
+        self._secret = read_secret() if secret is None else secret
+        self._coordinator = store and Coordinator(SignedStore(store, self._secret), nodes, facts, timeout)
         self._node, self._facts = node, facts
         self._record = Record(f"{socket.gethostname()}, process {os.getpid()}", time.time())
         self._state = State("connecting")
@@ -246,8 +250,8 @@ class NodeLink:
     def _take_part(self) -> None:
         """Write this node's record and read node 0's state until the end. Raises an error if the connection fails."""
         socket.create_connection(self._address, timeout=ANSWER_SECONDS).close()  # TCPStore would not say why it fails
-        store = SignedStore(
-            dist.TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=self._timeout)))
+        store = SignedStore(dist.TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=self._timeout)),
+                            self._secret)
         begin = self._clock()
         while not (facts := store.get("facts")) or not (state := _read(State, store, "state")):
             if self._clock() - begin > SILENCE_SECONDS:
@@ -256,6 +260,8 @@ class NodeLink:
                             f"with its {VARIABLE} there; give all nodes the same {VARIABLE}", self._node))
                 return
             time.sleep(POLL_SECONDS)
+            if self._coordinator:
+                self._coordinator.step()
         if state.phase not in ("waiting", "running"):
             raise ValueError("another run is ending there")
         if refusal := self._find_refusal(store, facts, state.phase):

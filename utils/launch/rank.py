@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from utils.dist.context import DistContext
-from utils.errors import UserError
+from utils.errors import UserError, escape_output, printable
 from utils.launch.plan import ProcessPlan
-from utils.launch.secret import private_keys
+from utils.launch.secret import private_keys, read_secret
 from utils.memory import keep_freed_memory
 from utils.signals import end_with_parent, handle
 
@@ -46,7 +46,7 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
     try:
         return _run(local_rank, work, plan, args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         os._exit(2)  # see run_child
     finally:
         _kill_loaders()
@@ -58,6 +58,7 @@ def run_child(local_rank: int, task: bytes, parent: int, report: Connection) -> 
     task: the pickle of (work, plan, args).
     """
     end_with_parent(parent)
+    escape_output()
     handle(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
@@ -138,7 +139,7 @@ def _connect(rank: int, plan: ProcessPlan) -> dist.Store:
     if plan.world_size == 1:
         return dist.HashStore()
     store = dist.TCPStore(plan.host, plan.port, is_master=False, timeout=timedelta(seconds=plan.timeout))
-    return private_keys("ranks", store)
+    return private_keys("ranks", store, read_secret())
 
 
 def _interface_towards(host: str) -> str | None:

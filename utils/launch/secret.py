@@ -19,11 +19,15 @@ import torch.distributed as dist
 VARIABLE = "ARCFACE_SECRET"
 
 
-def _sign(*words: str) -> str:
-    return hmac.new(os.environb.get(os.fsencode(VARIABLE), b""), "\0".join(words).encode(), "sha256").hexdigest()
+_SIGNATURE = 64  # characters
 
 
-_SIGNATURE = len(_sign())  # characters
+def read_secret() -> bytes:
+    return os.fsencode(os.environ.get(VARIABLE, ""))
+
+
+def _sign(secret: bytes, *words: str) -> str:
+    return hmac.new(secret, "\0".join(words).encode(), "sha256").hexdigest()
 
 
 def draw_secret() -> None:
@@ -32,16 +36,16 @@ def draw_secret() -> None:
         os.environ[VARIABLE] = secrets.token_hex(32)
 
 
-def private_keys(name: str, store: dist.Store) -> dist.Store:
+def private_keys(name: str, store: dist.Store, secret: bytes) -> dist.Store:
     """The part `name` of the store, whose keys only those who know the secret can guess."""
-    return dist.PrefixStore(_sign("keys", name), store)
+    return dist.PrefixStore(_sign(secret, "keys", name), store)
 
 
 class SignedStore:
     """Values that JSON can hold, signed. What is missing, junk or forged reads as None. No call waits for a key."""
 
-    def __init__(self, store: dist.Store) -> None:
-        self._store = private_keys("nodes", store)
+    def __init__(self, store: dist.Store, secret: bytes) -> None:
+        self._store, self._secret = private_keys("nodes", store, secret), secret
 
     def set(self, key: str, value: Any) -> None:
         self._store.set(key, self._signed(key, value))
@@ -55,8 +59,9 @@ class SignedStore:
 
     def _signed(self, key: str, value: Any) -> str:
         text = json.dumps(value)
-        return _sign(key, text) + text
+        return _sign(self._secret, key, text) + text
 
     def _verified(self, key: str, content: bytes) -> Any:
         signature, text = content[:_SIGNATURE], content[_SIGNATURE:].decode(errors="replace")
-        return json.loads(text) if hmac.compare_digest(signature, _sign(key, text).encode()) else None
+        valid = hmac.compare_digest(signature, _sign(self._secret, key, text).encode())
+        return json.loads(text) if valid else None

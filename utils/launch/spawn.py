@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.launch.fingerprint import program_fingerprint
 from utils.launch.multinode import Cause, NodeLink, first_cause
 from utils.launch.plan import ProcessPlan
@@ -76,7 +76,7 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
         print(outcome.traceback, end="", file=sys.stderr)
     before, after = {"stopped": ("", ""), "user": ("error: ", "")}.get(
         outcome.kind, ("error: ", "; all ranks were stopped"))
-    print(f"{before}{outcome.message}{after}", file=sys.stderr, flush=True)
+    print(f"{before}{printable(outcome.message)}{after}", file=sys.stderr, flush=True)
     os._exit(outcome.exit_status)  # not sys.exit: Python takes seconds to tear down torch
 
 
