@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
+import multiprocessing
 import os
 import signal
 import sys
@@ -174,6 +175,15 @@ class _BatchLoader(DataLoader):
             # Otherwise each iteration would draw a number from the global generator.
             generator=torch.Generator(),
         )
+
+    def _get_iterator(self) -> Any:
+        try:  # torch leaves half an iterator behind, which prints a traceback when it is deleted
+            fork = multiprocessing.get_context("fork")
+            [fork.Queue() for _ in range(self.num_workers + 2 if self.num_workers else 0)]
+        except OSError as error:
+            raise UserError(f"--workers {self.num_workers}: cannot start loading processes ({error.strerror}); is there "
+                            "a /dev/shm with a few kilobytes free? --workers 0 needs none") from None
+        return super()._get_iterator()
 
     def check_worker_number_rationality(self) -> None:
         """Stay silent: more workers than cores are the user's choice, and help on network disks."""

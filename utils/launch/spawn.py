@@ -34,7 +34,7 @@ from utils.launch.multinode import Cause, NodeLink, first_cause
 from utils.launch.plan import ProcessPlan
 from utils.launch.rank import Work, run_child, run_here
 from utils.launch.secret import draw_secret
-from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle
+from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, describe_death, handle
 
 # After a rank has failed, the others fail within moments, and one of them may know the cause. Then they are killed.
 _GRACE_SECONDS = 1.0
@@ -198,9 +198,6 @@ def _explain(code: int, report: Connection, rank: str, plan: ProcessPlan, reques
     if request.signal is not None and code == -request.signal:
         return Cause("stopped", f"stopped by {request.signal.name} on node {node} before training began", node,
                      signal=request.signal)
-    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    hint = {"SIGKILL": " (out of memory? see dmesg)",
-            "SIGBUS": " (was a file that it maps truncated, such as the index of the images, or is /dev/shm full?)",
-            }.get(how, "")
+    how = describe_death(-code) if code < 0 else f"exit status {code}"
     # NCCL answers the failure of another rank with SIGABRT.
-    return Cause("lost" if how == "SIGABRT" else "crash", f"{rank} was ended by {how}{hint}", node)
+    return Cause("lost" if how == "SIGABRT" else "crash", f"{rank} was ended by {how}", node)
