@@ -30,6 +30,7 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # decoded.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+_READ_BYTES = 64 * 1024  # more than nearly every face crop has
 MAX_IMAGE_BYTES = 2**24  # far more than an image of 112x112 has, with all its metadata
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
@@ -205,16 +206,13 @@ def read_bytes(path: str, limit: int | None = None, *, at_most: int = MAX_IMAGE_
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            state = os.fstat(descriptor)
-            if not stat.S_ISREG(state.st_mode):
-                is_directory = stat.S_ISDIR(state.st_mode)
-                raise OSError(0, "Is a directory" if is_directory else "it is a device or a pipe, not a file")
-            if state.st_size > at_most:
-                raise UserError(f"{path}: has {state.st_size:,} bytes, and should have {at_most:,} at most")
-            size = state.st_size if limit is None else min(limit, state.st_size)
-            data = os.read(descriptor, size)
-            while len(data) < size and (more := os.read(descriptor, size - len(data))):  # 2 GiB at once at most
-                data += more
+            first = limit or _READ_BYTES
+            data = os.read(descriptor, first)
+            if not data or len(data) == first:  # else these are all the bytes of a file
+                size = _size(descriptor, path, at_most)
+                # os.read gives 2 GiB at most.
+                while limit is None and (more := os.read(descriptor, max(size - len(data), 0))):
+                    data += more
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -222,6 +220,15 @@ def read_bytes(path: str, limit: int | None = None, *, at_most: int = MAX_IMAGE_
     if not data:
         raise UserError(f"{path}: the file is empty")
     return data
+
+
+def _size(descriptor: int, path: str, at_most: int) -> int:
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):
+        raise UserError(f"{path}: cannot be read (it is a device or a pipe, not a file)")
+    if state.st_size > at_most:
+        raise UserError(f"{path}: has {state.st_size:,} bytes, and should have {at_most:,} at most")
+    return state.st_size
 
 
 def _one_line(error: Exception) -> str:

@@ -181,8 +181,8 @@ class _BatchLoader(DataLoader):
             fork = multiprocessing.get_context("fork")
             [fork.Queue() for _ in range(self.num_workers + 2 if self.num_workers else 0)]
         except OSError as error:
-            raise UserError(f"--workers {self.num_workers}: cannot start loading processes ({error.strerror}); is there "
-                            "a /dev/shm with a few kilobytes free? --workers 0 needs none") from None
+            raise UserError(f"--workers {self.num_workers}: cannot start loading processes ({error.strerror}); is "
+                            "there a /dev/shm with a few kilobytes free? --workers 0 needs none") from None
         return super()._get_iterator()
 
     def check_worker_number_rationality(self) -> None:

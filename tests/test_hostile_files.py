@@ -183,6 +183,7 @@ def large_png(size: int) -> bytes:
     return PNG[:8] + png_chunk(b"IHDR", header) + PNG[33:]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # in a program decode.py does that
 @pytest.mark.parametrize("image", [hidden_size(), large_png(10_000), large_png(100_000)], ids=["hidden", "10k", "100k"])
 def test_an_image_of_another_size_is_not_decoded(tmp_path, monkeypatch, image):
     monkeypatch.setattr("data.decode.jpeg_operator", lambda: lambda *_: pytest.fail("it is decoded"))
