@@ -116,6 +116,9 @@ def _join_group(local_rank: int, plan: ProcessPlan) -> DistContext:
         keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))
+    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
+        # ZeroRedundancyOptimizer sends its state as a pickle. Now torch runs no code of it.
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     if plan.world_size > 1 and (interface := _interface_towards(plan.host)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
