@@ -325,11 +325,11 @@ def test_what_strangers_write_is_ignored(meeting, stranger):
 
 def test_a_node_with_another_secret_is_refused_alone(meeting):
     both = meeting(2)
-    first = both.link(0, secret=b"the right one")
-    (refusal,) = in_threads(both.link(1, secret=b"the wrong one").meet)
+    first = both.link(0, secret=b"right value")
+    (refusal,) = in_threads(both.link(1, secret=b"wrong value").meet)
     assert "node 1 finds no run with its ARCFACE_SECRET there" in refusal
-    assert "one" not in refusal and "abc" not in refusal
-    links = [first, both.link(1, secret=b"the right one")]
+    assert "value" not in refusal and "abc" not in refusal
+    links = [first, both.link(1, secret=b"right value")]
     assert in_threads(*[link.meet for link in links]) == [None, None]
     assert report_all(links, None, None) == [None, None]
 

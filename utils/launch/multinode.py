@@ -9,8 +9,8 @@ parents meet there, and the ranks form their process group there. The parents' k
     state        written by node 0 (State): who is missing, whether to start or to stop, and how the run ended
 
 While the network is cut a store call blocks, whatever its timeout. So a thread makes the calls, and the main thread
-reads what the thread found and watches the clock. Whoever knows the store but not the secret of the run (see secret.py)
-can write to it what he likes: it is ignored.
+reads what the thread found and watches the clock. What others write without the secret of the run (see secret.py) is
+ignored.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ class NodeLink:
             if self._clock() - begin > SILENCE_SECONDS:
                 self._state = State("ended", cause=Cause(
                     "user", f"--dist-url tcp://{self._address[0]}:{self._address[1]}: node {self._node} finds no run "
-                            f"with its {VARIABLE} there; give all nodes the same {VARIABLE}", self._node))
+                            f"with its {VARIABLE} there; is that the address of node 0? Give all nodes the same "
+                            f"{VARIABLE}, or none", self._node))
                 return
             time.sleep(POLL_SECONDS)
             if self._coordinator:

@@ -17,8 +17,6 @@ from typing import Any
 import torch.distributed as dist
 
 VARIABLE = "ARCFACE_SECRET"
-
-
 _SIGNATURE = 64  # characters
 
 
