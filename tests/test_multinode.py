@@ -309,7 +309,6 @@ def test_what_strangers_write_is_ignored(meeting, stranger):
                 store.set(key, text)
             for key, value in (("state", State("ended")), ("refusal", "forged"), ("node/1", Record("here", 0.0))):
                 own.set(key, value)
-            assert b"abc" not in store.multi_get([key for key in store.list_keys() if "facts" in key])
             time.sleep(0.1)
         for key in store.list_keys():
             store.delete_key(key)
