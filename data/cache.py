@@ -19,6 +19,7 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 import sys
 import zlib
@@ -28,11 +29,13 @@ from typing import BinaryIO
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import atomic_write, require_directory
+from utils.files import atomic_write, open_regular, require_directory
 
 _MAGIC = b"\x89faces2\n"
 _ANY_VERSION = _MAGIC[:6]
 _HEAD = struct.Struct("<8sII")
+_MAX_HEADER_BYTES = 2**20
+_DTYPE = re.compile("[<|][biuf][1248]")
 # What is known about the images, not which they are. Another process may replace the file by one that knows more.
 _VOLATILE = ("stamps", "header_is_good")
 
@@ -51,6 +54,14 @@ class CachedArrays:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
+
+    def has(self, **arrays: tuple[str, tuple[int, ...]]) -> bool:
+        """Whether it has arrays of these types and shapes (-1: any length). A checksum does not say what was written.
+        """
+        return all(
+            name in self.arrays and self[name].dtype == dtype and self[name].ndim == len(shape)
+            and all(size in (-1, found) for size, found in zip(shape, self[name].shape))
+            for name, (dtype, shape) in arrays.items())
 
     def __reduce__(self) -> tuple[Callable[..., CachedArrays], tuple]:
         if self.path is None:
@@ -129,35 +140,40 @@ def _write(file: BinaryIO, made_from: list, arrays: dict[str, np.ndarray]) -> di
 
 def read_cache(path: str, verify: bool = True) -> CachedArrays:
     """Map the file. Raises OSError, or ValueError with the reason if it is damaged. verify: check all of its bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size < _HEAD.size:
             raise ValueError("it is truncated")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     magic, checksum, length = _HEAD.unpack_from(content)
     if magic != _MAGIC:
         raise ValueError("it is of another version" if magic.startswith(_ANY_VERSION) else "it is not an index")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError("its header is damaged")
     text = content[_HEAD.size : _HEAD.size + length]
     if zlib.crc32(text) != checksum:
         raise ValueError("its header has a wrong checksum")
     try:
         header = json.loads(text)
         cache = CachedArrays(header["made_from"], {}, path)
-        described = [(name, dtype, shape, checksum) for name, (dtype, shape, checksum) in header["arrays"].items()]
-        if not described or not all(type(size) is int and size >= 0 for _, _, shape, _ in described for size in shape):
-            raise ValueError
+        described = []
+        for name, (dtype, shape, checksum) in header["arrays"].items():
+            if not _DTYPE.fullmatch(dtype) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError
+            described.append((name, np.dtype(dtype), shape, checksum))
+        expected = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape, _ in described)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError("its header is damaged") from None
     position = _HEAD.size + length
+    if position + expected != len(content):  # before all bytes are read
+        raise ValueError("it is truncated" if position + expected > len(content) else "it is too long")
     for name, dtype, shape, checksum in described:
-        array = np.frombuffer(content, dtype, math.prod(shape), position).reshape(shape)  # ValueError beyond the end
+        array = np.frombuffer(content, dtype, math.prod(shape), position).reshape(shape)
         if verify and zlib.crc32(array.data) != checksum:
             raise ValueError(f"its {name} have a wrong checksum")
         position += array.nbytes
         cache.arrays[name] = array
         if name not in _VOLATILE:
             cache.checksums[name] = checksum
-    if position != len(content):
-        raise ValueError("it is too long")
     return cache
 
 
@@ -173,7 +189,7 @@ def _map_again(path: str, checksums: dict[str, int]) -> CachedArrays:
 def _require_usable(path: str) -> None:
     """The file that --index names will be replaced: it must be an index, even a damaged one, or not exist yet."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(_ANY_VERSION))
     except FileNotFoundError:
         start = b""

@@ -12,6 +12,8 @@ import functools
 import importlib.util
 import io
 import os
+import stat
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -24,13 +26,21 @@ IMAGE_SIZE = 112
 # Without a list Pillow tries every plugin it has on an unknown file, among them one that starts Ghostscript.
 _PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
-_RGB = 3  # torchvision.io.ImageReadMode.RGB
+# Pillow warns about large dimensions, and raises an error for larger ones: check_encoded refuses both before they are
+# decoded.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 _READ_BYTES = 64 * 1024  # more than nearly every face crop has
+MAX_IMAGE_BYTES = 2**24  # far more than an image of 112x112 has, with all its metadata
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 _HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
 
 # Start-of-frame markers of JPEG: 0xC0 to 0xCF without DHT (0xC4), JPG (0xC8) and DAC (0xCC).
 JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# No length follows these. Whoever takes what follows for one finds other dimensions than libjpeg does.
+JPEG_BARE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
@@ -111,7 +121,23 @@ def codec_messages(messages: list[str]) -> Iterator[None]:
 
 def _open(data: bytes) -> Image.Image:
     """Reads the header only."""
-    return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    return Image.open(io.BytesIO(_without_metadata(data)), formats=_PILLOW_FORMATS)
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without the chunks that do not make its pixels: texts and profiles inflate to a thousand times their size.
+
+    Other data as they are.
+    """
+    if not data.startswith(_PNG_MAGIC):
+        return data
+    kept, at = [_PNG_MAGIC], len(_PNG_MAGIC)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, type, as many bytes, checksum
+        if data[at + 4 : at + 5].isupper():  # a critical chunk
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _decode_any(data: bytes) -> Image.Image:
@@ -160,6 +186,8 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
         marker = data[position + 1]
         if marker == 0xFF:  # a fill byte
             position += 1
+        elif marker in JPEG_BARE_MARKERS:
+            return None
         elif marker in JPEG_FRAME_MARKERS:
             height = data[position + 5] << 8 | data[position + 6]
             width = data[position + 7] << 8 | data[position + 8]
@@ -169,16 +197,22 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def read_bytes(path: str, limit: int | None = None) -> bytes:
-    """The file's bytes, or at most its first `limit`. Raises UserError if it cannot be read, or is empty."""
-    # Not open(), whose file object takes half of the time.
+def read_bytes(path: str, limit: int | None = None, *, at_most: int = MAX_IMAGE_BYTES) -> bytes:
+    """The file's bytes, or its first `limit`.
+
+    Raises UserError if it cannot be read, is empty, is no regular file, or has more than `at_most` bytes.
+    """
+    # Not open(), whose file object takes half of the time. O_NONBLOCK: a pipe would wait for somebody who writes to it.
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            data = os.read(descriptor, limit or _READ_BYTES)
-            if limit is None and len(data) == _READ_BYTES:
-                with open(descriptor, "rb", buffering=0, closefd=False) as file:
-                    data += file.read()
+            first = limit or _READ_BYTES
+            data = os.read(descriptor, first)
+            if not data or len(data) == first:  # else these are all the bytes of a file
+                size = _size(descriptor, path, at_most)
+                # os.read gives 2 GiB at most.
+                while limit is None and (more := os.read(descriptor, max(size - len(data), 0))):
+                    data += more
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -186,6 +220,15 @@ def read_bytes(path: str, limit: int | None = None) -> bytes:
     if not data:
         raise UserError(f"{path}: the file is empty")
     return data
+
+
+def _size(descriptor: int, path: str, at_most: int) -> int:
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):
+        raise UserError(f"{path}: cannot be read (it is a device or a pipe, not a file)")
+    if state.st_size > at_most:
+        raise UserError(f"{path}: has {state.st_size:,} bytes, and should have {at_most:,} at most")
+    return state.st_size
 
 
 def _one_line(error: Exception) -> str:

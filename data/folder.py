@@ -172,7 +172,7 @@ def _open_cache(root: str, paths: list[str], progress: bool) -> CachedArrays:
     names = _list(root, lambda entry: entry.is_dir())
     stamps = _stamps(root, names)
     previous = None
-    for found in load_caches(paths, _MADE_FROM, progress):
+    for found in filter(_is_sound, load_caches(paths, _MADE_FROM, progress)):
         if _directories(found) == names and np.array_equal(found["stamps"], stamps):
             return found
         previous = previous or found
@@ -190,6 +190,18 @@ def _open_cache(root: str, paths: list[str], progress: bool) -> CachedArrays:
         "directory_names": np.frombuffer(packed, np.uint8),
         "image_names": np.frombuffer(b"".join(some.names for some in images), np.uint8),
     }, paths, progress)
+
+
+def _is_sound(cache: CachedArrays) -> bool:
+    """Whether the arrays fit together. Names can be wrong: who writes the index can as well write the images."""
+    images, directories, letters = (
+        len(cache[name]) if name in cache.arrays else 0 for name in ("name_ends", "directory_ends", "image_names"))
+    return cache.has(
+        stamps=("<i8", (directories, 2)), first_image=("<i8", (directories + 1,)), name_ends=("<u4", (images,)),
+        first_byte=("<i8", (directories + 1,)), directory_ends=("<i8", (directories,)),
+        header_is_good=("|u1", (images,)), directory_names=("|u1", (-1,)), image_names=("|u1", (letters,)),
+    ) and all(starts[0] == 0 and starts[-1] == end and bool((np.diff(starts) >= 0).all())
+              for starts, end in ((cache["first_image"], images), (cache["first_byte"], letters)))
 
 
 def _directories(cache: CachedArrays) -> list[str]:

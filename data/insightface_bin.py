@@ -21,6 +21,7 @@ import numpy as np
 from data.decode import read_bytes
 from utils.errors import UserError
 
+_MAX_BYTES = 2**31  # the published sets have up to 200 MB
 # Between two images lie a few instructions, at most a numpy header.
 _MAX_GAP = 1024
 
@@ -55,7 +56,7 @@ class PairBin:
 
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "--bin") -> None:
         self.path, self.flag = os.fspath(path), flag
-        data = read_bytes(self.path)
+        data = read_bytes(self.path, at_most=_MAX_BYTES)
         try:
             images, self.is_same = _images_and_labels(_Unpickler(data).load())
         except Exception as error:  # the unpickler raises exceptions of almost any type for damaged data

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.decode import IMAGE_SIZE, codec_messages, decode_into, jpeg_operator
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.signals import STOP_SIGNALS
 
 # This many unreadable images in a row are not a few bad files: the disk is gone.
@@ -175,6 +176,15 @@ class _BatchLoader(DataLoader):
             generator=torch.Generator(),
         )
 
+    def _get_iterator(self) -> Any:
+        try:  # torch leaves half an iterator behind, which prints a traceback when it is deleted
+            fork = multiprocessing.get_context("fork")
+            [fork.Queue() for _ in range(self.num_workers + 2 if self.num_workers else 0)]
+        except OSError as error:
+            raise UserError(f"--workers {self.num_workers}: cannot start loading processes ({error.strerror}); is "
+                            "there a /dev/shm with a few kilobytes free? --workers 0 needs none") from None
+        return super()._get_iterator()
+
     def check_worker_number_rationality(self) -> None:
         """Stay silent: more workers than cores are the user's choice, and help on network disks."""
 
@@ -310,7 +320,8 @@ class _BatchReader(Dataset):
                 decode_into(data, name, pixels)
             if messages and name not in self._reported:
                 self._reported.add(name)
-                print(f"warning: {name}: the image's data is damaged ({messages[0]})", file=sys.stderr, flush=True)
+                print(f"warning: {printable(name)}: the image's data is damaged ({messages[0]})", file=sys.stderr,
+                      flush=True)
 
 
 def _unchanged(batch: Any) -> Any:

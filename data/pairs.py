@@ -5,6 +5,7 @@ PairList reads such lists, and data.insightface_bin.PairBin reads sets that are 
 
 from __future__ import annotations
 
+import io
 import os
 from typing import Protocol
 
@@ -14,6 +15,9 @@ from torch.utils.data import Dataset
 
 from data.decode import decode_image, read_bytes
 from utils.errors import UserError
+from utils.files import open_bounded
+
+_MAX_BYTES = 2**30  # of a list: ten million pairs
 
 
 class PairSet(Protocol):
@@ -105,7 +109,7 @@ def _read_lines(pair_list: str, flag: str) -> list[tuple[int, str, str, bool]]:
     pairs = []
     try:
         # surrogateescape: file names need not be UTF-8. utf-8-sig: editors on Windows write a byte order mark.
-        with open(pair_list, encoding="utf-8-sig", errors="surrogateescape") as file:
+        with io.TextIOWrapper(open_bounded(pair_list, _MAX_BYTES), "utf-8-sig", "surrogateescape") as file:
             for number, line in enumerate(file, start=1):
                 fields = line.split()
                 if not fields:

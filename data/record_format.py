@@ -18,6 +18,7 @@ Labels are float32: class numbers and keys above 2^24 are not exact.
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import TypeVar
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import open_bounded
 
 MAX_CLASSES = 2**24  # labels are float32
 MAX_PART_BYTES = 2**29 - 1  # of a part: its length has 29 bits
@@ -92,10 +94,13 @@ def find_parts(head_at: Callable[[int], bytes], offset: int, limit: int, name: s
         expected = (BETWEEN, LAST)
 
 
-def read_idx(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets) of an .idx file: int64 (records,) each, in its order. Raises UserError naming file and row."""
+def read_idx(path: str, at_most: int = 2**32) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, offsets) of an .idx file of up to `at_most` bytes: int64 (records,) each, in its order.
+
+    Raises UserError naming file and row.
+    """
     try:
-        with open(path, encoding="latin-1") as file, warnings.catch_warnings():
+        with io.TextIOWrapper(open_bounded(path, at_most), encoding="latin-1") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the file is empty
             lines = np.loadtxt(file, np.int64, comments=None, delimiter="\t", ndmin=2)
         if lines.shape[1] != 2 or lines.min() < 0:

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cache import CachedArrays, cache_paths, load_caches, save_cache
-from data.decode import IMAGE_SIZE, JPEG_FRAME_MARKERS, check_encoded, read_bytes
+from data.decode import IMAGE_SIZE, JPEG_BARE_MARKERS, JPEG_FRAME_MARKERS, check_encoded, read_bytes
 from data.progress import progress_bar
 from data.record_format import (
     FRAME,
@@ -56,9 +56,13 @@ _CACHE_VERSION = 3
 
 def _is_sound(cache: CachedArrays) -> bool:
     """Whether the arrays fit together, and every label is a class: copies of a .rec and its index keep their times."""
-    labels, num_classes = cache["labels"], int(cache["num_classes"][0])
-    lengths = {len(cache[name]) for name in ("offsets", "sizes", "labels", "keys")}
-    return 0 < num_classes <= MAX_CLASSES and len(lengths) == 1 and 0 <= labels.min() and labels.max() < num_classes
+    n = (len(cache["labels"]) if "labels" in cache.arrays else 0,)
+    if n == (0,) or not cache.has(labels=("<i4", n), offsets=("<i8", n), sizes=("<u4", n), keys=("<u4", n),
+                                  bad=("<i8", (-1,)), num_classes=("<i8", (1,))):
+        return False
+    labels, bad, num_classes = cache["labels"], cache["bad"], int(cache["num_classes"][0])
+    ascends = not len(bad) or 0 <= bad[0] and bad[-1] < len(labels) and bool((np.diff(bad) > 0).all())
+    return ascends and 0 < num_classes <= MAX_CLASSES and 0 <= labels.min() and labels.max() < num_classes
 
 
 class RecordIODataset(TrainingSet):
@@ -190,7 +194,7 @@ class RecordIODataset(TrainingSet):
         with progress_bar("reading records", None, progress, unit="B", unit_scale=True) as bar:
             bar.reset(self._size if has_idx else 2 * self._size)
             if has_idx:
-                keys, offsets = read_idx(self._idx)
+                keys, offsets = read_idx(self._idx, at_most=self._size + 4096)  # no record is shorter than its line
                 order = np.argsort(offsets, kind="stable")
                 keys, offsets = keys[order], offsets[order]
                 self._check_offsets(keys, offsets)
@@ -363,7 +367,7 @@ def _right_jpegs(block: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.
     for _ in range(64):  # a camera's JPEG has a dozen segments before the frame header
         more = at + 9 < ends[rows]
         rows, at = rows[more], at[more]
-        more = block[at] == 0xFF
+        more = (block[at] == 0xFF) & ~_IS_BARE_MARKER[block[at + 1]]
         rows, at = rows[more], at[more]
         if not len(rows):
             break
@@ -376,7 +380,8 @@ def _right_jpegs(block: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.
     return right
 
 
-_IS_FRAME_MARKER = np.isin(np.arange(256), list(JPEG_FRAME_MARKERS))
+_IS_FRAME_MARKER, _IS_BARE_MARKER = (
+    np.isin(np.arange(256), list(markers)) for markers in (JPEG_FRAME_MARKERS, JPEG_BARE_MARKERS))
 
 
 def _big_endian(block: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -402,11 +407,11 @@ def _read_identities(path: str, num_classes: int) -> list[str]:
     """The lines of the file, or the labels if there is none. File systems take names as bytes, whatever encoding."""
     if not os.path.exists(path):
         return [str(label) for label in range(num_classes)]
-    names = os.fsdecode(read_bytes(path)).removesuffix("\n").split("\n")
+    names = os.fsdecode(read_bytes(path, at_most=1024 * num_classes)).removesuffix("\n").split("\n")
     if len(names) != num_classes:
         raise UserError(f"{path}: has {len(names)} names for the {num_classes} identities of the package; fetch it "
                         "again, or remove it to use labels as names")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{path}: the name {ascii(name)} appears twice; correct it, or remove the file")
+        raise UserError(f"{path}: the name {name!r} appears twice; correct it, or remove the file")
     return names

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.decode import decode_image
-from utils.errors import UserError
+from utils.errors import UserError, printable
 
 
 class TrainingSet(Dataset, ABC):
@@ -111,5 +111,5 @@ class TrainingSet(Dataset, ABC):
         if progress:
             empty = len(self.identities) - len(np.unique(self.labels))
             note = f"; identities without images, which keep their labels: {empty}" if empty else ""
-            print(f"warning: {count} and skipped; the first error: {first_error}{note}", file=sys.stderr)
+            print(f"warning: {count} and skipped; the first error: {printable(first_error)}{note}", file=sys.stderr)
         return len(bad)

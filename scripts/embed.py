@@ -108,7 +108,12 @@ def find_images(arguments: Sequence[str]) -> list[str]:
         if not os.path.exists(argument):
             raise UserError(f"{argument}: no such file or directory")
         below = []
+        seen: set[str] = set()  # links may lead back
         for parent, directories, files in os.walk(argument, followlinks=True):
+            if (real := os.path.realpath(parent)) in seen:
+                directories.clear()
+                continue
+            seen.add(real)
             directories[:] = [name for name in directories if not name.startswith(".")]
             below += [os.path.join(parent, name) for name in files
                       if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)]

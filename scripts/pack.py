@@ -46,7 +46,7 @@ from data.progress import progress_bar  # noqa: E402
 from data.record_format import MAX_CLASSES, image_record, labels_record  # noqa: E402
 from data.recordio import RecordIODataset  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
-from utils.files import atomic_write, flush, flush_directory, move_aside, require_writable  # noqa: E402
+from utils.files import atomic_write, flush, flush_directory, move_aside, open_bounded, require_writable  # noqa: E402
 
 COMMIT_SECONDS = 5.0  # the work that a kill costs at most
 THREADS = 4  # they hide the latency of cold files and network disks
@@ -134,7 +134,7 @@ def _digest(folder: FaceFolder) -> str:
     for i in range(len(folder)):
         name = _name(folder, i)
         if "\n" in name:
-            raise UserError(f"{ascii(folder.path(i))}: a line break in a name cannot be kept in train.files.txt; "
+            raise UserError(f"{folder.path(i)!r}: a line break in a name cannot be kept in train.files.txt; "
                             "rename the file or directory")
         digest.update(os.fsencode(name) + b"\n")
     return digest.hexdigest()
@@ -300,7 +300,7 @@ def _image_names(dataset: RecordIODataset, keys: np.ndarray) -> Iterator[str]:
 def _listed_names(path: str, used: np.ndarray, identities: list[str]) -> Iterator[str]:
     """The lines of files.txt for the images that are `used` (bool, all images), whose `identities` are given."""
     expected = iter(identities)
-    with open(path, "rb") as file:
+    with open_bounded(path, 1024 * len(used)) as file:
         for number, (line, is_used) in enumerate(zip_longest(file, used), 1):
             if line is None or is_used is None:
                 raise UserError(f"{path}: must have a line for each of the package's {len(used)} images; fetch it "
@@ -308,8 +308,8 @@ def _listed_names(path: str, used: np.ndarray, identities: list[str]) -> Iterato
             if is_used:
                 name, identity = os.fsdecode(line.removesuffix(b"\n")), next(expected)
                 if not name.startswith(f"{identity}/"):
-                    raise UserError(f"{path}:{number}: expected {ascii(identity)}/<file>, the identity of the image's "
-                                    f"label, got {ascii(name[:120])}; fetch this file again, or remove it")
+                    raise UserError(f"{path}:{number}: expected {identity!r}/<file>, the identity of the image's "
+                                    f"label, got {name[:120]!r}; fetch this file again, or remove it")
                 _require_plain(name[len(identity) + 1 :], f"{path}:{number}")
                 yield name
 
@@ -317,7 +317,7 @@ def _listed_names(path: str, used: np.ndarray, identities: list[str]) -> Iterato
 def _require_plain(name: str, source: str) -> None:
     """Packages come from the internet: names in them must not lead out of OUT."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise UserError(f"{source}: {ascii(name[:120])} is not the name of a file or directory; correct it, or remove "
+        raise UserError(f"{source}: {name[:120]!r} is not the name of a file or directory; correct it, or remove "
                         "this file")
 
 

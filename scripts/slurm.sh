@@ -25,6 +25,8 @@ EXIT_SAVED=75                                 # main.py stopped by a signal and 
 : "${SLURM_JOB_ID:?submit this script with sbatch}"
 source scripts/setup.sh  # Slurm runs a copy of this script, in the directory where it was submitted.
 choose_python
+# What keeps strangers out of the run; srun passes it on to all nodes.
+export ARCFACE_SECRET="${ARCFACE_SECRET:-$(od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 export MASTER_ADDR MASTER_PORT
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")  # the first node
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"  # jobs may share a node

@@ -19,6 +19,7 @@ MASTER_ADDR="${MASTER_ADDR:-172.20.10.22}"    # address of node 0
 MASTER_PORT="${MASTER_PORT:-12355}"           # a free port there
 OUTPUT="${OUTPUT:-runs/multi_node}"           # of node 0, where all checkpoints are; other nodes may share it
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}"
+# export ARCFACE_SECRET=...    # the same on all nodes, such as the output of: openssl rand -hex 32
 # export NCCL_SOCKET_IFNAME=ens1f1 GLOO_SOCKET_IFNAME=ens1f1    # the interface between the nodes, if it is not found
 
 data="$(realpath -m "$DATA")" output="$(realpath -m "$OUTPUT")"

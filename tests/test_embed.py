@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from helpers.commands import run
 from helpers.evaluation import ALONE, CPU, Colours, Pixels, write_pairs
+from helpers.images import make_folder
 from PIL import Image
 from torch import nn
 
@@ -216,3 +218,11 @@ def test_embed_script_mistakes(
     with pytest.raises(UserError, match=message) as caught:
         embed.main()
     assert "\n" not in str(caught.value)
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    make_folder(tmp_path, {"a": 1, "b": 1})
+    for k in range(9):  # 9^40 paths lead to the images
+        (tmp_path / "a" / f"link{k}").symlink_to(tmp_path)
+    found = embed.find_images([str(tmp_path)])
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["a/000.jpg", "b/000.jpg"]

@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import shutil
@@ -415,3 +416,13 @@ def test_batches_are_pinned(workers):
     loader = build_train_loader(Pictures(), sampler_of(), workers=workers, pin_memory=True)
     for batch in loader:
         assert isinstance(batch, TrainBatch) and batch.images.is_pinned() and batch.skipped == 0
+
+
+def test_without_room_for_semaphores_the_loader_says_what_to_do(monkeypatch):
+    """As with a /dev/shm of 4 KiB."""
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", full)
+    with pytest.raises(UserError, match="--workers 1: .*No space left on device.*/dev/shm"):
+        next(read_images(range(4), [0, 1], batch_size=1, workers=1))

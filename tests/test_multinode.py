@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -21,7 +23,8 @@ from helpers.commands import ROOT, finish, free_port, wait_for
 
 from utils.errors import UserError
 from utils.launch import multinode
-from utils.launch.multinode import Cause, NodeLink, first_cause
+from utils.launch.multinode import Cause, NodeLink, Record, State, first_cause
+from utils.launch.secret import SignedStore
 
 FACTS = {"--world-size": 2, "program": "abc"}
 
@@ -71,10 +74,10 @@ class Meeting:
         self.network = Network(self.store.port)
         self.links: list[NodeLink] = []
 
-    def link(self, node: int, *, through_network: bool = False, **facts: object) -> NodeLink:
+    def link(self, node: int, *, through_network: bool = False, secret: bytes = b"", **facts: object) -> NodeLink:
         port = self.network.port if through_network else self.store.port
         self.links.append(NodeLink(("127.0.0.1", port), node=node, nodes=self.count, facts={**FACTS, **facts},
-                                   timeout=self._timeout, store=None if node else self.store))
+                                   timeout=self._timeout, store=None if node else self.store, secret=secret))
         return self.links[-1]
 
     def meet(self, through_network: tuple[int, ...] = ()) -> list[NodeLink]:
@@ -284,6 +287,61 @@ def test_junk_does_not_end_the_run(meeting, junk):
         links = both.meet()
         with contextlib.suppress(OSError):
             stranger.sendall(junk)
+    assert report_all(links, None, None) == [None, None]
+
+
+WRITTEN_BY_STRANGERS = ["", "x", "[" * 100_000, "Infinity", "9" * 5_000_000, json.dumps({"program": "abc"}),
+                        json.dumps(State("ended", cause=Cause("stopped", "forged", 0, signal=15))),
+                        json.dumps(Record("here", math.inf, reported=True, cause=Cause("crash", "forged", 1)))]
+
+
+@pytest.mark.parametrize("stranger", [b"", b"another"])
+def test_what_strangers_write_is_ignored(meeting, stranger):
+    """They find the names of all keys, write to them and delete them, before the start and after it."""
+    both = meeting(2)
+    store = dist.TCPStore("127.0.0.1", both.store.port, is_master=False)
+    own = SignedStore(store, stranger)
+    links = [both.link(0, secret=b"secret")]
+
+    def attack() -> None:
+        for text in WRITTEN_BY_STRANGERS:
+            for key in [*store.list_keys(), "state", "refusal", "node/1", "node/99"]:
+                store.set(key, text)
+            for key, value in (("state", State("ended")), ("refusal", "forged"), ("node/1", Record("here", 0.0))):
+                own.set(key, value)
+            time.sleep(0.1)
+        for key in store.list_keys():
+            store.delete_key(key)
+
+    attack()
+    links.append(both.link(1, secret=b"secret"))
+    assert in_threads(*[link.meet for link in links]) == [None, None]
+    attack()
+    time.sleep(0.3)
+    assert not any(link.alarm for link in links)
+    assert report_all(links, None, error("crash", 1)) == [error("crash", 1)] * 2
+
+
+def test_a_node_with_another_secret_is_refused_alone(meeting):
+    both = meeting(2)
+    first = both.link(0, secret=b"right value")
+    (refusal,) = in_threads(both.link(1, secret=b"wrong value").meet)
+    assert "node 1 finds no run with its ARCFACE_SECRET there" in refusal
+    assert "value" not in refusal and "abc" not in refusal
+    links = [first, both.link(1, secret=b"right value")]
+    assert in_threads(*[link.meet for link in links]) == [None, None]
+    assert report_all(links, None, None) == [None, None]
+
+
+def test_a_job_that_was_suspended_goes_on(meeting, monkeypatch):
+    """Slurm stops the processes of all nodes, perhaps for hours, and continues them."""
+    both = meeting(2)
+    links, suspended = both.meet(), 0.0
+    monkeypatch.setattr(multinode, "time", SimpleNamespace(
+        time=time.time, sleep=time.sleep, monotonic=lambda: time.monotonic() + suspended))
+    suspended = 10_000.0
+    time.sleep(0.5)
+    assert not any(link.alarm for link in links)
     assert report_all(links, None, None) == [None, None]
 
 

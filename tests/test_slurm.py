@@ -11,7 +11,8 @@ import pytest
 from helpers.commands import ROOT, wait_for
 
 FAKE_SLURM = {
-    "srun": """trap 'exit 75' USR1; echo "$@" > "$FAKE/command"; echo $$ > "$FAKE/pid"; while :; do sleep 0.05; done""",
+    "srun": """trap 'exit 75' USR1; echo "$@" > "$FAKE/command"; echo "$ARCFACE_SECRET" > "$FAKE/secret"
+               echo $$ > "$FAKE/pid"; while :; do sleep 0.05; done""",
     "scancel": """[ "$*" = "--signal=USR1 $((20000 * 3 + 7)).0" ] && kill -USR1 "$(cat "$FAKE/pid")" """,
     "scontrol": """case "$1" in show) printf 'gpu-a\\ngpu-b\\n' ;; requeue) echo "$2" > "$FAKE/requeued" ;; esac""",
 }
@@ -37,3 +38,5 @@ def test_slurm_script_passes_the_signal_on_and_requeues(tmp_path, number):
     command = (tmp_path / "command").read_text()
     for words in ("main.py", "faces", "--dist-url tcp://gpu-a:20007", "--world-size 2", "--resume auto --epochs 3"):
         assert words in command
+    secret = (tmp_path / "secret").read_text().strip()
+    assert len(secret) == 64 and secret not in command + output

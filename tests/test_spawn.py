@@ -6,8 +6,12 @@ Processes of tests/helpers/node.py stand for whole nodes.
 from __future__ import annotations
 
 import errno
+import json
+import multiprocessing
 import os
+import pickle
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -16,15 +20,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from helpers.commands import ROOT, finish, free_port, start, wait_for
 
 from utils.errors import UserError
-from utils.launch import spawn
+from utils.launch import rank, secret, spawn
 from utils.launch.plan import ProcessPlan
+from utils.signals import StopRequest
 
 
 class Node:
@@ -216,6 +223,47 @@ def test_a_single_process_that_fails_does_not_wait_for_its_loaders(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Why a rank failed
+
+
+@pytest.mark.parametrize("letter", ["x", "\0", "\x1b", "é", "\udcff", "\U0001f600"])
+@pytest.mark.parametrize("kind", [UserError, RuntimeError])
+def test_a_report_fits_into_a_pipe(kind, letter):
+    """The parent reads it when the rank has ended: a rank that waits until it is read never ends."""
+    report = rank._describe_failure(kind(letter * 10**6))
+    assert len(report) < 2**16 and json.loads(report)["message"]
+
+
+def test_a_rank_that_touches_a_truncated_file_is_explained():
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    writer.close()
+    cause = spawn._explain(-signal.SIGBUS, reader, "rank 0", PLAN, StopRequest())
+    assert "rank 0 was ended by SIGBUS" in cause.message and "truncated" in cause.message
+
+
+class Changed:
+    """Training data that have changed when a rank receives them."""
+
+    def __setstate__(self, state: object) -> None:
+        raise UserError("DIR: has changed since this run started; start it again")
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"number": 1}
+
+
+def test_what_a_rank_cannot_receive_is_one_line():
+    task = pickle.loads(pickle.dumps(spawn._Task(print, PLAN, (Changed(),))))
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(
+        target=rank.run_child, args=(0, task, os.getpid(), writer))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    cause = spawn._explain(1, reader, "rank 0", PLAN, StopRequest())
+    assert (cause.kind, cause.message) == ("user", "DIR: has changed since this run started; start it again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The store
 
 PLAN = ProcessPlan(launcher="spawn", nodes=1, node_rank=0, processes_per_node=2, device_type="cpu", gpu=None,
@@ -239,6 +287,38 @@ def test_a_name_that_means_the_loopback_only_here_listens_everywhere():
     """/etc/hosts of many machines: their own name is 127.0.1.1, but other nodes know their address."""
     store = spawn._host_store(replace(PLAN, nodes=2, host="localhost"))
     assert reaches("127.0.0.1", store.port) and reaches("127.0.0.2", store.port)
+
+
+def test_an_address_that_only_leads_to_this_machine_listens_everywhere():
+    """As behind NAT. With one node nobody else has to come, so there it is a mistake (see below)."""
+    store = spawn._host_store(replace(PLAN, nodes=2, host="192.0.2.1"))
+    assert reaches("127.0.0.1", store.port) and reaches("127.0.0.2", store.port)
+
+
+def test_idle_connections_of_strangers_do_not_keep_the_processes_out():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    strangers: list[socket.socket] = []
+    try:
+        store = spawn._host_store(PLAN)
+        while len(strangers) < 400:
+            strangers.append(socket.create_connection(("127.0.0.1", store.port), timeout=5))
+        client = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
+        client.set("key", "value")
+        assert store.get("key") == b"value"
+    finally:
+        for stranger in strangers:
+            stranger.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_run_of_one_node_draws_a_secret(monkeypatch):
+    monkeypatch.setenv(secret.VARIABLE, "")
+    secret.draw_secret()
+    drawn = secret.read_secret()
+    assert len(drawn) == 64
+    secret.draw_secret()
+    assert secret.read_secret() == drawn  # one that was given stays
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no-such-host.invalid"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import io
 import itertools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,8 +54,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+# What names from files may hold beside letters: line breaks, escape sequences that control the terminal, marks that
+# reverse text, bytes that are no text. In a stream the line breaks, the tabs, and the step to the line above are those
+# of this program and of tqdm.
+_CONTROLS = "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+_IN_MESSAGE, _IN_STREAM = re.compile(_CONTROLS), re.compile(rf"(?![\n\r\t]|\x1b\[A){_CONTROLS}")
+
+
+def printable(message: object, controls: re.Pattern[str] = _IN_MESSAGE) -> str:
+    """The message in one line, in which names from files are readable but have no effect."""
+    return controls.sub(lambda found: ascii(found[0])[1:-1], str(message))
+
+
+def escape_output() -> None:
+    """Have whatever this process prints from now on show control characters as escapes, except the ends of lines."""
+    def write(original: Callable[[str], Any], text: str) -> int:
+        original(printable(text, _IN_STREAM))
+        return len(text)
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "write" not in vars(stream):
+            vars(stream)["write"] = functools.partial(write, stream.write)
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes one line on stderr and exit status 2; Ctrl-C one word and 130."""
+    escape_output()
     try:
         main()
     except UserError as error:
@@ -60,7 +87,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0":
             time.sleep(10)  # for the first one
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -43,6 +43,15 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
         raise
 
 
+def open_bounded(path: str, at_most: int) -> BinaryIO:
+    """Open a file of up to `at_most` bytes for reading. Raises OSError, also for a larger one, and as open_regular."""
+    file = open_regular(path)
+    if (size := os.fstat(file.fileno()).st_size) > at_most:
+        file.close()
+        raise OSError(errno.EFBIG, f"has {size:,} bytes, and should have {at_most:,} at most", path)
+    return file
+
+
 def flush(file: BinaryIO) -> None:
     """Have what was written on the disk when this returns. Raises OSError."""
     file.flush()

@@ -17,7 +17,7 @@ from models import build_backbone
 from utils.checkpoint.layout import BEST, LATEST
 from utils.checkpoint.reader import AUTO, Checkpoint
 from utils.dist.sharding import ClassShard
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.evaluation.protocol import EvalSet
 from utils.evaluation.sets import Source, check_images, open_sets
 from utils.files import require_directory
@@ -162,4 +162,4 @@ def run_table(
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
         rows["evaluation"] = ", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}" + (
             "" if options.no_save else f"; the best: {BEST}")
-    return "\n".join(f"{name:<13}  {value}" for name, value in rows.items())
+    return "\n".join(f"{name:<13}  {printable(value)}" for name, value in rows.items())

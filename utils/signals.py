@@ -52,6 +52,14 @@ def handle(handler: Any) -> dict[signal.Signals, Any]:
             if signal.getsignal(number) is not signal.SIG_IGN}
 
 
+def describe_death(number: int) -> str:
+    """The signal that ended a process, and what may have been the reason."""
+    hint = {signal.SIGKILL: " (out of memory? see dmesg)",
+            signal.SIGBUS: " (was a mapped file truncated, such as the index of the images, or is /dev/shm full?)",
+            }.get(signal.Signals(number), "")
+    return signal.Signals(number).name + hint
+
+
 def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when `parent`, the process that started it, ends.
 

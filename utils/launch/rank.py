@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -23,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from utils.dist.context import DistContext
-from utils.errors import UserError
+from utils.errors import UserError, escape_output, printable
 from utils.launch.plan import ProcessPlan
+from utils.launch.secret import private_keys, read_secret
 from utils.memory import keep_freed_memory
 from utils.signals import end_with_parent, handle
 
@@ -44,37 +46,45 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
     try:
         return _run(local_rank, work, plan, args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         os._exit(2)  # see run_child
     finally:
         _kill_loaders()
 
 
-def run_child(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...], parent: int,
-              report: Connection) -> NoReturn:
-    """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause."""
+def run_child(local_rank: int, task: bytes, parent: int, report: Connection) -> NoReturn:
+    """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause.
+
+    task: the pickle of (work, plan, args).
+    """
     end_with_parent(parent)
+    escape_output()
     handle(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
+        work, plan, args = pickle.loads(task)
         status = _run(local_rank, work, plan, args)
     except BaseException as error:
-        # The connection to another rank or to the store broke. gloo raises a plain RuntimeError.
-        lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
-            "gloo|Connection closed by peer", str(error))
-        failure = {"kind": "user", "message": str(error)[:_MESSAGE_CHARACTERS]} if isinstance(error, UserError) else {
-            "kind": "lost" if lost else "error",
-            "message": traceback.format_exception_only(error)[-1].splitlines()[0][:_MESSAGE_CHARACTERS],
-            "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:],
-        }
-        # The parent reads when this process has ended, so all of it must fit into the pipe's 64 KiB.
-        text = json.dumps({**failure, "time": time.time()}, ensure_ascii=False)
-        report.send_bytes(text.encode(errors="backslashreplace"))
+        report.send_bytes(_describe_failure(error))
         _kill_loaders()
         # Not sys.exit: an orderly exit may wait for ever in a collective that the other ranks never join.
         os._exit(1)
     _kill_loaders()
     sys.exit(status)
+
+
+def _describe_failure(error: BaseException) -> bytes:
+    """JSON. The parent reads it when this process has ended, so it must fit into a pipe's 64 KiB."""
+    # The connection to another rank or to the store broke. gloo raises a plain RuntimeError.
+    lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
+        "gloo|Connection closed by peer", str(error))
+    failure = {"kind": "user", "message": str(error)[:_MESSAGE_CHARACTERS]} if isinstance(error, UserError) else {
+        "kind": "lost" if lost else "error",
+        "message": traceback.format_exception_only(error)[-1].splitlines()[0][:_MESSAGE_CHARACTERS],
+        "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:],
+    }
+    text = json.dumps({**failure, "time": time.time()}, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
 
 
 def _kill_loaders() -> None:
@@ -106,6 +116,9 @@ def _join_group(local_rank: int, plan: ProcessPlan) -> DistContext:
         keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))
+    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
+        # ZeroRedundancyOptimizer sends its state as a pickle. Now torch runs no code of it.
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     if plan.world_size > 1 and (interface := _interface_towards(plan.host)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
@@ -129,7 +142,7 @@ def _connect(rank: int, plan: ProcessPlan) -> dist.Store:
     if plan.world_size == 1:
         return dist.HashStore()
     store = dist.TCPStore(plan.host, plan.port, is_master=False, timeout=timedelta(seconds=plan.timeout))
-    return dist.PrefixStore("ranks", store)
+    return private_keys("ranks", store, read_secret())
 
 
 def _interface_towards(host: str) -> str | None:

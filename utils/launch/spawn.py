@@ -12,6 +12,7 @@ import ipaddress
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import time
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import Any
 
@@ -26,12 +28,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.launch.fingerprint import program_fingerprint
 from utils.launch.multinode import Cause, NodeLink, first_cause
 from utils.launch.plan import ProcessPlan
 from utils.launch.rank import Work, run_child, run_here
-from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, handle
+from utils.launch.secret import draw_secret
+from utils.signals import EXIT_SAVED, STOP_SIGNALS, StopRequest, describe_death, handle
 
 # After a rank has failed, the others fail within moments, and one of them may know the cause. Then they are killed.
 _GRACE_SECONDS = 1.0
@@ -50,6 +53,8 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
         return run_here(work, plan, args)
     # C++ threads that lose their peer print warnings, which would bury the cause.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if plan.nodes == 1:
+        draw_secret()
     store = _host_store(plan) if plan.node_rank == 0 else None
     if store is not None and plan.nodes == 1:
         outcome = _supervise(work, dataclasses.replace(plan, host=store.host, port=store.port), args, None)
@@ -71,7 +76,7 @@ def launch(work: Work, plan: ProcessPlan, *args: Any) -> int:
         print(outcome.traceback, end="", file=sys.stderr)
     before, after = {"stopped": ("", ""), "user": ("error: ", "")}.get(
         outcome.kind, ("error: ", "; all ranks were stopped"))
-    print(f"{before}{outcome.message}{after}", file=sys.stderr, flush=True)
+    print(f"{before}{printable(outcome.message)}{after}", file=sys.stderr, flush=True)
     os._exit(outcome.exit_status)  # not sys.exit: Python takes seconds to tear down torch
 
 
@@ -99,6 +104,9 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
         }.get(error.errno or 0, "give an address of node 0 that the other nodes reach, and a free port")
         raise UserError(f"--dist-url {plan.url}: cannot listen on port {plan.port} there ({error.strerror}); {remedy}"
                         ) from None
+    # Idle connections of strangers must not use up the descriptors, of which a process often has 1,024 unless it asks.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     return dist.TCPStore(host or "localhost", listener.getsockname()[1], is_master=True, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
@@ -147,6 +155,17 @@ def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeL
     return cause or max(codes)
 
 
+class _Task:
+    """What a rank is given: Work, plan and arguments. It arrives as bytes, which the rank unpickles when it can report
+    an error of that, such as an index that has changed meanwhile."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (bytes(ForkingPickler.dumps(self._parts)),)
+
+
 def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[BaseProcess], list[Connection]]:
     """Start the processes of this node's ranks. Returns them, and the pipes through which they say why they failed."""
     spawning = mp.get_context("spawn")
@@ -159,7 +178,8 @@ def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[B
         signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGINT})
         for local_rank in range(plan.processes_per_node):
             reader, writer = spawning.Pipe(duplex=False)
-            process = spawning.Process(target=run_child, args=(local_rank, work, plan, args, os.getpid(), writer))
+            process = spawning.Process(target=run_child,
+                                       args=(local_rank, _Task(work, plan, args), os.getpid(), writer))
             process.start()
             writer.close()
             processes.append(process)
@@ -183,7 +203,6 @@ def _explain(code: int, report: Connection, rank: str, plan: ProcessPlan, reques
     if request.signal is not None and code == -request.signal:
         return Cause("stopped", f"stopped by {request.signal.name} on node {node} before training began", node,
                      signal=request.signal)
-    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    hint = " (out of memory? see dmesg)" if how == "SIGKILL" else ""
+    how = describe_death(-code) if code < 0 else f"exit status {code}"
     # NCCL answers the failure of another rank with SIGABRT.
-    return Cause("lost" if how == "SIGABRT" else "crash", f"{rank} was ended by {how}{hint}", node)
+    return Cause("lost" if how == "SIGABRT" else "crash", f"{rank} was ended by {how}", node)
