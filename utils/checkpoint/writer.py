@@ -33,8 +33,10 @@ KEEP = 2
 # The share of the free memory that copies for an asynchronous save may take.
 _STAGING_SHARE = 0.5
 
-# How long ranks wait for a rank that writes: long enough for tens of gigabytes on a slow disk, but not forever.
+# How long ranks wait for a rank that writes: long enough for tens of gigabytes on a slow disk, but not forever. It keeps
+# no dead run alive: the main threads meet while they wait for it, with the timeout of --dist-timeout.
 _WRITING_TIMEOUT = datetime.timedelta(hours=2)
+_MEETING_SECONDS = 2.0  # between two meetings
 
 
 class CheckpointWriter:
@@ -65,6 +67,7 @@ class CheckpointWriter:
         self._failure: str | None = None  # why the newest save failed
         self._last_saved = ""
         if enabled:
+            dist.barrier()  # all ranks are alive: the next line would wait for one that is not as long as for a writer
             self._group: Any = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
             if context.nodes > 1:
                 self._require_shared_output()
@@ -89,18 +92,22 @@ class CheckpointWriter:
             tensors, contents = _copied_to_cpu(tensors), _copied_to_cpu(contents)
         blocked = time.perf_counter() - started if asynchronous else None
         job = contents, tensors, state.classifier.shard.start, state.position.step, is_best, started, blocked
-        if asynchronous:
-            self._thread = threading.Thread(target=self._write_in_thread, args=job, daemon=True)
-            self._thread.start()
-        else:
-            self._write(*job)
+        self._thread = threading.Thread(target=self._write_in_thread, args=job, daemon=True)
+        self._thread.start()
+        if not asynchronous:
+            self.wait()
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Wait for the save in progress, if any."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Collective. Wait for the save in progress, if any, as long as all ranks are alive."""
+        thread, self._thread = self._thread, None
+        while thread is not None:
+            # A rank that stands still would be missed only after _WRITING_TIMEOUT.
+            writing = torch.tensor(thread.is_alive(), dtype=torch.uint8, device=self._context.device)
+            dist.all_reduce(writing, op=dist.ReduceOp.MAX)
+            if not writing:
+                break
+            thread.join(_MEETING_SECONDS)
         if self._error is not None:
             raise self._error
 
