@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,8 +116,8 @@ def build_train_loader(
     dataset[i] is (uint8 (3, 112, 112), label). Both raise UserError for a bad image. That error ends the iteration; but
     if dataset.skip_bad is true, the next readable image in index order replaces the bad one.
     stopping: whether this process has received a stop signal.
-    patience: seconds to wait for a batch. Then, and when a worker dies, new workers read on from the same batch, with a
-        warning on stderr. If they give no batch either, NoBatch is raised.
+    patience: seconds to wait for a batch, STUCK_SECONDS at most. Then, and when a worker dies, new workers read on from
+        the same batch, with a warning on stderr. If they give no batch either, NoBatch is raised.
     """
     return _BatchLoader(dataset, sampler, sampler.images_per_batch, workers, pin_memory, persistent=True,
                         stopping=stopping, patience=patience)
@@ -126,14 +126,16 @@ def build_train_loader(
 def read_images(
     dataset: Any, indices: Sequence[int], *, batch_size: int, workers: int,
     ignored: Iterable[signal.Signals] = STOP_SIGNALS, stopping: Callable[[], bool] = _never,
-) -> Iterator[torch.Tensor]:
+    patience: float = STUCK_SECONDS,
+) -> Generator[torch.Tensor, None, None]:
     """The images `indices` of the dataset, in order: uint8 (batch_size or fewer, 3, 112, 112).
 
     dataset: as for build_train_loader, but without labels. Raises the UserError of the first bad image, and NoBatch.
-    ignored: see start_loader_worker. stopping: see build_train_loader.
+    ignored: see start_loader_worker. stopping, patience: see build_train_loader.
     """
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
-    loader = _BatchLoader(dataset, batches, batch_size, min(workers, len(batches)), ignored=ignored, stopping=stopping)
+    loader = _BatchLoader(dataset, batches, batch_size, min(workers, len(batches)), ignored=ignored, stopping=stopping,
+                          patience=patience)
     for batch in loader:
         yield batch.images
 
@@ -178,7 +180,7 @@ class _BatchLoader(DataLoader):
         *, persistent: bool = False, ignored: Iterable[signal.Signals] = STOP_SIGNALS,
         stopping: Callable[[], bool] = _never, patience: float = STUCK_SECONDS,
     ) -> None:
-        self._stopping, self._patience = stopping, patience
+        self._stopping, self._patience = stopping, min(patience, STUCK_SECONDS)
         # All batches that workers read ahead, and the one that is being copied out.
         self._slots = _SharedSlots(_PREFETCH * workers + 1, images_per_batch) if workers > 0 else None
         # Not DataLoader's own pinning, which would see the slots' numbers while the pixels lie in the slots.
@@ -225,9 +227,8 @@ class _BatchLoader(DataLoader):
                     _kill_workers(iterator)
                     self._iterator = None
                     if replaced:
-                        raise NoBatch(f"{trouble}, and so were the processes that replaced them; reading images of "
-                                      f"{getattr(self.dataset.dataset, 'root', 'this set')} is not possible now")
-                    print(f"warning: {trouble}; new processes read on", file=sys.stderr, flush=True)
+                        raise NoBatch(f"{trouble}, and new ones fared no better: can the images still be read?")
+                    print(f"warning: {trouble}; new ones read on", file=sys.stderr, flush=True)
                     iterator, replaced = self._start(), True
                     continue
                 if trouble is None:
@@ -240,7 +241,15 @@ class _BatchLoader(DataLoader):
                 _kill_workers(iterator)  # they only read; one that is stuck would not end otherwise
 
     def _start(self) -> Any:
-        iterator = super().__iter__()
+        if self._iterator is not None:  # persistent workers, which first answer what an earlier iteration asked for
+            self._iterator._timeout = STUCK_SECONDS_STOPPING
+        try:
+            iterator = super().__iter__()
+        except RuntimeError:  # they do not answer
+            _kill_workers(self._iterator)
+            self._iterator = None
+            iterator = super().__iter__()
+        iterator._timeout = self.timeout
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # DataLoader's handler raises an error wherever the program is when a worker dies, even between two
             # optimizers' steps. `_wait` notices it where nothing has been changed yet.
@@ -259,7 +268,7 @@ class _BatchLoader(DataLoader):
                 if not self.num_workers:
                     raise
                 dead = [worker for worker in iterator._workers if not worker.is_alive()]
-                if not dead and "timed out" not in str(error):
+                if not dead and not str(error).startswith("DataLoader timed out"):
                     raise
                 waited = time.monotonic() - started
                 if dead:
@@ -268,7 +277,7 @@ class _BatchLoader(DataLoader):
                     return (f"{len(dead)} of {self.num_workers} data loading processes ended by {how}"
                             + (" (out of memory? see dmesg)" if -signal.SIGKILL in codes else ""))
                 if waited > (STUCK_SECONDS_STOPPING if self._stopping() else self._patience):
-                    return f"the data loading processes have given no batch for {waited:.0f} s and were stuck"
+                    return f"the data loading processes have given no batch for {waited:.0f} s"
 
 
 def _kill_workers(iterator: Any) -> None:
