@@ -41,6 +41,7 @@ from utils.evaluation.sets import Source, evaluate_set, open_sets
 from utils.files import OutputLock, lock_output
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes
 from utils.launch.spawn import launch
+from utils.memory import explain_out_of_memory
 from utils.options import EMBEDDING_SIZE, Options, parse_options
 from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluator
@@ -59,6 +60,7 @@ def main() -> None:
         return
     preflight.check_batch(options, plan)
     preflight.check_fused_update(options, plan)
+    memory = preflight.check_memory(options, plan)
     # Only to check them here: every rank reads the files itself.
     resumes = bool(options.resume) and read_resumable(resume_request(options)) is not None
     if options.init_from and not resumes:
@@ -66,7 +68,7 @@ def main() -> None:
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
     if is_first_process():
-        print(preflight.run_table(options, plan, dataset, sets), flush=True)
+        print(preflight.run_table(options, plan, dataset, sets), f"memory         {memory}", sep="\n", flush=True)
     if options.plan:
         return
     preflight.make_output(options)
@@ -106,6 +108,14 @@ def train(
 
     sets: what the backbone is evaluated on. lock: kept, so that the directory stays locked.
     """
+    with explain_out_of_memory(preflight.memory_remedies(options, context.world_size)):
+        return run_training(context, options, dataset, sets)
+
+
+def run_training(
+    context: DistContext, options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]
+) -> int:
+    """Collective. `train`, without its explanation of an allocation that fails."""
     require_same_on_all_ranks(context, preflight.shared_facts(options, dataset, sets))
     checkpoint = find_checkpoint(resume_request(options), dataset.identities, context) if options.resume else None
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, context)

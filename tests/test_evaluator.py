@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.pairs import PairImages, PairList
 from utils import preflight
+from utils.checkpoint import layout
 from utils.errors import UserError
 from utils.evaluation.embed import embed_images
 from utils.evaluation.pairs import PairEvalSet
@@ -111,8 +112,8 @@ def test_the_best_checkpoint_is_kept_with_its_shards(pools, faces, tmp_path):
     checkpoint, best = tmp_path / "checkpoint.pth.tar", tmp_path / "model_best.pth.tar"
 
     def state(path: Path) -> tuple[int, float]:
-        position = torch.load(path, weights_only=True)["position"]
-        return position["step"], position["best_score"]
+        step = torch.load(path, weights_only=True)["position"]["step"]
+        return step, layout.read_best_score(str(path.resolve().parent))
 
     pools(2).run(train_with_accuracies, [*flags, "--seed", "5", "--val-freq", "1", "--max-steps", "3"], [0.6, 0.8, 0.7])
     assert state(checkpoint) == (3, 0.8) and state(best) == (2, 0.8)
