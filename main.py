@@ -61,6 +61,7 @@ def main() -> None:
     preflight.check_batch(options, plan)
     preflight.check_fused_update(options, plan)
     memory = preflight.check_memory(options, plan)
+    preflight.check_shared_memory(options, plan)
     # Only to check them here: every rank reads the files itself.
     resumes = bool(options.resume) and read_resumable(resume_request(options)) is not None
     if options.init_from and not resumes:

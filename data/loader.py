@@ -248,7 +248,10 @@ class _BatchLoader(DataLoader):
         except RuntimeError:  # they do not answer
             _kill_workers(self._iterator)
             self._iterator = None
-            iterator = super().__iter__()
+            return self._start()
+        except OSError as error:  # of a limit
+            raise UserError(f"--workers: {self.num_workers} data loading processes cannot be started "
+                            f"({error.strerror}); use fewer, or -j 0") from None
         iterator._timeout = self.timeout
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # DataLoader's handler raises an error wherever the program is when a worker dies, even between two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
@@ -99,6 +100,12 @@ def test_a_run_that_cannot_fit_into_memory_is_answered(answer, faces, monkeypatc
                                                     "--enable-model-parallel"])))
     main.main()
     assert "--fuse-classifier-update" in answer(*flags, "--num-classes", 1_500_000)
+
+
+def test_a_tiny_dev_shm_is_answered(answer, faces, monkeypatch):
+    flags = [faces, "-b", 8, "-a", "mobilefacenet", "--device", "cpu"]
+    monkeypatch.setattr(os, "statvfs", lambda path: type("Room", (), {"f_bavail": 20, "f_frsize": 4096}))
+    assert "--workers 2" in (error := answer(*flags, "-j", 2)) and "80 KiB free" in error and "-j 0" in error
 
 
 def test_the_table_of_the_run(faces):

@@ -101,6 +101,21 @@ def _size(bytes_: int) -> str:
     return f"{bytes_ / 2**30:,.1f} GiB" if bytes_ < 2**40 else f"{bytes_ / 2**40:,.1f} TiB"
 
 
+def check_shared_memory(options: Options, plan: ProcessPlan) -> None:
+    """Raise UserError unless /dev/shm has room for the semaphores of the data loading processes."""
+    workers = -(-options.workers // plan.processes_per_node)
+    # A page each: 3 for each process and 10 or so for all; an evaluation has a loader of its own.
+    need = plan.processes_per_node * 2 * (12 + 4 * workers) * os.sysconf("SC_PAGE_SIZE") if workers else 0
+    try:
+        room = os.statvfs("/dev/shm")
+        free = room.f_bavail * room.f_frsize
+    except OSError:
+        free = 0
+    if free < need:
+        raise UserError(f"--workers {options.workers}: data loading processes need {need // 1024:,} KiB in /dev/shm, "
+                        f"which has {free // 1024:,} KiB free; make it larger (docker run --shm-size), or use -j 0")
+
+
 def open_validation_sets(options: Options) -> list[EvalSet]:
     """The sets of --val-pairs and --val-bin, every image decoded once. Raises UserError."""
     sets = open_sets([Source("pairs", path, "--val-pairs", options.imgs_root) for path in options.val_pairs]
