@@ -12,6 +12,7 @@ import itertools
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.augment import prepare_batch
-from data.loader import DeviceBatches, GlobalBatchSampler, TrainBatch, build_train_loader
+from data.loader import DeviceBatches, GlobalBatchSampler, NoBatch, TrainBatch, build_train_loader
 from data.training_set import TrainingSet
 from utils import preflight
 from utils.build import build_training
@@ -33,13 +34,14 @@ from utils.checkpoint.weights import open_weights
 from utils.checkpoint.writer import KEEP, CheckpointWriter
 from utils.dist.collectives import broadcast_integer, require_same_on_all_ranks
 from utils.dist.context import DistContext, seed_random_numbers
-from utils.dist.stop import StopSignal
+from utils.dist.stop import Dropped, StopSignal
 from utils.errors import exit_on_user_error
 from utils.evaluation.protocol import EvalSet
 from utils.evaluation.sets import Source, evaluate_set, open_sets
 from utils.files import OutputLock, lock_output
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes, warn_of_unused_environment
 from utils.launch.spawn import launch
+from utils.memory import explain_out_of_memory
 from utils.options import EMBEDDING_SIZE, Options, describe_changes, parse_options
 from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluator
@@ -59,6 +61,7 @@ def main() -> None:
         return
     preflight.check_batch(options, plan)
     preflight.check_fused_update(options, plan)
+    preflight.check_shared_memory(options, plan)
     # Only to check them here: every rank reads the files itself. Node 0 chooses the checkpoint; others may not see it.
     decides = plan.node_rank == 0
     resumed = read_resumable(resume_request(options)) if options.resume and decides else None
@@ -67,8 +70,10 @@ def main() -> None:
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
     options = preflight.count_classes(options, dataset)
+    memory = preflight.check_memory(options, plan)
     if is_first_process():
-        print(preflight.run_table(options, plan, dataset, sets, resumed), flush=True)
+        print(preflight.run_table(options, plan, dataset, sets, resumed), f"memory         {memory}", sep="\n",
+              flush=True)
     del resumed  # its tensors are mapped from a file
     if options.plan:
         return
@@ -96,6 +101,8 @@ class Run:
     writer: CheckpointWriter | None = None
     evaluator: Evaluator | None = None
     stop: StopSignal | None = None
+    saved_step: int | None = None  # of the last save
+    failed_evaluations: int = 0
 
 
 def train(
@@ -109,6 +116,14 @@ def train(
 
     sets: what the backbone is evaluated on. lock: kept, so that the directory stays locked.
     """
+    with explain_out_of_memory(preflight.memory_remedies(options, context.world_size)):
+        return run_training(context, options, dataset, sets)
+
+
+def run_training(
+    context: DistContext, options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]
+) -> int:
+    """Collective. `train`, without its explanation of an allocation that fails."""
     require_same_on_all_ranks(context, preflight.shared_facts(options, dataset, sets))
     checkpoint = find_checkpoint(resume_request(options), dataset.identities, context) if options.resume else None
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, context)
@@ -136,26 +151,45 @@ def train(
     guard = StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
     run = Run(context, options, state, model, steps_per_epoch, log, guard, writer, evaluator, stop)
     loader = build_train_loader(dataset, sampler, workers=-(-options.workers // context.processes_per_node),
-                                pin_memory=context.device.type == "cuda")
-    stopped_by = None
+                                pin_memory=context.device.type == "cuda", stopping=lambda: stop.requested,
+                                patience=stop.patience)
+    stopped_by, first_step = None, position.step
     try:
+        if position.to_evaluate and evaluator.sets:  # the run that saved this checkpoint did not live to evaluate it
+            save(run, to_evaluate=True)
+            stopped_by = evaluate_backbone(run)
         while position.step < last_step and not stopped_by:
             sampler.set_position(position.epoch, position.step_in_epoch)
             steps = min(steps_per_epoch - position.step_in_epoch, last_step - position.step)
             stopped_by = train_one_epoch(run, loader, steps)
             if position.step_in_epoch == steps_per_epoch:
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
-            # After a signal there may be little time left, so write the checkpoint without an evaluation.
-            due = position.step == last_step or (
-                not stopped_by and (options.val_freq is None or evaluator.is_due(position.step)))
-            save(run, is_best=due and evaluate_backbone(run))
+            due = bool(evaluator.sets) and (position.step == last_step or evaluator.is_due(position.step)
+                                            or options.val_freq is None and position.step_in_epoch == 0)
+            save(run, to_evaluate=due)
+            # After a signal there may be little time left. The run that is resumed evaluates.
+            if due and not stopped_by:
+                stopped_by = evaluate_backbone(run)
+    except NoBatch as error:
+        # Other ranks are already in the next step, and earlier micro-batches have changed BatchNorm's statistics.
+        if context.world_size > 1 or options.accumulation_steps > 1:
+            raise
+        if position.step > first_step:
+            save(run)
+            writer.wait()
+        stopped_by = stop.poll()
+        if not stopped_by:
+            raise
+        log.say(f"warning: {error}")
     except NotFinite:  # raised on all ranks together; the save in progress is of an earlier, finite step
         writer.wait()
         raise
     stop.close()
     log.close()
     saved = writer.close()
-    if stopped_by and position.step < last_step:
+    if run.failed_evaluations:
+        saved += f"; warning: {run.failed_evaluations} evaluations failed"
+    if stopped_by and (position.step < last_step or position.to_evaluate):
         log.say(f"stopped by {stopped_by.name} after step {position.step}; {saved}"
                 + ("" if options.no_save else f"; rerun with --resume {AUTO} to continue"))
         return 128 + stopped_by if options.no_save else EXIT_SAVED
@@ -166,7 +200,7 @@ def train(
 def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> signal.Signals | None:
     """Collective. Train the next `steps` steps of an epoch; returns the signal that ended it early, if any.
 
-    Between the steps it evaluates and saves where that is due; after the last one the caller does both.
+    Between the steps it saves and evaluates where that is due; after the last one the caller does both.
     """
     options, state, position = run.options, run.state, run.state.position
     micro_batches, dtype = options.accumulation_steps, getattr(torch, options.precision)
@@ -203,36 +237,55 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
         if stopped_by:
             break
         if steps_left:
-            is_best = run.evaluator is not None and run.evaluator.is_due(position.step) and evaluate_backbone(run)
-            if run.writer is not None and (is_best or run.writer.is_due(position.step)):
-                save(run, is_best=is_best)
+            due = run.evaluator is not None and run.evaluator.is_due(position.step)
+            if run.writer is not None and (due or run.writer.is_due(position.step)):
+                save(run, to_evaluate=due)
+            if due and (stopped_by := evaluate_backbone(run)):
+                break
     run.log.count_replaced(replaced_images)
     return stopped_by
 
 
-def save(run: Run, *, is_best: bool) -> None:
-    """Collective. Save a checkpoint. Raises NotFinite, on all ranks, if a loss or a weight is not finite."""
+def save(run: Run, *, to_evaluate: bool = False) -> None:
+    """Collective. Save a checkpoint. Raises NotFinite, on all ranks, if a loss or a weight is not finite.
+
+    to_evaluate: an evaluation follows. If the run does not live to finish it, the run that is resumed makes it.
+    """
     assert run.writer is not None
+    if run.saved_step == run.state.position.step:  # before an evaluation that was dropped
+        return
+    run.saved_step, run.state.position.to_evaluate = run.state.position.step, to_evaluate
     run.guard.check(run.log.flush())  # also because metrics.jsonl must hold every step that a checkpoint holds
     require_finite_weights(run.state.backbone, run.state.classifier.weight, run.state.position.step)
-    run.log.pause(run.writer.save(run.state, is_best=is_best))
+    run.log.pause(run.writer.save(run.state))
 
 
-def evaluate_backbone(run: Run) -> bool:
-    """Collective. Evaluate the backbone; log and keep the score. Returns whether it is the best so far."""
-    if run.evaluator is None or not run.evaluator.sets:
-        return False
-    run.guard.check(run.log.flush())
-    position = run.state.position
-    evaluation = run.evaluator.run(run.state.backbone)
+def evaluate_backbone(run: Run) -> signal.Signals | None:
+    """Collective. Evaluate what was just saved, and link it if it is the best. Returns the signal that ended this.
+
+    An evaluation that fails is a warning: it costs no training.
+    """
+    assert run.evaluator is not None and run.writer is not None
+    position, started = run.state.position, time.perf_counter()
+    try:
+        evaluation = run.evaluator.run(run.state.backbone, run.stop)
+    except Dropped as dropped:
+        run.log.pause(time.perf_counter() - started)
+        if not dropped.signal:
+            run.failed_evaluations += 1
+            position.to_evaluate = False
+            run.log.say(f"warning: the evaluation at step {position.step} failed ({dropped}); training continues")
+        return dropped.signal
     epoch = position.epoch - (position.step_in_epoch == 0)  # of the last step: the position may be at the next epoch
     run.log.add_evaluation(step=position.step, epoch=epoch, metrics=evaluation.metrics)
     run.log.say(f"validation at step {position.step}: {evaluation.describe(position.best_score)}")
-    run.log.pause(evaluation.seconds)
     is_best = position.best_score is None or evaluation.score > position.best_score
-    if is_best:
-        position.best_score = evaluation.score
-    return is_best
+    best_score = evaluation.score if is_best or position.best_score is None else position.best_score
+    if run.writer.note_evaluation(evaluation.score, best_score, is_best=is_best):
+        position.best_score = best_score
+    position.to_evaluate = False
+    run.log.pause(time.perf_counter() - started)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

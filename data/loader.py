@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import mmap
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +30,18 @@ from utils.signals import STOP_SIGNALS
 # This many unreadable images in a row are not a few bad files: the disk is gone.
 _MAX_BAD_IN_A_ROW = 100
 _PREFETCH = 2  # batches that each worker reads ahead
+# How long to wait for a batch before new workers replace those that may be stuck (SIGSTOP, a network disk that does not
+# answer). After a stop signal there is less time.
+STUCK_SECONDS, STUCK_SECONDS_STOPPING = 300.0, 5.0
+_LOOK_SECONDS = 1  # how often the main process looks whether workers are dead, and for a stop signal
+
+
+class NoBatch(UserError):
+    """Workers died or were stuck, and so were those that replaced them. The batch was not read."""
+
+
+def _never() -> bool:
+    return False
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -93,28 +108,35 @@ class TrainBatch(NamedTuple):
 
 
 def build_train_loader(
-    dataset: Any, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool
+    dataset: Any, sampler: GlobalBatchSampler, *, workers: int, pin_memory: bool,
+    stopping: Callable[[], bool] = _never, patience: float = STUCK_SECONDS,
 ) -> DataLoader[TrainBatch]:
     """A loader of one TrainBatch per list of indices that `sampler` yields. Its workers persist over epochs.
 
     dataset: dataset.encoded(i) is (the encoded image, its name) and dataset.labels[i] its label; or, without these,
     dataset[i] is (uint8 (3, 112, 112), label). Both raise UserError for a bad image. That error ends the iteration; but
     if dataset.skip_bad is true, the next readable image in index order replaces the bad one.
+    stopping: whether this process has received a stop signal.
+    patience: seconds to wait for a batch, STUCK_SECONDS at most. Then, and when a worker dies, new workers read on from
+        the same batch, with a warning on stderr. If they give no batch either, NoBatch is raised.
     """
-    return _BatchLoader(dataset, sampler, sampler.images_per_batch, workers, pin_memory, persistent=True)
+    return _BatchLoader(dataset, sampler, sampler.images_per_batch, workers, pin_memory, persistent=True,
+                        stopping=stopping, patience=patience)
 
 
 def read_images(
     dataset: Any, indices: Sequence[int], *, batch_size: int, workers: int,
-    ignored: Iterable[signal.Signals] = STOP_SIGNALS,
-) -> Iterator[torch.Tensor]:
+    ignored: Iterable[signal.Signals] = STOP_SIGNALS, stopping: Callable[[], bool] = _never,
+    patience: float = STUCK_SECONDS,
+) -> Generator[torch.Tensor, None, None]:
     """The images `indices` of the dataset, in order: uint8 (batch_size or fewer, 3, 112, 112).
 
-    dataset: as for build_train_loader, but without labels. Raises the UserError of the first bad image.
-    ignored: see start_loader_worker.
+    dataset: as for build_train_loader, but without labels. Raises the UserError of the first bad image, and NoBatch.
+    ignored: see start_loader_worker. stopping, patience: see build_train_loader.
     """
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
-    loader = _BatchLoader(dataset, batches, batch_size, min(workers, len(batches)), ignored=ignored)
+    loader = _BatchLoader(dataset, batches, batch_size, min(workers, len(batches)), ignored=ignored, stopping=stopping,
+                          patience=patience)
     for batch in loader:
         yield batch.images
 
@@ -157,7 +179,9 @@ class _BatchLoader(DataLoader):
     def __init__(
         self, dataset: Any, batches: Iterable[list[int]], images_per_batch: int, workers: int, pin_memory: bool = False,
         *, persistent: bool = False, ignored: Iterable[signal.Signals] = STOP_SIGNALS,
+        stopping: Callable[[], bool] = _never, patience: float = STUCK_SECONDS,
     ) -> None:
+        self._stopping, self._patience = stopping, min(patience, STUCK_SECONDS)
         # All batches that workers read ahead, and the one that is being copied out.
         self._slots = _SharedSlots(_PREFETCH * workers + 1, images_per_batch) if workers > 0 else None
         # Not DataLoader's own pinning, which would see the slots' numbers while the pixels lie in the slots.
@@ -174,6 +198,7 @@ class _BatchLoader(DataLoader):
             multiprocessing_context="fork" if workers > 0 else None,
             # Otherwise each iteration would draw a number from the global generator.
             generator=torch.Generator(),
+            timeout=_LOOK_SECONDS if workers > 0 else 0,
         )
 
     def _get_iterator(self) -> Any:
@@ -189,7 +214,7 @@ class _BatchLoader(DataLoader):
         """Stay silent: more workers than cores are the user's choice, and help on network disks."""
 
     def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]  # torch declares its private iterator class
-        for loaded in super().__iter__():
+        for loaded in self._loaded():
             if isinstance(loaded, str):
                 raise UserError(loaded)
             images, labels, indices, skipped = loaded
@@ -199,6 +224,81 @@ class _BatchLoader(DataLoader):
                 images = images.pin_memory()
             labels = torch.tensor(labels, dtype=torch.int64, pin_memory=self._pins)
             yield TrainBatch(images, labels, torch.tensor(indices, dtype=torch.int64), skipped)
+
+    def _loaded(self) -> Iterator[Any]:
+        """What the workers return, batch by batch. Workers that die or are stuck are replaced, once in a row."""
+        assert isinstance(self.batch_sampler, _SlotSampler)
+        self.batch_sampler.first, replaced = 0, False
+        iterator = self._start()
+        try:
+            while True:
+                trouble = self._wait(iterator)
+                if isinstance(trouble, str):
+                    _kill_workers(iterator)
+                    self._iterator = None
+                    if replaced:
+                        raise NoBatch(f"{trouble}, and new ones fared no better: can the images still be read?")
+                    print(f"warning: {trouble}; new ones read on", file=sys.stderr, flush=True)
+                    iterator, replaced = self._start(), True
+                    continue
+                if trouble is None:
+                    return
+                replaced = False
+                self.batch_sampler.first += 1
+                yield trouble[0]
+        finally:
+            if not self.persistent_workers:
+                _kill_workers(iterator)  # they only read; one that is stuck would not end otherwise
+
+    def _start(self) -> Any:
+        if self._iterator is not None:  # persistent workers, which first answer what an earlier iteration asked for
+            self._iterator._timeout = STUCK_SECONDS_STOPPING
+        try:
+            iterator = super().__iter__()
+        except RuntimeError:  # they do not answer
+            _kill_workers(self._iterator)
+            self._iterator = None
+            return self._start()
+        except OSError as error:  # of a limit
+            raise UserError(f"--workers: {self.num_workers} data loading processes cannot be started "
+                            f"({error.strerror}); use fewer, or -j 0") from None
+        iterator._timeout = self.timeout
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # DataLoader's handler raises an error wherever the program is when a worker dies, even between two
+            # optimizers' steps. `_wait` notices it where nothing has been changed yet.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
+
+    def _wait(self, iterator: Any) -> tuple[Any] | str | None:
+        """(The next item,); None after the last one; or what is wrong with the workers."""
+        started = time.monotonic()
+        while True:
+            try:
+                return (next(iterator),)
+            except StopIteration:
+                return None
+            except RuntimeError as error:
+                if not self.num_workers:
+                    raise
+                dead = [worker for worker in iterator._workers if not worker.is_alive()]
+                if not dead and not str(error).startswith("DataLoader timed out"):
+                    raise
+                waited = time.monotonic() - started
+                if dead:
+                    codes = sorted({worker.exitcode or 0 for worker in dead})
+                    how = ", ".join(signal.Signals(-code).name if code < 0 else f"status {code}" for code in codes)
+                    return (f"{len(dead)} of {self.num_workers} data loading processes ended by {how}"
+                            + (" (out of memory? see dmesg)" if -signal.SIGKILL in codes else ""))
+                if waited > (STUCK_SECONDS_STOPPING if self._stopping() else self._patience):
+                    return f"the data loading processes have given no batch for {waited:.0f} s"
+
+
+def _kill_workers(iterator: Any) -> None:
+    """End the workers of a DataLoader's iterator, also those that are stopped and cannot answer."""
+    for worker in getattr(iterator, "_workers", ()):
+        worker.kill()
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 class _SharedSlots:
@@ -229,17 +329,18 @@ class _SlotSampler(Sampler):
 
     def __init__(self, batches: Iterable[list[int]], slots: _SharedSlots | None) -> None:
         self._batches, self._slots = batches, slots
+        self.first = 0  # batches to leave out: those that were read before workers were replaced
 
     def __len__(self) -> int:
         assert isinstance(self._batches, Sized)
-        return len(self._batches)
+        return len(self._batches) - self.first
 
     def __iter__(self) -> Iterator[tuple[int | None, list[int]]]:
         if self._slots is not None:
             # DataLoader asks for the first batch once its workers have answered all earlier requests, and nobody
             # reads the batches of an abandoned iteration.
             self._slots.free = list(range(len(self._slots.images)))
-        for indices in self._batches:
+        for indices in itertools.islice(self._batches, self.first, None):
             yield self._slots.free.pop() if self._slots is not None else None, indices
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
 import pickle
 import shutil
+import signal
 import time
 from pathlib import Path
 from unittest import mock
@@ -20,11 +24,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.pairs import PairImages, PairList
 from utils import preflight
+from utils.checkpoint import layout
 from utils.errors import UserError
 from utils.evaluation.embed import embed_images
 from utils.evaluation.pairs import PairEvalSet
 from utils.evaluation.protocol import Result
 from utils.options import parse_options
+from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluation, Evaluator
 from utils.training.metrics import TrainingLog
 
@@ -111,8 +117,8 @@ def test_the_best_checkpoint_is_kept_with_its_shards(pools, faces, tmp_path):
     checkpoint, best = tmp_path / "checkpoint.pth.tar", tmp_path / "model_best.pth.tar"
 
     def state(path: Path) -> tuple[int, float]:
-        position = torch.load(path, weights_only=True)["position"]
-        return position["step"], position["best_score"]
+        step = torch.load(path, weights_only=True)["position"]["step"]
+        return step, layout.read_best_score(str(path.resolve().parent))
 
     pools(2).run(train_with_accuracies, [*flags, "--seed", "5", "--val-freq", "1", "--max-steps", "3"], [0.6, 0.8, 0.7])
     assert state(checkpoint) == (3, 0.8) and state(best) == (2, 0.8)
@@ -137,6 +143,53 @@ def test_the_best_checkpoint_is_kept_with_its_shards(pools, faces, tmp_path):
     copy = shutil.copytree(faces / "lfw", tmp_path / "lfw")
     pools(2).run(train_with_accuracies, [*flags, "--val-pairs", str(copy / "pair.list"), "--resume", str(best)], [0.5])
     assert state(best) == (8, 0.5)
+
+
+def train_with_trouble(rank: int, world_size: int, argv: list[str], trouble: str) -> tuple[int, str]:
+    """`train`; during the first evaluation an image is lost on the last rank, or rank 0 receives SIGTERM."""
+    out, images = io.StringIO(), []
+
+    def encoded(self: PairImages, i: int) -> tuple[bytes, str]:
+        images.append(i)
+        if trouble == "lost image" and rank == world_size - 1 and len(images) == 1:
+            raise UserError("imgs/x.jpg: No such file")
+        if trouble == "SIGTERM" and rank == 0 and len(images) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.pairs.encoded(i)
+
+    sets = preflight.open_validation_sets(parse_options(argv))
+    with (mock.patch.object(preflight, "open_validation_sets", lambda options: sets),
+          mock.patch.object(PairImages, "encoded", encoded), contextlib.redirect_stdout(out)):
+        return train(rank, world_size, argv), out.getvalue()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_that_fails_costs_nothing(pools, faces, tmp_path, world_size):
+    flags = [str(faces), *RESUME, "--val-pairs", str(faces / "lfw" / "pair.list"), "--output", str(tmp_path)]
+    (status, output), *_ = pools(world_size).run(train_with_trouble, flags, "lost image")
+    assert status == 0 and "step 4 failed (imgs/x.jpg: No such file)" in output, output
+    assert output.rstrip().splitlines()[-1].startswith("done: 8 steps") and "1 evaluations failed" in output
+    assert [line["step"] for line in read_metrics(tmp_path) if "val" in line] == [8]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert (tmp_path / "model_best.pth.tar").resolve() == (tmp_path / "checkpoint.pth.tar").resolve()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_drops_the_evaluation_and_the_resumed_run_makes_it(pools, faces, tmp_path, world_size):
+    flags = [str(faces), *RESUME, "--seed", "5", "--val-pairs", str(faces / "lfw" / "pair.list"), "--max-steps", "4",
+             "--output", str(tmp_path)]
+    answers = pools(world_size).run(train_with_trouble, flags, "SIGTERM")
+    assert [status for status, _ in answers] == [EXIT_SAVED] * world_size, answers
+    assert "stopped by SIGTERM after step 4" in answers[0][1]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert not (tmp_path / "model_best.pth.tar").exists()
+    pools(world_size).run(train_with_accuracies, [*flags, "--resume", "auto"], [0.7])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
+    assert layout.read_best_score(str((tmp_path / "model_best.pth.tar").resolve().parent)) == 0.7
+    pools(world_size).run(train_with_accuracies, [*flags, "--resume", "auto"], [])  # once
+    pools(world_size).run(train_with_accuracies, [*flags, "--resume", "auto", "--max-steps", "5"], [0.6])
+    assert os.readlink(tmp_path / "model_best.pth.tar").startswith("checkpoints/step-00000004")
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ FLOORS = [
     ["utils/training"],
     ["utils/checkpoint"],
     ["utils/options"],
-    ["utils/build", "utils/planner", "utils/preflight"],
+    ["utils/build", "utils/planner"],
+    ["utils/preflight"],
     ["main", "valid"],
     ["scripts"],
 ]

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+import data.loader
 from data import decode
 from data.augment import prepare_batch
 from data.decode import read_image
 from data.folder import FaceFolder
-from data.loader import DeviceBatches, GlobalBatchSampler, TrainBatch, build_train_loader, read_images
+from data.loader import DeviceBatches, GlobalBatchSampler, NoBatch, TrainBatch, build_train_loader, read_images
 from utils.errors import UserError
 
 # More workers than cores, on purpose.
@@ -238,6 +239,39 @@ def test_workers_persist_take_one_thread_and_survive_signals():
         [batch.labels for batch in loader_of(AboutTheProcess(torch.get_num_threads), sampler_of(), workers=1)]
     )
     assert (labels == 1).all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_workers_that_die_or_stand_still_are_replaced(capfd, monkeypatch, number):
+    """Not a batch is lost or read twice, and the next epoch goes on with the new workers."""
+    sampler = sampler_of(global_batch=4)
+    loader = build_train_loader(AboutTheProcess(os.getpid), sampler, workers=2, pin_memory=False, patience=0.5)
+    batches = iter(loader)
+    read = [next(batches)]
+    for worker in loader._iterator._workers:
+        os.kill(worker.pid, number)
+    read += batches
+    assert [batch.indices.tolist() for batch in read] == list(sampler)
+    assert ("SIGKILL" if number == signal.SIGKILL else "no batch for") in capfd.readouterr().err
+    sampler.set_position(1, 0)
+    assert [batch.indices.tolist() for batch in loader] == list(sampler)
+    assert capfd.readouterr().err == ""
+    os.kill(loader._iterator._workers[0].pid, number)  # between two epochs
+    monkeypatch.setattr(data.loader, "STUCK_SECONDS_STOPPING", 0.5)
+    assert [batch.indices.tolist() for batch in loader] == list(sampler)
+
+
+def test_images_that_cannot_be_read_end_in_one_line(capfd, monkeypatch):
+    monkeypatch.setattr(data.loader, "STUCK_SECONDS_STOPPING", 0.3)
+    sleeping = AboutTheProcess(lambda: time.sleep(60))
+    begun = time.monotonic()
+    with pytest.raises(NoBatch, match="no batch for"):  # a stop signal shortens the wait
+        next(iter(build_train_loader(sleeping, sampler_of(), workers=1, pin_memory=False, stopping=lambda: True)))
+    with pytest.raises(NoBatch, match="no batch for"):
+        next(read_images(sleeping, range(9), batch_size=3, workers=2, patience=0.3))
+    with pytest.raises(NoBatch, match="status 3"):
+        next(read_images(AboutTheProcess(lambda: os._exit(3)), range(9), batch_size=3, workers=2))
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])

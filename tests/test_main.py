@@ -52,8 +52,8 @@ def test_published_single_node_commands_then_valid(faces, tmp_path, name):
         assert len(re.findall(validation, output, re.MULTILINE)) == 2
         evaluated = [(line["step"], list(line["val"])) for line in lines if "val" in line]
         assert evaluated == [(step, ["lfw", "small"]) for step in (1, 2)]
-        best = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
-        assert best["position"]["best_score"] == max(
+        best = (tmp_path / "model_best.pth.tar").resolve().parent
+        assert json.loads((best / "evaluation.json").read_text())["score"] == max(
             sum(result["accuracy"] for result in line["val"].values()) / 2 for line in lines if "val" in line)
     for words in ("mobilefacenet", "48 of 8 identities", "seed", f"done: {steps} steps"):
         assert words in output, output
@@ -115,7 +115,8 @@ def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     contents = torch.load(path, weights_only=True)
     assert contents["arch"] == "mobilefacenet" and contents["num_classes"] == 50 and contents["embedding_size"] == 512
-    assert contents["position"] == {"epoch": 0, "step_in_epoch": 2, "step": 2, "best_score": None}
+    assert contents["position"] == {"epoch": 0, "step_in_epoch": 2, "step": 2, "best_score": None,
+                                    "to_evaluate": False}
     assert not any("classifier" in name for name in contents["state_dict"])  # the classifier lies in the shards alone
     assert os.readlink(path) == "checkpoints/step-00000002/state.pth.tar"
     assert contents["identities"] == sorted(path.name for path in (faces / "train").iterdir() if path.is_dir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
@@ -10,6 +11,7 @@ import torch
 
 import main
 from data.folder import FaceFolder
+from utils import preflight
 from utils.checkpoint.reader import Checkpoint
 from utils.errors import exit_on_user_error
 from utils.launch.plan import plan_processes
@@ -83,6 +85,7 @@ def test_the_published_class_counts_print_their_plan(monkeypatch, capsys, faces,
     monkeypatch.setattr(main, "launch", lambda *args: pytest.fail("training was started"))
     monkeypatch.setattr(sys, "argv", ["main.py", str(faces), "--enable-model-parallel", "--model-parallel-dim", "1",
                                       "-b", "8", "--num-classes", str(num_classes), "--plan"])
+    monkeypatch.setattr(preflight, "host_bytes", lambda: 2**36)
     main.main()
     assert f"{num_classes:,} classes" in capsys.readouterr().out
 
@@ -102,6 +105,25 @@ def test_the_number_of_classes_from_the_training_set(answer, monkeypatch, capsys
     for number in range(2):
         shutil.copy(next((faces / "train").glob("*/*.jpg")), tmp_path / "one" / "someone" / f"{number}.jpg")
     assert "--num-classes auto" in answer(tmp_path / "one", "-b", 2, "--num-classes", "auto")
+
+
+def test_a_run_that_cannot_fit_into_memory_is_answered(answer, faces, monkeypatch):
+    flags = [faces, "-b", 8, "-a", "mobilefacenet", "--device", "cpu", "--plan"]
+    error = answer(*flags, "--num-classes", 2**31)
+    assert "--num-classes 2147483648" in error and "16.0 TiB" in error and "--enable-model-parallel" in error
+    monkeypatch.setattr(preflight, "host_bytes", lambda: 8 * 2**30)  # the processes of a machine share its memory
+    two = ["--multiprocessing-distributed", "--nproc-per-node", 2]
+    assert "2 processes share" in answer(*flags, *two, "--num-classes", 1_000_000)
+    monkeypatch.setattr(sys, "argv", list(map(str, ["main.py", *flags, *two, "--num-classes", 1_000_000,
+                                                    "--enable-model-parallel"])))
+    main.main()
+    assert "--fuse-classifier-update" in answer(*flags, "--num-classes", 1_500_000)
+
+
+def test_a_tiny_dev_shm_is_answered(answer, faces, monkeypatch):
+    flags = [faces, "-b", 8, "-a", "mobilefacenet", "--device", "cpu"]
+    monkeypatch.setattr(os, "statvfs", lambda path: type("Room", (), {"f_bavail": 20, "f_frsize": 4096}))
+    assert "--workers 2" in (error := answer(*flags, "-j", 2)) and "80 KiB free" in error and "-j 0" in error
 
 
 def test_the_table_of_the_run(faces):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
+import multiprocessing as mp
 import os
 import pickle
 import re
@@ -113,6 +113,41 @@ def test_a_killed_rank_ends_the_one_node(start_nodes):
     last = output.rstrip().splitlines()[-1]
     assert status == 1 and f"process {node.ranks()[1]}) was ended by" in last and "SIGKILL" in last, output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["sharded", "save"])
+def test_a_rank_that_stands_still_ends_the_run_after_the_timeout(where):
+    """In every group: torchshard's, and while the others wait for a save, which may itself take longer."""
+    node = Node("--processes", 2, "--stand-still", where, "--timeout", 4)
+    begun = time.monotonic()
+    status, output = node.end(60)
+    assert status == 1 and "all ranks were stopped" in output, output
+    assert time.monotonic() - begun < 45
+
+
+def test_ranks_that_were_started_end_if_another_cannot_be(monkeypatch):
+    started = []
+
+    class Process:
+        pid = 1
+
+        def __init__(self, **arguments):
+            self.killed = False
+
+        def start(self):
+            if started:
+                raise OSError(11, "Resource temporarily unavailable")
+            started.append(self)
+
+        def kill(self):
+            self.killed = True
+
+    context = type("Context", (), {"Pipe": lambda self, duplex: mp.Pipe(duplex), "Process": Process})
+    monkeypatch.setattr(spawn.mp, "get_context", lambda kind: context())
+    with pytest.raises(UserError, match="process 2 of 3 .*Resource temporarily unavailable"):
+        spawn._start(print, ProcessPlan("spawn", 1, 0, 3, "cpu", None, "gloo", "127.0.0.1", 0), ())
+    assert [process.killed for process in started] == [True]
 
 
 @pytest.mark.slow
@@ -235,7 +270,7 @@ def test_a_report_fits_into_a_pipe(kind, letter):
 
 
 def test_a_rank_that_touches_a_truncated_file_is_explained():
-    reader, writer = multiprocessing.Pipe(duplex=False)
+    reader, writer = mp.Pipe(duplex=False)
     writer.close()
     cause = spawn._explain(-signal.SIGBUS, reader, "rank 0", PLAN, StopRequest())
     assert "rank 0 was ended by SIGBUS" in cause.message and "truncated" in cause.message
@@ -253,8 +288,8 @@ class Changed:
 
 def test_what_a_rank_cannot_receive_is_one_line():
     task = pickle.loads(pickle.dumps(spawn._Task(print, PLAN, (Changed(),))))
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(
+    reader, writer = mp.Pipe(duplex=False)
+    process = mp.get_context("fork").Process(
         target=rank.run_child, args=(0, task, os.getpid(), writer))
     process.start()
     process.join(60)

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from utils.dist.stop import StopSignal
+from utils.dist.stop import Dropped, StopSignal
+from utils.errors import UserError
 from utils.signals import StopRequest
 
 
@@ -44,6 +45,34 @@ def test_two_signals_on_two_ranks_give_one_answer(pools):
     assert results == [(4, signal.SIGTERM)] * 2
     results = pools(2).run(poll_until_stopped, {0: (3, signal.SIGUSR1), 1: (9, signal.SIGTERM)})
     assert results == [(4, signal.SIGUSR1)] * 2
+
+
+def drop(rank: int, world_size: int, failing: int | None, signalled: int | None) -> tuple[int, str, int | None]:
+    """(the pieces of work done, why it was dropped, by which signal): the second piece fails, or meets a signal."""
+    stop, done = StopSignal(world_size, timeout=60), 0
+
+    def work() -> int:
+        if done == 1 and rank == failing:
+            raise UserError("no such image")
+        if done == 1 and rank == signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done + 1
+
+    try:
+        while done < 5:
+            done = stop.together(work)
+    except Dropped as dropped:
+        return done, str(dropped), dropped.signal
+    finally:
+        stop.close()
+    raise AssertionError("not dropped")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_all_ranks_drop_their_work_together(pools, world_size):
+    last = world_size - 1
+    assert pools(world_size).run(drop, last, None) == [(1, "no such image", None)] * world_size
+    assert pools(world_size).run(drop, None, last) == [(1, "", signal.SIGTERM)] * world_size
 
 
 def without_waiting(rank: int, world_size: int) -> float:

@@ -47,7 +47,7 @@ def build_training(
     torch.backends.cudnn.benchmark = True
     # The fused update takes the classifier out of DistributedDataParallel: one process becomes a group of one.
     sharded = options.enable_model_parallel or options.fuse_classifier_update
-    group = init_model_parallel(context.world_size) if sharded else None
+    group = init_model_parallel(context.world_size, options.dist_timeout) if sharded else None
     rank, world_size = (context.rank, context.world_size) if sharded else (0, 1)
     shard = ClassShard(options.num_classes, rank, world_size)
     dtype = getattr(torch, options.precision)

@@ -1,10 +1,15 @@
-"""Memory of the host: how much is free, and what the C allocator does with what PyTorch frees."""
+"""Memory of the host: how much there is, what the C allocator keeps, and one line where there is too little."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from utils.errors import UserError
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -33,12 +38,47 @@ def keep_freed_memory() -> None:
 
 
 def free_host_bytes() -> int:
-    """Bytes that this machine, or the container of this process, can still allocate without swapping."""
-    free = int(re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)[0]) * 1024
+    """Bytes that this machine, or the container or job of this process, can still allocate without swapping."""
+    return min([_meminfo("MemAvailable"), *(limit - used for limit, used in _cgroup_limits())])
+
+
+def host_bytes() -> int:
+    """Bytes that this machine, swap included, or the container or job of this process can ever allocate."""
+    return min([_meminfo("MemTotal") + _meminfo("SwapTotal"), *(limit for limit, _ in _cgroup_limits())])
+
+
+def _meminfo(name: str) -> int:
+    return int(re.findall(rf"^{name}: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)[0]) * 1024
+
+
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use that cannot be reclaimed) of this process's control groups, versions 1 and 2."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names, inactive = ((Path("/sys/fs/cgroup/memory"), ("limit_in_bytes", "usage_in_bytes"),
+                                  "total_inactive_file") if controllers else
+                                 (Path("/sys/fs/cgroup"), ("max", "current"), "inactive_file"))
+        own = root / path.lstrip("/")
+        for directory in (own, *own.parents):  # a limit of any ancestor holds; some are not visible in a container
+            if directory.is_relative_to(root):
+                with contextlib.suppress(OSError, LookupError, ValueError):  # no limit, or "max"
+                    limit, used = (int((directory / f"memory.{name}").read_text()) for name in names)
+                    statistics = (directory / "memory.stat").read_text()
+                    yield limit, used - int(re.findall(rf"^{inactive} (\d+)", statistics, re.M)[0])
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn the errors of all allocators into a UserError of one line that ends with `advice`."""
     try:
-        limit, used, statistics = (Path("/sys/fs/cgroup", name).read_text()
-                                   for name in ("memory.max", "memory.current", "memory.stat"))
-    except OSError:  # no cgroup limit
-        return free
-    reclaimable = int(re.findall(r"^inactive_file (\d+)", statistics, re.M)[0])
-    return free if limit == "max\n" else min(free, int(limit) - int(used) + reclaimable)
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator, cuDNN and NCCL raise plain ones.
+        text = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        if isinstance(error, UserError) or not (
+                isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+                or re.search("out of memory|allocate memory|not enough memory|bad_alloc", str(error), re.I)):
+            raise
+        raise UserError(f"out of memory ({text[0][:300]}); {advice}") from error

@@ -24,7 +24,9 @@ from utils.files import require_directory
 from utils.flags import describe_section, flags_of
 from utils.launch.fingerprint import program_fingerprint
 from utils.launch.plan import ProcessPlan, is_first_process
+from utils.memory import host_bytes
 from utils.options import AUTO_CLASSES, EMBEDDING_SIZE, Options, loss_flags
+from utils.planner import BackboneMemory, RunSettings, predict_memory
 from utils.training.scaler import amp_dtype
 
 
@@ -50,6 +52,69 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
     if options.enable_amp_mode and amp_dtype(options.amp_dtype, plan.device_type) == torch.float16:
         raise UserError("--fuse-classifier-update with fp16: an overflow of the scaled loss is known only after the "
                         "whole backward pass; use --amp-dtype bf16 if the GPU supports it, or drop one of them")
+
+
+def check_memory(options: Options, plan: ProcessPlan) -> str:
+    """What the run needs at least of the memory that there is, for the table. Raises UserError if it cannot fit.
+
+    The backbone's activations are left out: it takes seconds to predict them, and the first step needs them all.
+    """
+    with torch.device("meta"):
+        weights = tuple(weight.nbytes for weight in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters())
+    gpu = torch.cuda.get_device_properties(plan.gpu or 0) if plan.device_type == "cuda" else None
+    total, sharing = (gpu.total_memory, 1) if gpu else (host_bytes(), plan.processes_per_node)
+    parts = predict_memory(BackboneMemory(weights, 0, 0, 0), RunSettings(
+        classes=options.num_classes, batch_size=options.batch_size * plan.nodes // options.accumulation_steps,
+        world_size=plan.world_size, total_bytes=total // sharing, cache_bytes=gpu.L2_cache_size if gpu else 2**23,
+        model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
+        fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib or 0,
+        device_type="cpu"))
+    parts["optimizer, beyond activations"] = 0  # depends on the activations
+    need = sum(parts.values()) * (2 if options.precision == "float64" else 1)
+    text = (f"at least {_size(need)} per process, without activations; "
+            + ("a GPU" if gpu else "this machine" if sharing == 1 else f"{sharing} processes share a machine that")
+            + f" has {_size(total)}")
+    if need * sharing > total:
+        of_centers = sum(size for name, size in parts.items() if "class centers" in name)
+        flag = (f"--num-classes {options.num_classes}" if 2 * of_centers > sum(parts.values())
+                else f"--batch-size {options.batch_size}")
+        raise UserError(f"{flag}: the run needs {text}; "
+                        + memory_remedies(options, plan.world_size, activations="batch" in flag))
+    return text
+
+
+def memory_remedies(options: Options, world_size: int, *, activations: bool = True) -> str:
+    """What to change in a run that does not fit into memory. activations: whether they may be the cause."""
+    fused = not (options.fuse_classifier_update or options.accumulation_steps > 1 or options.classifier != "fused"
+                 or options.amp_dtype == "fp16" or world_size > 1 and not options.enable_model_parallel)
+    return "try " + ", ".join(remedy for remedy, helps in (
+        ("--enable-model-parallel", not options.enable_model_parallel),
+        ("more GPUs or nodes", world_size == 1 or options.enable_model_parallel),
+        ("--fuse-classifier-update", fused),
+        ("--precision float32", options.precision == "float64"),
+        ("--enable-amp-mode", activations and not options.enable_amp_mode and options.precision == "float32"),
+        ("a smaller --batch-size", activations),
+        ("fewer classes", True),
+    ) if helps) + " (scripts/plan.py predicts the need)"
+
+
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / 2**30:,.1f} GiB" if bytes_ < 2**40 else f"{bytes_ / 2**40:,.1f} TiB"
+
+
+def check_shared_memory(options: Options, plan: ProcessPlan) -> None:
+    """Raise UserError unless /dev/shm has room for the semaphores of the data loading processes."""
+    workers = -(-options.workers // plan.processes_per_node)
+    # A page each: 3 for each process and 10 or so for all; an evaluation has a loader of its own.
+    need = plan.processes_per_node * 2 * (12 + 4 * workers) * os.sysconf("SC_PAGE_SIZE") if workers else 0
+    try:
+        room = os.statvfs("/dev/shm")
+        free = room.f_bavail * room.f_frsize
+    except OSError:
+        free = 0
+    if free < need:
+        raise UserError(f"--workers {options.workers}: data loading processes need {need // 1024:,} KiB in /dev/shm, "
+                        f"which has {free // 1024:,} KiB free; make it larger (docker run --shm-size), or use -j 0")
 
 
 def open_validation_sets(options: Options) -> list[EvalSet]:

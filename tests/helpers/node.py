@@ -13,6 +13,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -20,7 +21,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import torch
 import torch.distributed as dist
 
+from utils.checkpoint.writer import CheckpointWriter
 from utils.dist.context import DistContext
+from utils.dist.sharding import init_model_parallel
 from utils.dist.stop import StopSignal
 from utils.errors import exit_on_user_error
 from utils.launch.plan import ProcessPlan
@@ -35,6 +38,8 @@ def say(text: str) -> None:
 def work(context: DistContext, options: argparse.Namespace) -> int:
     say(f"rank {context.rank} prepares")
     time.sleep(options.prepare)
+    if options.stand_still:
+        stand_still(context, options.stand_still, options.timeout)
     stop = StopSignal(context.world_size, timeout=60)
     say(f"rank {context.rank} is process {os.getpid()}")
     for step in range(1, options.steps + 1):
@@ -54,6 +59,18 @@ def work(context: DistContext, options: argparse.Namespace) -> int:
     return 0
 
 
+def stand_still(context: DistContext, where: str, timeout: float) -> None:
+    """The last rank stops while the others wait for it: in torchshard's group, or for a save in progress."""
+    group = init_model_parallel(context.world_size, timeout)
+    writer = CheckpointWriter(context, ".", options={}, say=say, fresh=True)
+    writer._thread = threading.Thread(target=lambda: time.sleep(1000), daemon=True)
+    writer._thread.start()
+    dist.barrier()
+    if context.rank == context.world_size - 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    writer.wait() if where == "save" else dist.all_reduce(torch.ones(2), group=group)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--nodes", type=int, default=1)
@@ -65,12 +82,14 @@ def main() -> None:
     parser.add_argument("--linger", type=float, default=0, help="seconds that a save takes")
     parser.add_argument("--fail", default="", help="the error that the last rank raises")
     parser.add_argument("--no-save", action="store_true", help="as in main.py: the exit status is 128 + signal")
+    parser.add_argument("--stand-still", choices=("sharded", "save"), help="where the last rank stops (SIGSTOP)")
+    parser.add_argument("--timeout", type=float, default=1800)
     options = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         say("SIGINT is ignored")
     plan = ProcessPlan(
         launcher="spawn", nodes=options.nodes, node_rank=options.node, processes_per_node=options.processes,
-        device_type="cpu", gpu=None, backend="gloo", host="127.0.0.1", port=options.port,
+        device_type="cpu", gpu=None, backend="gloo", host="127.0.0.1", port=options.port, timeout=options.timeout,
     )
     sys.exit(launch(work, plan, options))
 

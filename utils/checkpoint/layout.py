@@ -25,6 +25,7 @@ LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 STEPS_DIRECTORY = "checkpoints"
 STATE_FILE, SHARDS_DIRECTORY, MANIFEST_FILE = "state.pth.tar", "shards", "manifest.json"
 METADATA_FILE = f"{SHARDS_DIRECTORY}/.metadata"
+EVALUATION_FILE = "evaluation.json"  # comes after the commit, so the manifest does not list it
 
 # step-00000010.1 is a second save of step 10, after the first was damaged or belonged to an older run.
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
@@ -90,6 +91,28 @@ def commit(output: str, directory: str, files: Files, *, links: tuple[str, ...],
         _switch_link(os.path.join(output, link), f"{name}/{STATE_FILE}")
     flush_directory(output)
     _prune(output, keep)
+
+
+def note_evaluation(output: str, name: str, *, score: float, best_score: float, is_best: bool, keep: int) -> None:
+    """Write the score of the committed checkpoint `name` (as of `final_name`) beside its files. Raises OSError.
+
+    is_best: link it as the best first. If the process is killed in between, the evaluation is made again.
+    """
+    if is_best:
+        _switch_link(os.path.join(output, BEST), f"{name}/{STATE_FILE}")
+        flush_directory(output)
+        _prune(output, keep)
+    with atomic_write(os.path.join(output, name, EVALUATION_FILE)) as file:
+        file.write(json.dumps({"score": score, "best_score": best_score}).encode())
+
+
+def read_best_score(directory: str) -> float | None:
+    """The best score of a run at this checkpoint, its own evaluation included; None if that was not made."""
+    try:
+        with open(os.path.join(directory, EVALUATION_FILE), "rb") as file:
+            return float(json.loads(file.read(4096))["best_score"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def _switch_link(path: str, target: str) -> None:

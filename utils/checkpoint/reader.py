@@ -308,6 +308,11 @@ def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
             dist.destroy_process_group(exchange.group)
     except (UserError, RankFailed) as error:
         raise UserError(f"--resume {checkpoint.path}: cannot be loaded: {error}") from None
+    # Rank 0's, because other nodes may not see the file. Checkpoints were once saved after their evaluation.
+    best_score = layout.read_best_score(checkpoint.directory)
+    best_score = all_gather_json(best_score, state.classifier.weight.device)[0]
+    if best_score is not None:
+        state.position.best_score, state.position.to_evaluate = best_score, False
 
 
 def _load(state: TrainState, checkpoint: Checkpoint, read: ReadBytes | None = None) -> None:

@@ -34,8 +34,10 @@ KEEP = 2
 # The share of the free memory that copies for an asynchronous save may take.
 _STAGING_SHARE = 0.5
 
-# How long ranks wait for a rank that writes: long enough for tens of gigabytes on a slow disk, but not forever.
+# How long ranks wait for a rank that writes: long enough for tens of gigabytes on a slow disk, but not forever. This
+# keeps no dead run alive: while the main threads wait they meet again and again, within --dist-timeout.
 _WRITING_TIMEOUT = datetime.timedelta(hours=2)
+_MEETING_SECONDS = 2.0  # between two meetings
 
 
 class CheckpointWriter:
@@ -68,6 +70,7 @@ class CheckpointWriter:
         self._failure: str | None = None  # why the newest save failed
         self._last_saved = ""
         if enabled:
+            dist.barrier()  # all ranks are alive: the next line would wait for one that is not as long as for a writer
             self._group: Any = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
             self._exchange = Exchange(
                 context.rank, context.processes_per_node, self._find_who_sees_output(), self._group)
@@ -76,7 +79,7 @@ class CheckpointWriter:
         """Whether --save-freq asks for a checkpoint after this step."""
         return self._enabled and self._save_freq is not None and step % self._save_freq == 0
 
-    def save(self, state: TrainState, *, is_best: bool = False) -> float:
+    def save(self, state: TrainState) -> float:
         """Collective. Save the present state. Returns the seconds for which this call blocked training."""
         if not self._enabled:
             return 0.0
@@ -91,21 +94,41 @@ class CheckpointWriter:
         if asynchronous:
             tensors, contents = _copied_to_cpu(tensors), _copied_to_cpu(contents)
         blocked = time.perf_counter() - started if asynchronous else None
-        job = contents, tensors, state.classifier.shard.start, state.position.step, is_best, started, blocked
-        if asynchronous:
-            self._thread = threading.Thread(target=self._write_in_thread, args=job, daemon=True)
-            self._thread.start()
-        else:
-            self._write(*job)
+        job = contents, tensors, state.classifier.shard.start, state.position.step, started, blocked
+        self._thread = threading.Thread(target=self._write_in_thread, args=job, daemon=True)
+        self._thread.start()
+        if not asynchronous:
+            self.wait()
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Wait for the save in progress, if any."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Collective. Wait for the save in progress, if any, as long as all ranks are alive."""
+        thread, self._thread = self._thread, None
+        while thread is not None:
+            # A rank that stands still would be missed only after _WRITING_TIMEOUT.
+            writing = torch.tensor(thread.is_alive(), dtype=torch.uint8, device=self._context.device)
+            dist.all_reduce(writing, op=dist.ReduceOp.MAX)
+            if not writing:
+                break
+            thread.join(_MEETING_SECONDS)
         if self._error is not None:
             raise self._error
+
+    def note_evaluation(self, score: float, best_score: float, *, is_best: bool) -> bool:
+        """Collective. Keep the score of the last checkpoint, and that it is the best. Returns whether that worked."""
+        self.wait()
+        if not self._enabled:
+            return True
+        if self._failure is not None:  # the checkpoint was not written
+            return False
+        name = os.path.relpath(self._last_saved, self._output)
+        try:
+            self._on_rank_0(lambda: layout.note_evaluation(self._output, name, score=score, best_score=best_score,
+                                                           is_best=is_best, keep=self._keep))
+        except RankFailed as failure:
+            self._say(f"warning: the score of {self._last_saved} could not be written ({failure}); training continues")
+            return False
+        return True
 
     def close(self) -> str:
         """Collective. Wait; return the path of what was saved. Raises UserError if the last save failed."""
@@ -149,8 +172,8 @@ class CheckpointWriter:
         except BaseException as error:  # A lost peer, for example. `wait` raises it in the main thread.
             self._error = error
 
-    def _write(self, contents: dict[str, Any], tensors: dict[str, Tensor], start: int, step: int, is_best: bool,
-               started: float, blocked: float | None) -> None:
+    def _write(self, contents: dict[str, Any], tensors: dict[str, Tensor], start: int, step: int, started: float,
+               blocked: float | None) -> None:
         """Collective over the group. Write and commit, or report why not. `blocked` is None for a synchronous save."""
         directory = ""
         rank, exchange = self._context.rank, self._exchange
@@ -190,8 +213,7 @@ class CheckpointWriter:
             files[METADATA_FILE] = layout.checksum(os.path.join(directory, METADATA_FILE))
             if self._fresh:
                 move_aside(os.path.join(self._output, BEST))
-            links = (LATEST, BEST) if is_best else (LATEST,)
-            layout.commit(self._output, directory, files, links=links, keep=self._keep)
+            layout.commit(self._output, directory, files, links=(LATEST,), keep=self._keep)
 
         try:
             name = self._on_rank_0(lambda: os.path.basename(layout.begin(self._output, step)))

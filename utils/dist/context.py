@@ -9,6 +9,8 @@ import torch
 
 from utils.errors import UserError
 
+DIST_TIMEOUT = 1800.0  # seconds; the default of --dist-timeout
+
 
 @dataclass(frozen=True)
 class DistContext:

@@ -6,6 +6,7 @@ Shapes: n images in a batch, N images in all, d embedding size.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from data.augment import prepare_batch
 from data.loader import read_images
 from utils.dist.collectives import all_gather_rows
 from utils.dist.context import DistContext
+from utils.dist.stop import StopSignal
 from utils.errors import UserError
 from utils.evaluation.protocol import Images
 from utils.signals import STOP_SIGNALS
@@ -28,7 +30,7 @@ from utils.signals import STOP_SIGNALS
 
 def embed_images(
     backbone: nn.Module, images: Images, context: DistContext, *, batch_size: int, workers: int, flip: bool = False,
-    progress: bool = True, print_freq: int = 100,
+    progress: bool = True, print_freq: int = 100, stop: StopSignal | None = None,
 ) -> np.ndarray:
     """Collective if there is more than one rank. e / |e| with e = f(x), or e = f(x) + f(mirrored x) with `flip`.
 
@@ -42,8 +44,9 @@ def embed_images(
         batch_size: images that a rank embeds at a time.
         workers: image reading processes of this node; its ranks share them. 0: each rank reads its own images.
         progress: show a bar on a terminal (stderr), otherwise print a line every `print_freq` batches.
+        stop: after each batch the ranks look for stop signals and failures; then Dropped is raised on all of them.
 
-    Raises UserError for an image that cannot be read and for a batch that exceeds the GPU's memory.
+    Raises UserError, without `stop`, for an image that cannot be read and for a batch that exceeds the GPU's memory.
     """
     total = len(images)
     share = -(-total // context.world_size)
@@ -53,7 +56,8 @@ def embed_images(
     ignored = [number for number in STOP_SIGNALS
                if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_DFL]
     batches = read_images(images, own, batch_size=batch_size, workers=-(-workers // context.processes_per_node),
-                          ignored=ignored)
+                          ignored=ignored, stopping=lambda: stop is not None and stop.requested,
+                          patience=stop.patience if stop is not None else math.inf)
     backbone.to(context.device)
     dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
     modes = {module: module.training for module in backbone.modules()}
@@ -63,16 +67,19 @@ def embed_images(
     # No disabled bar: tqdm's lock is a semaphore, and a rank that is killed would leak it with a warning.
     bar = tqdm(total=share, desc="embedding", unit=" images" + whose) if report and terminal else None
     rows, done, started = torch.empty(0), 0, time.perf_counter()
+
+    def embed_next() -> torch.Tensor:
+        x = prepare_batch(next(batches).to(context.device), dtype, augment="none")
+        output = backbone(x)
+        return _unit_rows(output + backbone(x.flip(3)) if flip else output)
+
     try:
         with torch.no_grad():
-            for batch in batches:
-                x = prepare_batch(batch.to(context.device), dtype, augment="none")
-                output = backbone(x)
-                if flip:
-                    output = output + backbone(x.flip(3))
+            for _ in range(-(-share // batch_size)):  # as many batches on every rank
+                output = embed_next() if stop is None else stop.together(embed_next)
                 if done == 0:
                     rows = torch.empty(share, output.shape[1])
-                rows[done : done + len(output)] = _unit_rows(output)
+                rows[done : done + len(output)] = output
                 done += len(output)
                 if bar is not None:
                     bar.update(len(output))
@@ -82,6 +89,7 @@ def embed_images(
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {batch_size}: does not fit into the GPU's memory; use a smaller one") from None
     finally:
+        batches.close()
         if bar is not None:
             bar.close()
         for module, mode in modes.items():

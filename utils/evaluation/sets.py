@@ -13,6 +13,7 @@ from torch import nn
 
 from data.progress import progress_bar
 from utils.dist.context import DistContext
+from utils.dist.stop import StopSignal
 from utils.errors import UserError
 from utils.evaluation.embed import embed_images
 from utils.evaluation.pairs import open_bin, open_pair_list
@@ -76,10 +77,15 @@ def _decode(images: Images, chunk: range) -> None:
         images[i]
 
 
-def evaluate_set(backbone: nn.Module, eval_set: EvalSet, context: DistContext, **settings: Any) -> Result | None:
+def evaluate_set(backbone: nn.Module, eval_set: EvalSet, context: DistContext, *, stop: StopSignal | None = None,
+                 **settings: Any) -> Result | None:
     """Collective. Embed the set's images on all ranks and score them on rank 0; the other ranks return None.
 
-    settings: those of embed_images. Raises UserError for an image that cannot be read.
+    stop, settings: those of embed_images. Raises UserError for an image that cannot be read; with `stop`, Dropped.
     """
-    embeddings = embed_images(backbone, eval_set.images, context, **settings)
-    return eval_set.score(embeddings) if context.is_main else None
+    embeddings = embed_images(backbone, eval_set.images, context, stop=stop, **settings)
+
+    def score() -> Result | None:
+        return eval_set.score(embeddings) if context.is_main else None
+
+    return score() if stop is None else stop.together(score)

@@ -9,12 +9,11 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils.dist.context import choose_device
+from utils.dist.context import DIST_TIMEOUT, choose_device
 from utils.errors import UserError
 from utils.flags import flag, flags_of
 
 SECTION = "processes and devices"
-DIST_TIMEOUT = 1800.0
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # With which launchers tell how many processes (of one per node, or of one per GPU) they start.
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -52,8 +51,8 @@ class ProcessFlags(NodeFlags):
                                     default_text="nccl on GPUs, gloo on the CPU", help="backend of torch.distributed")
     dist_timeout: float = flag(
         "--dist-timeout", default=DIST_TIMEOUT, metavar="SECONDS", at_least=1, at_most=10**7, section=SECTION,
-        help="how long to wait for other nodes at the start, and for other ranks in a collective, including the time "
-             "that rank 0 takes to save")
+        help="how long to wait for other nodes at the start, and for other ranks in a collective; a save may take "
+             "longer")
     gpu: int | None = flag("--gpu", metavar="ID", at_least=0, per_node=True, section=SECTION,
                            help="the GPU of a single process")
 

@@ -45,9 +45,13 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
         local_rank = int(os.environ["LOCAL_RANK"])
     try:
         return _run(local_rank, work, plan, args)
-    except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
-        os._exit(2)  # see run_child
+    except Exception as error:
+        if isinstance(error, UserError):
+            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        _kill_loaders()
+        os._exit(2 if isinstance(error, UserError) else 1)  # see run_child
     finally:
         _kill_loaders()
 

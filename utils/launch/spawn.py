@@ -184,7 +184,13 @@ def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[B
             writer.close()
             processes.append(process)
             reports.append(reader)
+    except OSError as error:  # no memory, or too many processes
+        raise UserError(f"--nproc-per-node: process {len(processes) + 1} of {plan.processes_per_node} of this node "
+                        f"cannot be started ({error.strerror}); start fewer, or raise the limit (ulimit -u)") from None
     finally:
+        if len(processes) < plan.processes_per_node:
+            for started in processes:
+                started.kill()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return processes, reports
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.dist.context import DistContext
+from utils.dist.stop import StopSignal
 from utils.evaluation.embed import buffers_of_rank_0
 from utils.evaluation.protocol import EvalSet, Result
 from utils.evaluation.sets import evaluate_set
@@ -56,9 +57,10 @@ class Evaluator:
         """Whether `freq` asks for an evaluation after this step."""
         return bool(self.sets) and self._freq is not None and step % self._freq == 0
 
-    def run(self, backbone: nn.Module) -> Evaluation:
+    def run(self, backbone: nn.Module, stop: StopSignal | None = None) -> Evaluation:
         """Collective. Embed and score all sets, with the buffers of rank 0: those that a checkpoint holds.
 
+        stop: raise Dropped, on all ranks, after a stop signal and if an image cannot be read or the scoring fails.
         backbone: the bare module. DistributedDataParallel would synchronize in each forward pass, but ranks may differ
         in their number of batches.
         """
@@ -67,7 +69,7 @@ class Evaluator:
         with buffers_of_rank_0(self._context, backbone):
             for eval_set in self.sets:
                 result = evaluate_set(backbone, eval_set, self._context, batch_size=self._batch_size,
-                                      workers=self._workers, progress=False)
+                                      workers=self._workers, progress=False, stop=stop)
                 if result is not None:  # on rank 0
                     results[eval_set.name] = result
         headlines = [result.headline for result in results.values()] or [0.0]

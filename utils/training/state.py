@@ -20,12 +20,14 @@ class Position:
     step_in_epoch: steps done in this epoch.
     step: steps done in all epochs.
     best_score: the best mean accuracy on the validation sets so far; None before the first evaluation.
+    to_evaluate: an evaluation of this step is due and has not been made.
     """
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
     best_score: float | None = None
+    to_evaluate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
