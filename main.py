@@ -59,8 +59,8 @@ def main() -> None:
         return
     preflight.check_batch(options, plan)
     preflight.check_fused_update(options, plan)
-    # Only to check them here: every rank reads the files itself.
-    resumes = bool(options.resume) and read_resumable(resume_request(options)) is not None
+    # Only to check them here: every rank reads the files itself. Node 0 chooses the checkpoint; others may not see it.
+    resumes = bool(options.resume) and (plan.node_rank > 0 or read_resumable(resume_request(options)) is not None)
     if options.init_from and not resumes:
         check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
     sets = preflight.open_validation_sets(options)
@@ -70,9 +70,11 @@ def main() -> None:
         print(preflight.run_table(options, plan, dataset, sets), flush=True)
     if options.plan:
         return
-    preflight.make_output(options)
-    # One lock for all nodes, which share the directory, held until the last process that received it ends.
-    lock = lock_output(options.output) if plan.node_rank == 0 and is_first_process() else None
+    lock = None
+    if plan.node_rank == 0:  # the home of checkpoints and metrics, whether other nodes see it or not
+        preflight.make_output(options)
+        # Held until the last process that received it ends.
+        lock = lock_output(options.output) if is_first_process() else None
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the other nodes at {plan.url}", flush=True)
     sys.exit(launch(train, plan, options, dataset, sets, lock))
@@ -265,7 +267,7 @@ def choose_seed(options: Options, context: DistContext) -> int:
 
 def resume_request(options: Options) -> Resume:
     return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes or None,
-                  loss=options.loss, seed=options.seed)
+                  loss=options.loss, seed=options.seed, timeout=options.dist_timeout)
 
 
 def evaluate(options: Options, plan: ProcessPlan) -> None:

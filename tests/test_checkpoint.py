@@ -587,22 +587,3 @@ def test_killed_runs_and_eight_processes(faces, tmp_path):
     """
     result = json.loads(run("tests/helpers/forked.py", faces, tmp_path, 5, OMP_NUM_THREADS="1").splitlines()[-1])
     assert result["kills"] >= 3 and result["inside a save"] >= 1, result
-
-
-def make_writer(rank: int, world_size: int, outputs: list[str]) -> str:
-    try:
-        CheckpointWriter(DistContext(rank, world_size, 1, torch.device("cpu")), outputs[rank], options={},
-                         say=lambda text: None, fresh=True)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def test_nodes_that_do_not_share_their_output_are_told_before_training(pools, tmp_path):
-    outputs = [str(tmp_path / name) for name in ("a", "b")]
-    for output in outputs:
-        os.makedirs(output)
-    for error in pools(2).run(make_writer, outputs):
-        assert error.startswith(f"--output {outputs[1]}: rank 1 does not see") and "all nodes share" in error
-    assert pools(2).run(make_writer, outputs[:1] * 2) == ["", ""]
-    assert os.listdir(outputs[0]) == os.listdir(outputs[1]) == []

@@ -364,22 +364,28 @@ MAIN = ("from utils.launch import multinode; multinode.SILENCE_SECONDS = 4; "
 
 @pytest.mark.slow
 def test_a_cut_network_ends_both_nodes_and_the_run_resumes(faces, tmp_path, network):
+    """The published command, without --output on node 0; node 1 has none: there it is a file."""
     common = ["--enable-model-parallel", "-a", "mobilefacenet", "--num-classes", "11", "-b", "4", "-j", "0", "-p", "1",
-              "--nproc-per-node", "1", "--multiprocessing-distributed", "--world-size", "2", "--output", str(tmp_path)]
+              "--nproc-per-node", "1", "--multiprocessing-distributed"]
+    home, other = tmp_path / "node-0", tmp_path / "node-1"
+    home.mkdir()
+    other.mkdir()
 
-    def start_both(*flags: object) -> list[subprocess.Popen]:
+    def start_nodes(count: int, *flags: object) -> list[subprocess.Popen]:
         url = f"tcp://{network.hosts[0]}:{free_port()}"
         return [
             subprocess.Popen(
                 [*network.prefix(node), sys.executable, "-u", "-c", MAIN, str(faces), *common, "--dist-url", url,
-                 "--rank", str(node), *map(str, flags)],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                 "--world-size", str(count), "--rank", str(node), *map(str, flags),
+                 *(["--output", __file__] if node else [])],
+                cwd=(home, other)[node], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             )
-            for node in (0, 1)
+            for node in range(count)
         ]
 
-    both = start_both("--seed", 1, "--max-steps", 10_000, "--epochs", 10_000, "--save-freq", 1)
+    both = start_nodes(2, "--seed", 1, "--max-steps", 10_000, "--epochs", 10_000, "--save-freq", 1)
     head = []
     for line in both[0].stdout:
         head.append(line)
@@ -399,7 +405,9 @@ def test_a_cut_network_ends_both_nodes_and_the_run_resumes(faces, tmp_path, netw
     if isinstance(network, Namespaces):
         network.mend(both[1].pid)
 
-    step = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    both = start_both("--max-steps", step + 2, "--epochs", 10_000, "--resume", "auto")
-    outputs = [finish(node) for node in both]
-    assert f"done: {step + 2} steps" in outputs[0] and "resuming" in outputs[0]
+    step = json.loads((home / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    for nodes, end, resume in ((2, step + 2, "checkpoint.pth.tar"), (1, step + 4, "auto")):
+        flags = ["--max-steps", end, "--epochs", 10_000, "--resume", resume]
+        outputs = [finish(node) for node in start_nodes(nodes, *flags)]
+        assert f"done: {end} steps" in outputs[0] and "resuming" in outputs[0]
+    assert not list(other.iterdir())

@@ -59,9 +59,10 @@ class Drawn(Dataset):
         return self.images[index], int(self.labels[index])
 
 
-def train(rank: int, world_size: int, argv: list[str]) -> int:
+def train(rank: int, world_size: int, argv: list[str], nodes: int = 1) -> int:
     options = parse_options(["drawn", *FLAGS, *argv])
     os.makedirs(options.output, exist_ok=True)
     with (mock.patch.object(build, "build_backbone", lambda arch, embedding_size: Mean()),
           mock.patch.object(build, "EMBEDDING_SIZE", EMBEDDING_SIZE)):
-        return main.train(DistContext(rank, world_size, world_size, torch.device("cpu")), options, Drawn())
+        context = DistContext(rank, world_size, world_size // nodes, torch.device("cpu"))
+        return main.train(context, options, Drawn())

@@ -28,14 +28,17 @@ MODES = {
 }
 
 
-def train(rank: int, world_size: int, argv: list[str]) -> int:
-    """What `main.py <argv>` does in each of its processes."""
-    options = parse_options(argv)
-    preflight.make_output(options)
-    if options.resume:
-        read_resumable(main.resume_request(options))
+def train(rank: int, world_size: int, argv: list[str], *others: list[str]) -> int:
+    """What `main.py <argv>` does in each of its processes. `others`: the flags of further nodes."""
+    processes = world_size // (1 + len(others))
+    node = rank // processes
+    options = parse_options([argv, *others][node])
+    if node == 0:
+        preflight.make_output(options)
+        if options.resume:
+            read_resumable(main.resume_request(options))
     with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
-        context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+        context = DistContext(rank, world_size, processes, torch.device("cpu"))
         return main.train(context, options, FaceFolder(options.data), preflight.open_validation_sets(options))
 
 

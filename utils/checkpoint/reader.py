@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from utils.checkpoint import layout
 from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.layout import LATEST, STATE_FILE, DamagedCheckpoint
 from utils.checkpoint.safe_load import first_words, read_torch_file
 from utils.checkpoint.shards import open_shards
+from utils.checkpoint.transfer import PIECE_BYTES, Exchange, ReadBytes
 from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -35,9 +40,10 @@ _FORMAT_2_NAMES = {f"{OPTIMIZER}/{CENTERS_PARAMETER}/momentum_buffer": "momentum
 class Resume:
     """What --resume asks for, and what the checkpoint must agree with.
 
-    path: --resume: a state file, a link to one, or "auto".
+    path: --resume: a state file, a link to one, or "auto". Rank 0's counts.
     output: --output, where "auto" looks.
     num_classes, seed: None accepts the checkpoint's.
+    timeout: seconds to wait for another rank that reads or sends.
     """
 
     path: str
@@ -46,6 +52,7 @@ class Resume:
     num_classes: int | None
     loss: str = "arcface"
     seed: int | None = None
+    timeout: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,18 @@ class Checkpoint:
 
     path: its state file, as messages name it.
     contents: of the state file, in terms of format 3. The tensors are mapped from the file: drop them after loading.
+    exchange: how ranks that do not see the directory read it; None if all see it.
     """
 
     path: str
     directory: str
     contents: dict[str, Any]
     files: layout.Files
+    exchange: Exchange | None = None
 
 
 def read_resumable(resume: Resume) -> Checkpoint | None:
-    """Check --resume before the processes start: read the state, and look at the sizes of the other files.
+    """Check --resume before the processes start, on node 0: read the state, and look at the sizes of the other files.
 
     Returns None if --resume auto finds no checkpoint in --output. Raises UserError.
     """
@@ -73,17 +82,19 @@ def read_resumable(resume: Resume) -> Checkpoint | None:
 def find_checkpoint(resume: Resume, identities: Sequence[str], context: DistContext) -> Checkpoint | None:
     """Collective. The checkpoint to resume, after comparing all its checksums; None if --resume auto finds none.
 
-    With --resume auto, damaged checkpoints are reported, renamed .damaged, and skipped. Raises UserError on every rank.
+    Rank 0 chooses it. A rank that does not see the same files receives them from node 0. With --resume auto, damaged
+    checkpoints are reported, renamed .damaged, and skipped. Raises UserError on every rank.
 
     Args:
         identities: names of the training set by label. A label must mean the same person as in the checkpoint.
     """
-    paths = [resume.path]  # each node's own
-    if resume.path == AUTO:  # rank 0 chooses; nodes may see the shared directory at different paths
-        found = [os.path.relpath(path, resume.output) for path in _candidates(resume)] if context.is_main else []
-        paths = [os.path.join(resume.output, path) for path in all_gather_json(found, context.device)[0]]
-    checkpoint = _newest_undamaged(
-        resume, paths, lambda path: _read_and_verify(path, resume, context), rename=context.is_main)
+    paths = [resume.path]
+    if resume.path == AUTO:  # nodes may see a shared directory at different paths
+        found = run_together(lambda: _own_candidates(resume, context), context.device)
+        _require_checkpoints_on_node_0(resume, found, context)
+        paths = [os.path.join(resume.output, path) for path in found[0]]
+    checkpoint = _newest_undamaged(resume, paths, lambda path: _read_and_verify(path, resume, context),
+                                   set_aside=lambda path, damage: _set_aside(path, damage, context))
     if checkpoint is not None:
         _require_same_identities(checkpoint, identities)
     return checkpoint
@@ -94,16 +105,37 @@ def _candidates(resume: Resume) -> list[str]:
     if resume.path != AUTO:
         return [resume.path]
     link = os.path.join(resume.output, LATEST)
-    found = [os.path.join(directory, STATE_FILE) for directory in layout.newest_first(resume.output)]
+    try:
+        found = [os.path.join(directory, STATE_FILE) for directory in layout.newest_first(resume.output)]
+    except OSError as error:
+        raise UserError(f"--resume {AUTO}: {error.filename}: cannot be read ({error.strerror}); make it readable, or "
+                        "give another --output") from None
     return found or [link] * os.path.exists(link)
 
 
+def _own_candidates(resume: Resume, context: DistContext) -> list[str]:
+    """What --resume auto finds in this rank's --output, relative to it; nothing if it cannot be read."""
+    with contextlib.nullcontext() if context.is_main else contextlib.suppress(UserError):
+        return [os.path.relpath(path, resume.output) for path in _candidates(resume)]
+    return []
+
+
+def _require_checkpoints_on_node_0(resume: Resume, found: list[list[str]], context: DistContext) -> None:
+    """Raise UserError if another node has checkpoints and node 0 has none: the nodes may have changed their numbers."""
+    for rank, paths in enumerate(found):
+        if paths and not found[0]:
+            raise UserError(f"--resume {AUTO}: node 0 has no checkpoint in its --output, but node "
+                            f"{rank // context.processes_per_node} has {paths[0]}; start that node with --rank 0 or "
+                            "copy its --output to node 0 to continue that run, or remove it to start a new one")
+
+
 def _newest_undamaged(
-    resume: Resume, paths: list[str], read: Callable[[str], Checkpoint], *, rename: bool = False
+    resume: Resume, paths: list[str], read: Callable[[str], Checkpoint],
+    set_aside: Callable[[str, UserError], None] = lambda path, damage: None,
 ) -> Checkpoint | None:
     """What `read` returns for the first path that is not damaged; None without any path.
 
-    rename: report damaged checkpoints, and rename them so that no later run meets them.
+    set_aside: what to do with a damaged checkpoint, given its path and the error.
     """
     for path in paths:
         try:
@@ -112,12 +144,8 @@ def _newest_undamaged(
             ours = resume.path == AUTO and os.path.basename(path) == STATE_FILE
             if not (ours and isinstance(error, DamagedCheckpoint)):
                 raise UserError(f"--resume {error}") from None
-            if rename:
-                directory = os.path.dirname(path)
-                move_aside(f"{directory}.damaged")
-                os.rename(directory, f"{directory}.damaged")
-                print(f"warning: --resume {AUTO}: {error}; renamed to {directory}.damaged; continuing with the "
-                      "checkpoint before it", flush=True)
+            damage = error
+        set_aside(path, damage)
     if paths:
         raise UserError(f"--resume {AUTO}: every checkpoint in {os.path.join(resume.output, layout.STEPS_DIRECTORY)} "
                         f"is damaged; give the {STATE_FILE} of another one with --resume, or remove that directory to "
@@ -125,10 +153,35 @@ def _newest_undamaged(
     return None
 
 
+def _set_aside(path: str, damage: UserError, context: DistContext) -> None:
+    """Collective. Report a damaged checkpoint, and rename its directory so that no later run meets it."""
+    directory = os.path.dirname(path)
+
+    def rename() -> None:
+        if context.is_main:
+            try:
+                move_aside(f"{directory}.damaged")
+                os.rename(directory, f"{directory}.damaged")
+            except OSError as error:
+                raise UserError(f"--resume {AUTO}: {damage}; it cannot be renamed to {directory}.damaged "
+                                f"({error.strerror}); rename or remove it") from None
+            print(f"warning: --resume {AUTO}: {damage}; renamed to {directory}.damaged; continuing with the checkpoint "
+                  "before it", flush=True)
+
+    run_together(rename, context.device)
+
+
 def _read(path: str, resume: Resume) -> Checkpoint:
     """Raises DamagedCheckpoint, or UserError if the checkpoint is undamaged but this run cannot resume it."""
+    contents = _read_state(path, path, resume)
+    directory = layout.step_directory(path, contents)
+    return Checkpoint(path, directory, contents, layout.read_manifest(directory))
+
+
+def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
+    """The contents of a state file, in terms of format 3. path: what messages call it. Raises as `_read` does."""
     try:
-        contents = read_torch_file(path)
+        contents = read_torch_file(file)
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from None
     if not isinstance(contents, dict) or not {"position", "shards"} <= contents.keys():
@@ -148,8 +201,7 @@ def _read(path: str, resume: Resume) -> Checkpoint:
         if given not in (stored, None):
             raise UserError(f"{path}: was trained with {flag} {stored}, this run has {flag} {given}; give {flag} "
                             f"{stored}, or start a run in another --output with --init-from {path}")
-    directory = layout.step_directory(path, contents)
-    return Checkpoint(path, directory, contents, layout.read_manifest(directory))
+    return contents
 
 
 def _from_format_2(contents: dict[str, Any]) -> dict[str, Any]:
@@ -164,22 +216,57 @@ def _from_format_2(contents: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_and_verify(path: str, resume: Resume, context: DistContext) -> Checkpoint:
-    """Collective. Each rank reads a share of the files. Raises DamagedCheckpoint or UserError on every rank."""
+    """Collective. Rank 0's checkpoint, whose files are read once: each rank that sees them takes a share.
+
+    path: where this rank looks for what rank 0 has at its own path. Raises DamagedCheckpoint, UserError on every rank.
+    """
     found: list[Checkpoint] = []
 
-    def read_share() -> None:
-        directory = os.path.dirname(path)
-        if resume.path == AUTO and not os.path.exists(directory):
-            raise UserError(f"{AUTO}: rank {context.rank} does not see {directory}, which rank 0 sees; give an "
-                            "--output that all nodes share")
-        checkpoint = _read(path, resume)
-        # Sorted by size, so that the shares are about equal.
-        share = sorted(checkpoint.files, key=lambda name: checkpoint.files[name])[context.rank::context.world_size]
-        layout.check_files(checkpoint.directory, {name: checkpoint.files[name] for name in share})
-        found.append(checkpoint)
+    def read_on_rank_0() -> object:
+        if context.is_main:
+            found.append(_read(path, resume))
+            return path, found[0].directory, found[0].files, _manifest_identity(found[0].directory)
+        return None
 
-    run_together(read_share, context.device)
-    return found[0]
+    name, directory, files, identity = run_together(read_on_rank_0, context.device)[0]
+    if not context.is_main:
+        with contextlib.suppress(UserError, OSError):
+            own = _read(path, resume)
+            if list(_manifest_identity(own.directory)) == identity:
+                found.append(own)
+    seen = all_gather_json(bool(found), context.device)
+
+    def verify_share() -> None:
+        if found:
+            own, sharing = found[0], [rank for rank, sees in enumerate(seen) if sees]
+            # Sorted by size, so that the shares are about equal.
+            share = sorted(own.files, key=lambda name: own.files[name])[sharing.index(context.rank)::len(sharing)]
+            layout.check_files(own.directory, {name: own.files[name] for name in share})
+
+    run_together(verify_share, context.device)
+    if all(seen):
+        return found[0]
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=resume.timeout))
+    exchange = Exchange(context.rank, context.processes_per_node, seen, group)
+    files = {file: (size, crc) for file, (size, crc) in files.items()}
+
+    def receive(read: ReadBytes) -> None:
+        with os.fdopen(os.memfd_create(STATE_FILE), "wb") as file:  # mapped into memory, as from a disk
+            for offset in range(0, files[STATE_FILE][0], PIECE_BYTES):
+                file.write(read(STATE_FILE, offset, min(PIECE_BYTES, files[STATE_FILE][0] - offset)))
+            file.flush()
+            contents = _read_state(f"/proc/self/fd/{file.fileno()}", name, resume)
+        found.append(Checkpoint(name, directory, contents, files))
+
+    run_together(lambda: exchange.send_files(directory, files, receive), context.device)
+    return dataclasses.replace(found[0], exchange=exchange)
+
+
+def _manifest_identity(directory: str) -> tuple[int, int, int, str]:
+    """What the manifest of another checkpoint, or of a copy, differs in. Raises OSError."""
+    with open(os.path.join(directory, layout.MANIFEST_FILE), encoding="utf-8") as file:
+        status = os.fstat(file.fileno())
+        return status.st_ino, status.st_size, status.st_mtime_ns, file.read()
 
 
 def _require_same_identities(checkpoint: Checkpoint, identities: Sequence[str]) -> None:
@@ -199,13 +286,18 @@ def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
 
     Raises UserError on every rank.
     """
+    exchange, device = checkpoint.exchange, state.classifier.weight.device
     try:
-        run_together(lambda: _load(state, checkpoint), state.classifier.weight.device)
+        run_together(lambda: None if exchange and exchange.partner is not None else _load(state, checkpoint), device)
+        if exchange is not None:
+            run_together(lambda: exchange.send_files(
+                checkpoint.directory, checkpoint.files, lambda read: _load(state, checkpoint, read)), device)
+            dist.destroy_process_group(exchange.group)
     except (UserError, RankFailed) as error:
         raise UserError(f"--resume {checkpoint.path}: cannot be loaded: {error}") from None
 
 
-def _load(state: TrainState, checkpoint: Checkpoint) -> None:
+def _load(state: TrainState, checkpoint: Checkpoint, read: ReadBytes | None = None) -> None:
     contents, weight, shard = checkpoint.contents, state.classifier.weight.detach(), state.classifier.shard
     try:
         state.backbone.load_state_dict(contents["state_dict"])
@@ -221,7 +313,7 @@ def _load(state: TrainState, checkpoint: Checkpoint) -> None:
     # In format 3, a tensor in shards/ has the name it has here.
     stored_names = _FORMAT_2_NAMES if contents["format_version"] == 2 else {}
     stored = open_shards(checkpoint.directory, [stored_names.get(name, name) for name in contents["shards"]],
-                         (shard.num_classes, weight.shape[1]), checkpoint.files)
+                         (shard.num_classes, weight.shape[1]), checkpoint.files, read)
     for name, rows in zip(contents["shards"], stored.values()):
         target = weight
         if name != CENTERS:

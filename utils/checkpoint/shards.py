@@ -9,11 +9,12 @@ Shapes: a tensor is (C, d). A rank's shard is its rows [start, start + C_r).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,11 +24,14 @@ from torch import Tensor
 
 from utils.checkpoint.layout import METADATA_FILE, SHARDS_DIRECTORY, DamagedCheckpoint, Files
 from utils.checkpoint.safe_load import first_words
+from utils.checkpoint.transfer import PIECE_BYTES, ReadBytes, read_bytes
 from utils.files import flush
 
 # Classes per block: 8 MiB at d = 512 in float32. Beside the shard, a writer holds one block; a reader holds a block's
 # bytes, its rows, and a copy of those that it needs. Older checkpoints have blocks of 32,768 classes.
 BLOCK_CLASSES = 4096
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a stored tensor may have
 
 
 class Block(NamedTuple):
@@ -41,24 +45,39 @@ class Block(NamedTuple):
     length: int
 
 
-def write_shard(directory: str, rank: int, tensors: dict[str, Tensor], start: int) -> list[Block]:
-    """Write this rank's rows (C_r, d) of each tensor, from row `start`, and flush them. Raises OSError, RuntimeError.
+def shard_name(rank: int) -> str:
+    """The file of a rank's rows, relative to the checkpoint's directory."""
+    return f"{SHARDS_DIRECTORY}/__{rank}_0.distcp"
 
-    Returns what `write_metadata` must know. A rank without rows writes no file.
+
+def pieces(rank: int, tensors: dict[str, Tensor], start: int, blocks: list[Block]) -> Iterator[memoryview]:
+    """The bytes of a rank's file, a few MiB at a time: its rows (C_r, d) of each tensor, from row `start`.
+
+    Appends each block to `blocks`, which `write_metadata` must know.
     """
-    name, blocks = f"__{rank}_0.distcp", []
-    if not any(map(len, tensors.values())):
-        return []
-    with open(os.path.join(directory, SHARDS_DIRECTORY, name), "wb") as file:
-        for tensor_name, tensor in tensors.items():
-            for first in range(0, len(tensor), BLOCK_CLASSES):
-                # A copy, because torch.save writes whole storages.
-                rows = tensor[first:first + BLOCK_CLASSES].detach().to("cpu", copy=True)
-                offset = file.tell()
-                torch.save(rows, file)
-                blocks.append(Block(tensor_name, start + first, len(rows), name, offset, file.tell() - offset))
-        flush(file)
-    return blocks
+    offset, file = 0, os.path.basename(shard_name(rank))
+    for name, tensor in tensors.items():
+        for first in range(0, len(tensor), BLOCK_CLASSES):
+            # A copy, because torch.save writes whole storages.
+            rows, buffer = tensor[first:first + BLOCK_CLASSES].detach().to("cpu", copy=True), io.BytesIO()
+            torch.save(rows, buffer)
+            data = buffer.getbuffer()
+            blocks.append(Block(name, start + first, len(rows), file, offset, len(data)))
+            offset += len(data)
+            for begin in range(0, len(data), PIECE_BYTES):
+                yield data[begin:begin + PIECE_BYTES]
+
+
+def write_pieces(directory: str, rank: int, data: Iterable[memoryview]) -> bool:
+    """Write and flush a rank's file. Returns whether there is one: a rank without rows has none. Raises OSError."""
+    with contextlib.ExitStack() as opened:
+        file = None
+        for piece in data:
+            file = file or opened.enter_context(open(os.path.join(directory, shard_name(rank)), "wb"))
+            file.write(piece)
+        if file is not None:
+            flush(file)
+    return file is not None
 
 
 def write_metadata(directory: str, tensors: dict[str, Tensor], blocks: Sequence[Block]) -> None:
@@ -124,16 +143,19 @@ def rows_of(matrix: Tensor) -> StoredRows:
         for number, block in enumerate(blocks)])
 
 
-def open_shards(directory: str, names: Sequence[str], shape: tuple[int, int], files: Files) -> dict[str, StoredRows]:
+def open_shards(
+    directory: str, names: Sequence[str], shape: tuple[int, int], files: Files, read: ReadBytes | None = None
+) -> dict[str, StoredRows]:
     """Open the tensors `names`, each of `shape` (C, d), of a checkpoint. Nothing in the files is executed.
 
-    files: the checkpoint's, the only ones that .metadata may refer to. Raises DamagedCheckpoint.
+    files: the checkpoint's, the only ones that .metadata may refer to. read: reads them where this process does not see
+    the directory. Raises DamagedCheckpoint.
     """
+    read = read or functools.partial(read_bytes, directory)
     path = os.path.join(directory, METADATA_FILE)
     opened: dict[str, StoredRows] = {}
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        metadata = _MetadataUnpickler(io.BytesIO(read(METADATA_FILE, 0, files[METADATA_FILE][0]))).load()
         places = {(index.fqn, index.offset): place for index, place in metadata.storage_data.items()}
         for name in names:
             rows, parts = 0, list[tuple[int, int, Callable[[], Tensor]]]()
@@ -143,7 +165,7 @@ def open_shards(directory: str, names: Sequence[str], shape: tuple[int, int], fi
                 if chunk.offsets[0] != rows or f"{SHARDS_DIRECTORY}/{place.relative_path}" not in files:
                     raise ValueError(chunk.offsets)
                 block = Block(name, rows, chunk.sizes[0], place.relative_path, place.offset, place.length)
-                parts.append((rows, block.rows, functools.partial(_read, directory, block, shape[1])))
+                parts.append((rows, block.rows, functools.partial(_read, read, directory, block, shape[1])))
                 rows += block.rows
             if rows != shape[0]:
                 raise ValueError(rows)
@@ -156,17 +178,19 @@ def open_shards(directory: str, names: Sequence[str], shape: tuple[int, int], fi
     return opened
 
 
-def _read(directory: str, block: Block, width: int) -> Tensor:
-    """The rows (rows, width) of a block. Raises DamagedCheckpoint."""
-    path = os.path.join(directory, SHARDS_DIRECTORY, block.file)
+def _read(read: ReadBytes, directory: str, block: Block, width: int) -> Tensor:
+    """The rows (rows, width) of a block, of a float dtype. Raises DamagedCheckpoint."""
+    name = f"{SHARDS_DIRECTORY}/{block.file}"
     try:
-        with open(path, "rb") as file:
-            file.seek(block.offset)
-            rows = torch.load(io.BytesIO(file.read(block.length)), map_location="cpu", weights_only=True)
+        rows = torch.load(io.BytesIO(read(name, block.offset, block.length)), map_location="cpu", weights_only=True)
         if rows.shape != (block.rows, width):
             raise ValueError(f"{tuple(rows.shape)} instead of {(block.rows, width)}")
+        # Integers would be copied as if they were values.
+        if rows.dtype not in _DTYPES or rows.layout != torch.strided:
+            raise ValueError(f"{rows.dtype}, {rows.layout}")
     except Exception as error:  # The bytes of a damaged archive can be anything.
-        raise DamagedCheckpoint(f"{path}: is damaged: {block.tensor} cannot be read ({first_words(error)})") from None
+        raise DamagedCheckpoint(f"{os.path.join(directory, name)}: is damaged: {block.tensor} cannot be read "
+                                f"({first_words(error)})") from None
     return rows
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from utils.checkpoint import layout, shards
 from utils.checkpoint.agreement import RankFailed, run_together
-from utils.checkpoint.layout import BEST, LATEST, METADATA_FILE, SHARDS_DIRECTORY, STATE_FILE
+from utils.checkpoint.layout import BEST, LATEST, METADATA_FILE, STATE_FILE
 from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, FORMAT_VERSION, OPTIMIZER
+from utils.checkpoint.transfer import Asking, Exchange, PeerFailed, answer
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.files import flush, move_aside
@@ -44,6 +45,8 @@ class CheckpointWriter:
     group of its own, so its collectives never mix with training's. Only one save runs at a time, so commits are in
     order. If a save fails on any rank, rank 0 reports it, the previous checkpoint stays, and training continues.
 
+    Checkpoints are in node 0's --output. Ranks that do not see it send their class centers to ranks that do.
+
     Args:
         options: the run's options, saved for people to read.
         say: prints a line on rank 0.
@@ -57,7 +60,7 @@ class CheckpointWriter:
         self, context: DistContext, output: str, *, options: dict[str, Any], say: Callable[[str], None], fresh: bool,
         keep: int = KEEP, save_freq: int | None = None, enabled: bool = True,
     ) -> None:
-        """Collective. Raises UserError on every rank unless all nodes see the same --output."""
+        """Collective. Raises UserError on every rank if rank 0 cannot write in --output."""
         self._context, self._output, self._options, self._say, self._fresh = context, output, options, say, fresh
         self._keep, self._save_freq, self._enabled = keep, save_freq, enabled
         self._thread: threading.Thread | None = None
@@ -66,8 +69,8 @@ class CheckpointWriter:
         self._last_saved = ""
         if enabled:
             self._group: Any = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
-            if context.nodes > 1:
-                self._require_shared_output()
+            self._exchange = Exchange(
+                context.rank, context.processes_per_node, self._find_who_sees_output(), self._group)
 
     def is_due(self, step: int) -> bool:
         """Whether --save-freq asks for a checkpoint after this step."""
@@ -122,16 +125,23 @@ class CheckpointWriter:
         """Collective over the group. What work() returns on rank 0; raises its error on every rank."""
         return self._together(lambda: work() if self._context.is_main else None)[0]
 
-    def _require_shared_output(self) -> None:
-        """Collective over the group. Raise UserError on every rank unless all see one directory."""
+    def _find_who_sees_output(self) -> list[bool]:
+        """Collective over the group. By rank, whether it can write where rank 0 does."""
+        if self._context.nodes == 1:
+            return [True] * self._context.world_size
         with contextlib.ExitStack() as probe:
-            name = self._on_rank_0(lambda: os.path.basename(probe.enter_context(
-                tempfile.NamedTemporaryFile(dir=self._output, prefix=".shared-")).name))
-            found = self._together(lambda: (self._output, os.path.exists(os.path.join(self._output, name))))
-        for rank, (output, seen) in enumerate(found):
-            if not seen:
-                raise UserError(f"--output {output}: rank {rank} does not see what rank 0 created there; give a "
-                                "directory that all nodes share")
+            try:
+                name = self._on_rank_0(lambda: os.path.basename(probe.enter_context(
+                    tempfile.NamedTemporaryFile(dir=self._output, prefix=".shared-")).name))
+            except RankFailed as failure:
+                raise UserError(f"--output {self._output}: cannot be written ({failure}); give another directory"
+                                ) from None
+            seen = self._together(lambda: self._context.is_main or os.path.exists(os.path.join(self._output, name))
+                                  and os.access(self._output, os.W_OK | os.X_OK))
+        if not all(seen):
+            self._say(f"--output is on node 0 only, in {os.path.abspath(self._output)}: {seen.count(False)} of "
+                      f"{len(seen)} ranks do not see it and send node 0 what they save")
+        return seen
 
     def _write_in_thread(self, *job: Any) -> None:
         try:
@@ -143,16 +153,36 @@ class CheckpointWriter:
                started: float, blocked: float | None) -> None:
         """Collective over the group. Write and commit, or report why not. `blocked` is None for a synchronous save."""
         directory = ""
+        rank, exchange = self._context.rank, self._exchange
+
+        def checksums(names: set[str]) -> layout.Files:
+            return {name: layout.checksum(os.path.join(directory, name)) for name in names}
 
         def write_own() -> tuple[list[shards.Block], layout.Files]:
-            blocks = shards.write_shard(directory, self._context.rank, tensors, start)
-            names = {f"{SHARDS_DIRECTORY}/{block.file}" for block in blocks}
+            blocks, names = list[shards.Block](), set[str]()
+            if exchange.seen[rank] and shards.write_pieces(
+                    directory, rank, shards.pieces(rank, tensors, start, blocks)):
+                names.add(shards.shard_name(rank))
             if self._context.is_main:
                 with open(os.path.join(directory, STATE_FILE), "wb") as file:
                     torch.save({**contents, "directory": layout.final_name(directory)}, file)
                     flush(file)
                 names.add(STATE_FILE)
-            return blocks, {name: layout.checksum(os.path.join(directory, name)) for name in names}
+            return blocks, checksums(names)
+
+        def send() -> tuple[list[shards.Block], layout.Files]:
+            """Send this rank's rows if it does not see the directory; write those that other ranks send to this one."""
+            blocks, names = list[shards.Block](), set[str]()
+            if exchange.partner is not None:
+                pieces = shards.pieces(rank, tensors, start, blocks)
+                answer(exchange.partner, self._group, lambda *_: next(pieces, memoryview(b"")))
+            with contextlib.ExitStack() as stack:  # after an error it tells all clients
+                asked = {client: stack.enter_context(Asking(client, self._group)) for client in exchange.clients}
+                for client, asking in asked.items():
+                    with contextlib.suppress(PeerFailed):
+                        if shards.write_pieces(directory, client, asking.pieces()):
+                            names.add(shards.shard_name(client))
+            return blocks, checksums(names)
 
         def commit() -> None:
             blocks = [shards.Block(*block) for own, _ in written for block in own]
@@ -167,6 +197,8 @@ class CheckpointWriter:
             name = self._on_rank_0(lambda: os.path.basename(layout.begin(self._output, step)))
             directory = os.path.join(self._output, layout.STEPS_DIRECTORY, name)
             written = self._together(write_own)
+            if not all(exchange.seen):
+                written += self._together(send)
             files: layout.Files = {name: file for _, own in written for name, file in own.items()}
             self._on_rank_0(commit)
         except RankFailed as failure:
