@@ -19,7 +19,7 @@ set -euo pipefail
 DATA="${DATA:-data/ms1m}"                     # training images, the same on every node
 NUM_CLASSES="${NUM_CLASSES:-4000000}"
 BATCH_SIZE="${BATCH_SIZE:-512}"               # images per step and node, over its GPUs
-OUTPUT="${OUTPUT:-runs/slurm}"                # a directory shared by all nodes
+OUTPUT="${OUTPUT:-runs/slurm}"                # shared by all nodes: a requeued job may get others
 EXIT_SAVED=75                                 # main.py stopped by a signal and saved
 
 : "${SLURM_JOB_ID:?submit this script with sbatch}"

@@ -17,7 +17,7 @@ BATCH_SIZE="${BATCH_SIZE:-128}"               # images per step and node, over i
 NNODES="${NNODES:-2}"
 MASTER_ADDR="${MASTER_ADDR:-172.20.10.22}"    # address of node 0
 MASTER_PORT="${MASTER_PORT:-12355}"           # a free port there
-OUTPUT="${OUTPUT:-runs/multi_node}"           # a directory shared by all nodes
+OUTPUT="${OUTPUT:-runs/multi_node}"           # of node 0, where all checkpoints are; other nodes may share it
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}"
 # export NCCL_SOCKET_IFNAME=ens1f1 GLOO_SOCKET_IFNAME=ens1f1    # the interface between the nodes, if it is not found
 

@@ -78,10 +78,11 @@ class Options(ProcessFlags, ScheduleFlags):
                                help="weight decay")
 
     output: str = flag("--output", default=".", metavar="DIR", section="output", per_node=True,
-                       default_text="the current directory", help="directory for checkpoints and metrics")
+                       default_text="the current directory",
+                       help="directory for checkpoints and metrics, on node 0; other nodes may share it")
     resume: str = flag("--resume", default="", metavar="PATH", section="output", per_node=True,
                        help="checkpoint.pth.tar to continue from, or to evaluate; auto: the newest intact checkpoint "
-                            "in --output, or a fresh run if there is none")
+                            "in --output, or a fresh run if there is none. On node 0, if other nodes do not share it")
     init_from: str = flag(
         "--init-from", default="", metavar="PATH", section="output", per_node=True,
         help="start a fresh run from the weights in a checkpoint.pth.tar, a published backbone, or a file from "
