@@ -32,8 +32,8 @@ def small_pieces() -> Iterator[None]:
     """Even a few classes take several blocks, and a block several pieces."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(shards, "BLOCK_CLASSES", 2))
-        for module in (transfer, shards, reader):
-            stack.enter_context(mock.patch.object(module, "PIECE_BYTES", 3000))
+        for module, piece in ((transfer, 5000), (shards, 5000), (reader, 200_000)):
+            stack.enter_context(mock.patch.object(module, "PIECE_BYTES", piece))
         yield
 
 
