@@ -43,12 +43,11 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 \
     --workers "${SLURM_CPUS_PER_TASK:-8}" --output "$OUTPUT" --resume auto "$@" &
 srun=$!
 
-# A trapped signal interrupts `wait` while srun still runs.
-status=0
-while true; do
-    wait "$srun" && status=0 || status=$?
-    kill -0 "$srun" 2> /dev/null || break
+# A trapped signal interrupts `wait`, whose status then is not srun's. Once srun has ended, the shell remembers its status.
+while kill -0 "$srun" 2> /dev/null; do
+    wait "$srun" || true
 done
+wait "$srun" && status=0 || status=$?
 if [ "$status" -eq "$EXIT_SAVED" ]; then
     echo "saved; the job goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

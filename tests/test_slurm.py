@@ -13,7 +13,8 @@ from helpers.commands import ROOT, wait_for
 FAKE_SLURM = {
     "srun": """trap 'exit 75' USR1; echo "$@" > "$FAKE/command"; echo "$ARCFACE_SECRET" > "$FAKE/secret"
                echo $$ > "$FAKE/pid"; while :; do sleep 0.05; done""",
-    "scancel": """[ "$*" = "--signal=USR1 $((20000 * 3 + 7)).0" ] && kill -USR1 "$(cat "$FAKE/pid")" """,
+    "scancel": """[ "$*" = "--signal=USR1 $((20000 * 3 + 7)).0" ] && kill -USR1 "$(cat "$FAKE/pid")"
+                  sleep 0.3""",  # srun ends before scancel does
     "scontrol": """case "$1" in show) printf 'gpu-a\\ngpu-b\\n' ;; requeue) echo "$2" > "$FAKE/requeued" ;; esac""",
 }
 
