@@ -112,7 +112,7 @@ class Options(ProcessFlags, ScheduleFlags):
         help=".bin evaluation sets such as lfw.bin,cfp_fp.bin to evaluate on during training")
     val_freq: int | None = flag("--val-freq", metavar="STEPS", at_least=1, default_text="every epoch",
                                 section="evaluation",
-                                help="steps between evaluations; the end of the run is always evaluated")
+                                help="steps between evaluations, each after a save; the end of the run is always evaluated")
 
     enable_model_parallel: bool = flag("--enable-model-parallel", default=False, section="parallelism and precision",
                                        help="shard the class centers over all processes of all nodes (TorchShard)")
