@@ -34,7 +34,7 @@ _MAGIC = b"\x89faces2\n"
 _ANY_VERSION = _MAGIC[:6]
 _HEAD = struct.Struct("<8sII")
 # What is known about the images, not which they are. Another process may replace the file by one that knows more.
-_VOLATILE = ("stamps", "header_is_good")
+_VOLATILE = ("stamps", "header_is_good", "unused")
 
 
 class CachedArrays:

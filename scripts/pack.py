@@ -52,7 +52,9 @@ COMMIT_SECONDS = 5.0  # the work that a kill costs at most
 THREADS = 4  # they hide the latency of cold files and network disks
 CHUNK = 64
 
-EXTENSIONS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp"}  # by how images begin
+# By how images begin. data.folder must take each for an image.
+EXTENSIONS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp", b"GIF8": ".gif",
+              b"II": ".tif", b"MM": ".tif", b"P": ".ppm", b"\0\0\0\x0cjP": ".jp2", b"\xff\x4f\xff\x51": ".jp2"}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,7 +97,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pack_rec(options: argparse.Namespace) -> str:
     """An image folder -> train.rec and what belongs to it."""
-    folder = FaceFolder(options.source)
+    folder = FaceFolder(options.source, progress=True)
     if len(folder.identities) > MAX_CLASSES:
         raise UserError(f"{folder.root}: has {len(folder.identities)} identities; a package, whose labels are float32, "
                         f"holds at most {MAX_CLASSES}")
@@ -320,6 +322,8 @@ def _require_plain(name: str, source: str) -> None:
 
 
 def _extension(image: bytes) -> str:
+    if image[4:8] == b"ftyp":  # after the length of this box
+        return ".avif"
     return next((extension for start, extension in EXTENSIONS.items() if image.startswith(start)), "")
 
 

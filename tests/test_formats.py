@@ -33,7 +33,7 @@ def test_the_format_follows_from_the_path(tmp_path):
 @pytest.mark.parametrize("path, cause", [
     ("nowhere", "nowhere: no such directory"),
     ("nowhere.rec", "nowhere.rec: no such file"),
-    ("folder/a/000.jpg", "000.jpg: no such directory; give a .rec file"),
+    ("folder/a/000.jpg", "000.jpg: is a file that is no .rec file; give a .rec file, or a directory"),
     ("other", "other: holds faces.rec, but no train.rec; give .*other/faces.rec"),
     ("flat", "flat: has no sub-directories"),
 ])
