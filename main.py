@@ -272,7 +272,8 @@ def evaluate(options: Options, plan: ProcessPlan) -> None:
     """--evaluate: score the model of --resume on --pair-list, in this process."""
     weights = open_weights(options.resume, options.arch)
     assert options.pair_list is not None
-    (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root)])
+    (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root,
+                                 options.skip_missing_pairs)])
     print(f"{weights.arch} of {options.resume}, {pairs.size} of {pairs.source}", flush=True)
     device = torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu")
     context = DistContext(rank=0, world_size=1, processes_per_node=1, device=device)

@@ -89,7 +89,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
                              help="leave out images that cannot be read, or are not 112x112, instead of stopping")
         else:
             sub.add_argument("--imgs-root", required=True, metavar="DIR", help="the directory of the pairs' images")
-            sub.add_argument("--pair-list", required=True, metavar="FILE", help="lines of: path1 path2 0|1")
+            sub.add_argument("--pair-list", required=True, metavar="FILE",
+                             help="lines of: path1 path2 0|1; or LFW's pairs.txt")
+            sub.add_argument("--skip-missing-pairs", action="store_true",
+                             help="leave out, and count, pairs with a missing image, instead of stopping")
         sub.add_argument("out", metavar="OUT", help="must not exist yet")
         sub.add_argument("--force", action="store_true", help="replace an existing OUT; a folder is renamed to OUT.1")
     return parser.parse_args(argv)
@@ -369,7 +372,7 @@ def pack_bin(options: argparse.Namespace) -> str:
     """Pairs -> one file. Restarts after an interruption: 6,000 pairs take seconds."""
     _refuse_existing(options.out, options.force)
     require_writable("OUT", options.out)
-    pairs = PairList(options.imgs_root, options.pair_list)
+    pairs = PairList(options.imgs_root, options.pair_list, skip_missing=options.skip_missing_pairs)
 
     def read(path: str) -> bytes:
         image = read_bytes(path)
@@ -381,7 +384,8 @@ def pack_bin(options: argparse.Namespace) -> str:
     encoded = [images[i] for pair in zip(pairs.index1.tolist(), pairs.index2.tolist()) for i in pair]
     with atomic_write(options.out) as file:
         pickle.dump((encoded, pairs.is_same.tolist()), file, protocol=4)
-    return f"{len(pairs):,} pairs of {len(images):,} images, {os.path.getsize(options.out) / 1e6:,.1f} MB"
+    skipped = f", {pairs.skipped:,} skipped for missing images" if pairs.skipped else ""
+    return f"{len(pairs):,} pairs of {len(images):,} images{skipped}, {os.path.getsize(options.out) / 1e6:,.1f} MB"
 
 
 def _refuse_existing(path: str, force: bool) -> None:
