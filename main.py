@@ -109,7 +109,8 @@ def train(
     checkpoint = find_checkpoint(resume_request(options), dataset.identities, context) if options.resume else None
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, context)
     global_batch = options.batch_size * context.nodes
-    state, model = build_training(context, options, seed, len(dataset), global_batch, dataset.identities)
+    state, model = build_training(context, options, seed, len(dataset), global_batch, dataset.identities,
+                                  dataset.fingerprint())
     sampler = GlobalBatchSampler(
         len(dataset), global_batch, options.accumulation_steps, context.rank, context.world_size, seed
     )
@@ -246,8 +247,10 @@ def set_starting_point(
         if any(tuple(saved["options"].get(name, ())) != getattr(options, name) for name in ("val_pairs", "val_bin")):
             position.best_score = None  # scores on different sets do not compare
         note = f", resuming {checkpoint.path} at step {position.step}"
-        if saved["position"]["step_in_epoch"] and saved["sampler"]["num_images"] != state.num_images:
-            note += f"; the number of training images changed, so epoch {position.epoch + 1} starts again"
+        if saved["position"]["step_in_epoch"] and not state.has_same_images(saved["sampler"]):
+            what = ("the number of training images changed" if saved["sampler"]["num_images"] != state.num_images
+                    else "training images were renamed, replaced or relabelled")
+            note += f"; {what}, so epoch {position.epoch + 1} starts again"
         return note
     if options.start_epoch:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch

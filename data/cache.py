@@ -52,6 +52,13 @@ class CachedArrays:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
 
+    def checksum(self, name: str) -> int:
+        """The CRC-32 of an array, as it is in the file."""
+        if name not in self.checksums:
+            array = self.arrays[name]
+            self.checksums[name] = zlib.crc32(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+        return self.checksums[name]
+
     def __reduce__(self) -> tuple[Callable[..., CachedArrays], tuple]:
         if self.path is None:
             return CachedArrays, (self.made_from, self.arrays)

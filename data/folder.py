@@ -19,11 +19,13 @@ Its arrays, for D directories (sorted by name, empty ones included) and N images
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
 import os
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -84,16 +86,16 @@ class FaceFolder(TrainingSet):
         self.root = _choose_root(path, progress)
         names, in_root = _list_root(self.root)
         if not names:
-            flat = f" ({in_root} images lie in {self.root} itself)" if in_root else ""
+            flat = (f"; its {in_root} images lie in it directly: if they are of one person, give the directory above"
+                    if in_root else "")
             raise UserError(f"{self.root}: has no sub-directories; images belong in {self.root}/<identity>/<image>"
                             + flat)
         self._cache_paths = cache_paths(os.path.join(self.root, INDEX_NAME), os.fspath(index))
         self._use(_open_cache(self.root, names, self._cache_paths, progress))
         unused = self._describe_unused(in_root)
         if not self._count():
-            raise UserError(f"{self.root}: no images in its {len(names)} sub-directories; expected "
-                            f"{self.root}/<identity>/<image> with one of {', '.join(IMAGE_EXTENSIONS)}"
-                            + (f"; not used: {unused}" if unused else "") + _hint(self.root))
+            raise UserError(f"{self.root}: no images in its {len(names)} sub-directories; " + (_hint(self.root) or (
+                f"expected {self.root}/<identity>/<image> with one of {', '.join(IMAGE_EXTENSIONS)}; found: {unused}")))
         if unused and progress:
             print(f"warning: {self.root}: not used: {unused}", file=sys.stderr)
 
@@ -123,7 +125,7 @@ class FaceFolder(TrainingSet):
 
     def _describe_unused(self, in_root: int) -> str:
         """What the folder holds beside its images; "" for nothing worth a line. in_root: images in the root itself."""
-        unused: dict[str, dict[str, int]] = json.loads(self._cache["unused"].tobytes())
+        unused = _unused(self._cache)
         files = Counter[str]()
         for counts in unused.values():
             files.update(counts)
@@ -131,7 +133,7 @@ class FaceFolder(TrainingSet):
         if files:
             parts.append(f"files of other kinds: {describe_files(files)}")
         if deeper:
-            first = next(self._directories[int(d)] for d, counts in unused.items() if _DEEPER in counts)
+            first = next(self._directories[d] for d, counts in unused.items() if _DEEPER in counts)
             parts.append(f"{deeper} images one directory deeper, such as those below {self.root}/{first}")
         if in_root:
             parts.append(f"{in_root} images in {self.root} itself")
@@ -167,6 +169,12 @@ class FaceFolder(TrainingSet):
         start = ends[position - 1] if position > self._first_image[d] else 0
         name = os.fsdecode(bytes(self._image_names[base + start : base + ends[position]]))
         return f"{self.root}/{self._directories[d]}/{name}"
+
+    def _identify(self) -> list[int]:
+        """Without directories that have no image: those change nothing."""
+        counts = np.diff(self._cache["first_image"])
+        return [*(self._cache.checksum(name) for name in ("image_names", "name_ends")),
+                zlib.crc32(counts[counts > 0].tobytes()), zlib.crc32(b"\0".join(map(os.fsencode, self.identities)))]
 
     def _find_bad(self, progress: bool) -> tuple[np.ndarray, str]:
         """The cache remembers good headers, for as long as their directory has the same files. Bad ones are checked at
@@ -253,7 +261,7 @@ def _hint(root: str) -> str:
     """Where images lie deeper than <identity>/<image>: what to give instead of `root`."""
     for directory, _, files in itertools.islice(os.walk(root), 1, _HINT_DIRECTORIES):
         if any(map(is_image, files)):
-            return f"; there are images in {directory}: give {os.path.dirname(directory)}"
+            return f"there are images in {directory}: give {os.path.dirname(directory)}"
     return ""
 
 
@@ -287,6 +295,16 @@ def _open_cache(root: str, names: list[str], paths: list[str], progress: bool) -
 def _directories(cache: CachedArrays) -> list[str]:
     names, ends = cache["directory_names"].tobytes(), cache["directory_ends"].tolist()
     return [os.fsdecode(names[start:end]) for start, end in zip([0, *ends], ends)]
+
+
+def _unused(cache: CachedArrays) -> dict[int, dict[str, int]]:
+    """The cache's array of this name. Nothing if it is malformed: it only decides what is said."""
+    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        unused = {int(d): {str(extension): int(count) for extension, count in counts.items()}
+                  for d, counts in json.loads(cache["unused"].tobytes()).items()}
+        if all(0 <= d < len(cache["directory_ends"]) for d in unused):
+            return unused
+    return {}
 
 
 def _pack(names: list[str]) -> tuple[bytes, np.ndarray]:
@@ -362,7 +380,7 @@ def _scan(
 ) -> list[_Images]:
     """The images of each directory: of the previous cache if the stamp is the same, else of the disk."""
     known = {} if previous is None else {name: d for d, name in enumerate(_directories(previous))}
-    unused = {} if previous is None else json.loads(previous["unused"].tobytes())
+    unused = {} if previous is None else _unused(previous)
 
     def of_chunk(chunk: range) -> list[_Images]:
         images = []
@@ -371,7 +389,7 @@ def _scan(
             if previous is not None and old is not None and np.array_equal(previous["stamps"][old], stamps[d]):
                 numbers, letters = (slice(*previous[first][old : old + 2]) for first in ("first_image", "first_byte"))
                 images.append(_Images(previous["image_names"][letters].tobytes(), previous["name_ends"][numbers],
-                                      previous["header_is_good"][numbers], unused.get(str(old), {})))
+                                      previous["header_is_good"][numbers], unused.get(old, {})))
             else:
                 listed, others = _list_images(f"{root}/{names[d]}")
                 packed, ends = _pack(listed)

@@ -47,6 +47,26 @@ def test_a_path_without_training_data(tmp_path, path, cause):
         opened(tmp_path / path)
 
 
+@pytest.mark.parametrize("index", ["none", "auto"])
+def test_the_fingerprint_tells_which_images_there_are(tmp_path, index):
+    """The same with and without a cache, and wherever the data lie; another one after a change of names or labels."""
+    make_folder(tmp_path / "a", {"x": 2, "y": 1})
+    make_folder(tmp_path / "b", {"x": 2, "y": 1, "empty": 0})
+    fingerprint = opened(tmp_path / "a").fingerprint()
+    assert fingerprint.startswith("FaceFolder:") and opened(tmp_path / "b", index=index).fingerprint() == fingerprint
+    image, seen = tmp_path / "b/x/001.jpg", {fingerprint}
+    for name in ("x/002.jpg", "y/001.jpg", "z"):  # renamed, moved to another identity, an identity renamed
+        image = image.rename(tmp_path / "b" / name) if "/" in name else (tmp_path / "b/y").rename(tmp_path / "b/z")
+        seen.add(opened(tmp_path / "b", index=index).fingerprint())
+    (tmp_path / "b/z/000.jpg").write_bytes(b"damaged")
+    seen.add(opened(tmp_path / "b", skip_bad=True).fingerprint())
+    assert len(seen) == 5
+    packages = [insightface([0, 0, 1]), insightface([0, 1, 1]), insightface([0, 0, 1], JPEGS[1:])]
+    prints = [opened(write(tmp_path / f"{k}", frames), index=index).fingerprint() for k, frames in enumerate(packages)]
+    assert len(set(prints)) == 3
+    assert opened(tmp_path / "0", index=index).fingerprint() == prints[0] and prints[0].startswith("RecordIODataset:")
+
+
 def good_and_bad(root: Path, form: str) -> Path:
     """Images 1, 4 and 5 of 9 are bad; those are all images of the class in the middle."""
     images = [JPEGS[0], b"text", *JPEGS[2:4], b"text", encode(smooth_image(size=100), "JPEG"), *JPEGS[6:]]
