@@ -253,6 +253,8 @@ def unpack_folder(options: argparse.Namespace) -> str:
     exists = os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out))
     if exists:
         _refuse_existing(out, options.force)
+        print(f"=> {out} exists: it will be renamed, to {out}.1 or the next free number, when the images are unpacked",
+              file=sys.stderr)
     dataset = RecordIODataset(options.source)
     keys = dataset.keys
     skipped = dataset.check_headers(options.skip_bad_images, progress=True)
@@ -271,7 +273,7 @@ def unpack_folder(options: argparse.Namespace) -> str:
                             "train.files.txt appear twice, or other files were put there; remove it and start again")
         os.sync()  # before the rename; an fsync of each file would take hours
         if exists:
-            move_aside(out)
+            print(f"=> {out} was renamed to {move_aside(out)}", file=sys.stderr)
         os.rename(unfinished, out)
         os.unlink(f"{unfinished}.json")
     identities = len(np.unique(dataset.labels))
