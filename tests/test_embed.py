@@ -214,3 +214,11 @@ def test_embed_script_mistakes(
     with pytest.raises(UserError, match=message) as caught:
         embed.main()
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_other_kinds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/1.jpg", "a/b/2.tif", "a/3.heic", "a/notes.txt", ".hidden/4.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert embed.find_images([str(tmp_path)]) == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/a/b/2.tif"]
+    assert capsys.readouterr().err == f"warning: {tmp_path}: not used: files of other kinds: 1 .heic\n"

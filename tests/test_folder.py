@@ -293,7 +293,7 @@ def test_what_is_not_used_is_told_at_every_start(tmp_path, capsys, index):
     assert told == {f"warning: {tmp_path}: not used: files of other kinds: 2 .heic, 1 without extension; 2 images one "
                     f"directory deeper, such as those below {tmp_path}/b; 2 images in {tmp_path} itself; 2 "
                     "sub-directories without an image, which get no label: a, c\n"}
-    with pytest.raises(UserError, match="no images in its 1 sub-dir.*not used: files of other kinds: 1 .heic; 1"):
+    with pytest.raises(UserError, match="no images in its 1 sub-dir.*; found: files of other kinds: 1 .heic; 1"):
         touch(tmp_path / "other" / "a" / "1.heic")
         FaceFolder(tmp_path / "other")
     assert FaceFolder(make_folder(tmp_path / "clean", {"a": 1}), progress=True).identities == ["a"]
@@ -345,7 +345,7 @@ def test_wrong_directories(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such directory"):
         FaceFolder(tmp_path / "nowhere")
     touch(tmp_path / "flat" / "1.jpg")
-    with pytest.raises(UserError, match="flat: has no sub-directories; .* .1 images lie in .*flat itself"):
+    with pytest.raises(UserError, match="flat: has no sub-directories; .* its 1 images lie in it directly"):
         FaceFolder(tmp_path / "flat")
     with pytest.raises(UserError, match="1.jpg: is a file; give a directory"):
         FaceFolder(tmp_path / "flat" / "1.jpg")
