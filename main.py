@@ -128,7 +128,8 @@ def run_training(
     checkpoint = find_checkpoint(resume_request(options), dataset.identities, context) if options.resume else None
     seed = checkpoint.contents["seed"] if checkpoint else choose_seed(options, context)
     global_batch = options.batch_size * context.nodes
-    state, model = build_training(context, options, seed, len(dataset), global_batch, dataset.identities)
+    state, model = build_training(context, options, seed, len(dataset), global_batch, dataset.identities,
+                                  dataset.fingerprint())
     sampler = GlobalBatchSampler(
         len(dataset), global_batch, options.accumulation_steps, context.rank, context.world_size, seed
     )
@@ -305,8 +306,10 @@ def set_starting_point(
         note = f", resuming {checkpoint.path} at step {position.step}"
         if changes := describe_changes(saved["options"], options):
             note += f"; changed since: {changes}"
-        if saved["position"]["step_in_epoch"] and saved["sampler"]["num_images"] != state.num_images:
-            note += f"; the number of training images changed, so epoch {position.epoch + 1} starts again"
+        if saved["position"]["step_in_epoch"] and not state.has_same_images(saved["sampler"]):
+            what = ("the number of training images changed" if saved["sampler"]["num_images"] != state.num_images
+                    else "training images were renamed, replaced or relabelled")
+            note += f"; {what}, so epoch {position.epoch + 1} starts again"
         return note
     if options.start_epoch:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
@@ -331,7 +334,8 @@ def evaluate(options: Options, plan: ProcessPlan) -> None:
     """--evaluate: score the model of --resume on --pair-list, in this process."""
     weights = open_weights(options.resume, options.arch)
     assert options.pair_list is not None
-    (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root)])
+    (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root,
+                                 options.skip_missing_pairs)])
     print(f"{weights.arch} of {options.resume}, {pairs.size} of {pairs.source}", flush=True)
     device = torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu")
     context = DistContext(rank=0, world_size=1, processes_per_node=1, device=device)

@@ -37,7 +37,10 @@ class Options(NodeFlags):
     imgs_root: str | None = flag("--imgs-root", metavar="DIR", section="evaluation sets",
                                  help="the images of the pairs, aligned, 112x112")
     pair_list: str | None = flag("--pair-list", metavar="FILE", section="evaluation sets",
-                                 help="lines of: path1 path2 0|1, with paths relative to --imgs-root")
+                                 help="lines of: path1 path2 0|1, with paths relative to --imgs-root; or LFW's "
+                                      "pairs.txt")
+    skip_missing_pairs: bool = flag("--skip-missing-pairs", default=False, section="evaluation sets",
+                                    help="leave out, and count, pairs with a missing image, instead of stopping")
     bin: tuple[str, ...] = flag("--bin", default=(), metavar="FILE,FILE,...", section="evaluation sets",
                                 help="sets in one file each, such as lfw.bin,cfp_fp.bin, with or without a list")
     resume: str | None = flag("--resume", metavar="PATH", section="model",
@@ -68,7 +71,8 @@ def main() -> None:
     options = parse_options()
     plan = plan_node(options)
     warn_of_unused_environment(plan)
-    sources = [Source("pairs", options.pair_list, "--pair-list", options.imgs_root)] if options.pair_list else []
+    sources = [Source("pairs", options.pair_list, "--pair-list", options.imgs_root,
+                      options.skip_missing_pairs)] if options.pair_list else []
     sets = open_sets(sources + [Source("bin", path, "--bin") for path in options.bin])
     for name, path in output_files(options).items():
         # A result replaces an older one.
@@ -155,6 +159,8 @@ def parse_options(argv: list[str] | None = None) -> Options:
         if not value and (other or not o.bin):
             raise UserError(f"{name} is missing: give the images and the pairs with --imgs-root DIR --pair-list FILE"
                             + ("" if o.bin else ", or --bin FILE"))
+    if o.skip_missing_pairs and not o.pair_list:
+        raise UserError("--skip-missing-pairs: has no effect without --pair-list; add it, or drop the flag")
     if o.untrained and o.resume:
         raise UserError(f"--untrained with --resume {o.resume}: drop one of them")
     if not o.untrained and not o.resume:

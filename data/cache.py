@@ -37,7 +37,7 @@ _HEAD = struct.Struct("<8sII")
 _MAX_HEADER_BYTES = 2**20
 _DTYPE = re.compile("[<|][biuf][1248]")
 # What is known about the images, not which they are. Another process may replace the file by one that knows more.
-_VOLATILE = ("stamps", "header_is_good")
+_VOLATILE = ("stamps", "header_is_good", "unused")
 
 
 class CachedArrays:
@@ -62,6 +62,13 @@ class CachedArrays:
             name in self.arrays and self[name].dtype == dtype and self[name].ndim == len(shape)
             and all(size in (-1, found) for size, found in zip(shape, self[name].shape))
             for name, (dtype, shape) in arrays.items())
+
+    def checksum(self, name: str) -> int:
+        """The CRC-32 of an array, as it is in the file."""
+        if name not in self.checksums:
+            array = self.arrays[name]
+            self.checksums[name] = zlib.crc32(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+        return self.checksums[name]
 
     def __reduce__(self) -> tuple[Callable[..., CachedArrays], tuple]:
         if self.path is None:

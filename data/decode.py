@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from utils.errors import UserError
 
 IMAGE_SIZE = 112
-# Without a list Pillow tries every plugin it has on an unknown file, among them one that starts Ghostscript.
-_PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+# Without a list Pillow tries every plugin it has on an unknown file, among them one that starts Ghostscript. It may be
+# too old for AVIF.
+_PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000",
+                   *(["AVIF"] if "avif" in features.modules else []))
+_TIFF_TILE_SIZE = (322, 323)  # the tags of a tile's width and length
 
 # Pillow warns about large dimensions, and raises an error for larger ones: check_encoded refuses both before they are
 # decoded.
@@ -52,8 +55,9 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
 def decode_image(data: bytes, name: str) -> torch.Tensor:
     """The image's RGB pixels: uint8 (3, 112, 112).
 
-    JPEG, PNG, BMP and WebP. Gray, palette and CMYK images are converted, transparency is dropped, and 16-bit values
-    keep their high byte. Raises UserError, naming the image, if it is not an image, damaged, truncated, or not 112x112.
+    JPEG, PNG, BMP, WebP, GIF (its first frame), TIFF, PPM, JPEG 2000 and AVIF. Gray, palette and CMYK images are
+    converted, transparency is dropped, and 16-bit values keep their high byte. Raises UserError, naming the image, if
+    it is not an image, damaged, truncated, of 32-bit values, or not 112x112.
     """
     frame = _jpeg_frame(data)
     check_encoded(data, name)
@@ -121,7 +125,10 @@ def codec_messages(messages: list[str]) -> Iterator[None]:
 
 def _open(data: bytes) -> Image.Image:
     """Reads the header only."""
-    return Image.open(io.BytesIO(_without_metadata(data)), formats=_PILLOW_FORMATS)
+    image = Image.open(io.BytesIO(_without_metadata(data)), formats=_PILLOW_FORMATS)
+    if image.format == "TIFF" and max(image.tag_v2.get(tag, 0) for tag in _TIFF_TILE_SIZE) > 1024:  # type: ignore[attr-defined]
+        raise ValueError("tiles much larger than the image")  # a few kilobytes would take gigabytes of memory
+    return image
 
 
 def _without_metadata(data: bytes) -> bytes:
@@ -147,8 +154,10 @@ def _decode_any(data: bytes) -> Image.Image:
         image.verify()
         image = _open(data)
     image.load()
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: 16 bits too
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("32-bit values, which have no known range")
     elif image.mode == "P":  # through RGBA, because Pillow warns if there is transparency
         image = image.convert("RGBA")
     return image.convert("RGB")

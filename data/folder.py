@@ -13,15 +13,21 @@ Its arrays, for D directories (sorted by name, empty ones included) and N images
     name_ends        uint32 (N,)    where each image's name ends, counted from its directory's first_byte
     header_is_good   uint8 (N,)
     directory_names, image_names: uint8, the names as the file system has them, without separators
+    unused           uint8, JSON: {d: {extension: files that directory d has and that are not read}}
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
+import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,9 +40,15 @@ from data.progress import progress_bar
 from data.training_set import TrainingSet
 from utils.errors import UserError
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+                    ".pbm", ".pnm", ".jp2", ".avif")
+# What lies beside images and is no image. Any other file may be an image of a kind that is not read: it is mentioned.
+_NO_IMAGES = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".yaml", ".yml", ".log", ".lst", ".list", ".db",
+              ".ini", ".npy", ".npz", ".mat", ".pkl", ".pts")
 INDEX_NAME = ".image-index"  # hidden: the scan does not take it for an image
-_MADE_FROM = ["image folder", 1]  # kind and version of the arrays; what they were made from is in `stamps`
+_MADE_FROM = ["image folder", 2]  # kind and version of the arrays; what they were made from is in `stamps`
+_DEEPER = "/"  # the extension, in `unused`, of images one directory deeper
+_HINT_DIRECTORIES = 10_000  # where a message looks for the images that the user may have meant
 
 # A directory that changed just before it was read may change again within the same tick of its file system's clock (2 s
 # with FAT, 1 s with some network disks) and keep its stamp: such a stamp is unreliable.
@@ -55,7 +67,10 @@ class FaceFolder(TrainingSet):
     """The images below `path/train` if that directory exists, else below `path`: `<identity>/<image>`, not deeper.
 
     Identities are the sorted names of the sub-directories that hold images (links to directories are followed); images
-    are sorted by name within their identity. Hidden entries and files without an image extension are ignored.
+    are sorted by name within their identity. Hidden entries and files without an image extension are ignored. A `train`
+    that holds images and no sub-directories, beside other sub-directories, is an identity.
+
+    progress: report on stderr, also what is not used: files of other kinds, images elsewhere, identities without any.
 
     Beside its name an image costs 5 bytes, in a file that all processes of a node map, or in each process if there is
     no such file. Raises UserError if the directory is missing, has no sub-directories, or these have no images.
@@ -66,16 +81,23 @@ class FaceFolder(TrainingSet):
     ) -> None:
         path = os.fspath(path)
         if not os.path.isdir(path):
-            raise UserError(f"{path}: no such directory; it must hold one sub-directory of images per identity")
-        train = os.path.join(path, "train")
-        self.root = train if os.path.isdir(train) else path
+            what = "is a file" if os.path.exists(path) else "no such directory"
+            raise UserError(f"{path}: {what}; give a directory that holds one sub-directory of images per identity")
+        self.root = _choose_root(path, progress)
+        names, in_root = _list_root(self.root)
+        if not names:
+            flat = (f"; its {in_root} images lie in it directly: if they are of one person, give the directory above"
+                    if in_root else "")
+            raise UserError(f"{self.root}: has no sub-directories; images belong in {self.root}/<identity>/<image>"
+                            + flat)
         self._cache_paths = cache_paths(os.path.join(self.root, INDEX_NAME), os.fspath(index))
-        self._use(_open_cache(self.root, self._cache_paths, progress))
-        if not self._directories:
-            raise UserError(f"{self.root}: has no sub-directories; images belong in {self.root}/<identity>/<image>")
+        self._use(_open_cache(self.root, names, self._cache_paths, progress))
+        unused = self._describe_unused(in_root)
         if not self._count():
-            raise UserError(f"{self.root}: no images in its {len(self._directories)} sub-directories; expected "
-                            f"{self.root}/<identity>/<image> with one of {', '.join(IMAGE_EXTENSIONS)}")
+            raise UserError(f"{self.root}: no images in its {len(names)} sub-directories; " + (_hint(self.root) or (
+                f"expected {self.root}/<identity>/<image> with one of {', '.join(IMAGE_EXTENSIONS)}; found: {unused}")))
+        if unused and progress:
+            print(f"warning: {self.root}: not used: {unused}", file=sys.stderr)
 
     @staticmethod
     def is_at(path: str) -> bool:
@@ -100,6 +122,26 @@ class FaceFolder(TrainingSet):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._use(self._cache)
+
+    def _describe_unused(self, in_root: int) -> str:
+        """What the folder holds beside its images; "" for nothing worth a line. in_root: images in the root itself."""
+        unused = _unused(self._cache)
+        files = Counter[str]()
+        for counts in unused.values():
+            files.update(counts)
+        deeper, parts = files.pop(_DEEPER, 0), []
+        if files:
+            parts.append(f"files of other kinds: {describe_files(files)}")
+        if deeper:
+            first = next(self._directories[d] for d, counts in unused.items() if _DEEPER in counts)
+            parts.append(f"{deeper} images one directory deeper, such as those below {self.root}/{first}")
+        if in_root:
+            parts.append(f"{in_root} images in {self.root} itself")
+        empty = [name for name, count in zip(self._directories, np.diff(self._cache["first_image"])) if not count]
+        if empty:
+            names = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+            parts.append(f"{len(empty)} sub-directories without an image, which get no label: {names}")
+        return "; ".join(parts)
 
     def path(self, i: int) -> str:
         """The file of image i."""
@@ -127,6 +169,12 @@ class FaceFolder(TrainingSet):
         start = ends[position - 1] if position > self._first_image[d] else 0
         name = os.fsdecode(bytes(self._image_names[base + start : base + ends[position]]))
         return f"{self.root}/{self._directories[d]}/{name}"
+
+    def _identify(self) -> list[int]:
+        """Without directories that have no image: those change nothing."""
+        counts = np.diff(self._cache["first_image"])
+        return [*(self._cache.checksum(name) for name in ("image_names", "name_ends")),
+                zlib.crc32(counts[counts > 0].tobytes()), zlib.crc32(b"\0".join(map(os.fsencode, self.identities)))]
 
     def _find_bad(self, progress: bool) -> tuple[np.ndarray, str]:
         """The cache remembers good headers, for as long as their directory has the same files. Bad ones are checked at
@@ -164,12 +212,62 @@ class _Images(NamedTuple):
     names: bytes
     ends: np.ndarray  # (images,): where each name ends
     header_is_good: np.ndarray  # uint8 (images,)
+    unused: dict[str, int]  # how many files are not read, by extension
 
 
-def _open_cache(root: str, paths: list[str], progress: bool) -> CachedArrays:
-    """List the images in `root`. Valid parts come from a cache, the rest from a scan."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def unused_extension(name: str) -> str | None:
+    """The extension of a file that is not read, though it may be an image; None if it is read, hidden or surely none.
+
+    "" for a name without an extension.
+    """
+    extension = os.path.splitext(name)[1].lower()
+    return None if name.startswith(".") or extension in IMAGE_EXTENSIONS + _NO_IMAGES else extension
+
+
+def describe_files(counts: Mapping[str, int]) -> str:
+    """Counts by extension as text, such as "12 .heic, 3 without extension"."""
+    common = Counter(counts).most_common()
+    shown = [f"{count} {extension if len(extension) <= 12 else ascii(extension[:12])}" if extension else
+             f"{count} without extension" for extension, count in common[:5]]
+    others = sum(count for _, count in common[5:])
+    return ", ".join(shown + [f"{others} others"] * (others > 0))
+
+
+def _choose_root(path: str, progress: bool) -> str:
+    """`path/train` if it is a directory of identities, else `path`. progress: say on stderr what is not obvious."""
+    train = os.path.join(path, "train")
+    if not os.path.isdir(train):
+        return path
+    others = [name for name in _list_root(path)[0] if name != "train"]
+    below, images = _list_root(train)
+    if images and others and not below:
+        if progress:
+            print(f"note: {train} holds images and no sub-directories: it is an identity of {path}", file=sys.stderr)
+        return path
+    if progress:
+        other = next((name for name in others if _count_images(os.path.join(path, name))), None)
+        if other is not None:
+            print(f"warning: {path}: the training set is {train}; images such as those in {os.path.join(path, other)} "
+                  "are not used", file=sys.stderr)
+    return train
+
+
+def _hint(root: str) -> str:
+    """Where images lie deeper than <identity>/<image>: what to give instead of `root`."""
+    for directory, _, files in itertools.islice(os.walk(root), 1, _HINT_DIRECTORIES):
+        if any(map(is_image, files)):
+            return f"there are images in {directory}: give {os.path.dirname(directory)}"
+    return ""
+
+
+def _open_cache(root: str, names: list[str], paths: list[str], progress: bool) -> CachedArrays:
+    """List the images in the directories `names` of `root`. Valid parts come from a cache, the rest from a scan."""
     started = time.time_ns()
-    names = _list(root, lambda entry: entry.is_dir())
     stamps = _stamps(root, names)
     previous = None
     for found in filter(_is_sound, load_caches(paths, _MADE_FROM, progress)):
@@ -189,6 +287,8 @@ def _open_cache(root: str, paths: list[str], progress: bool) -> CachedArrays:
         "header_is_good": np.concatenate([np.empty(0, np.uint8), *(some.header_is_good for some in images)]),
         "directory_names": np.frombuffer(packed, np.uint8),
         "image_names": np.frombuffer(b"".join(some.names for some in images), np.uint8),
+        "unused": np.frombuffer(json.dumps({d: some.unused for d, some in enumerate(images) if some.unused}).encode(),
+                                np.uint8),
     }, paths, progress)
 
 
@@ -200,6 +300,7 @@ def _is_sound(cache: CachedArrays) -> bool:
         stamps=("<i8", (directories, 2)), first_image=("<i8", (directories + 1,)), name_ends=("<u4", (images,)),
         first_byte=("<i8", (directories + 1,)), directory_ends=("<i8", (directories,)),
         header_is_good=("|u1", (images,)), directory_names=("|u1", (-1,)), image_names=("|u1", (letters,)),
+        unused=("|u1", (-1,)),
     ) and all(starts[0] == 0 and starts[-1] == end and bool((np.diff(starts) >= 0).all())
               for starts, end in ((cache["first_image"], images), (cache["first_byte"], letters)))
 
@@ -209,24 +310,69 @@ def _directories(cache: CachedArrays) -> list[str]:
     return [os.fsdecode(names[start:end]) for start, end in zip([0, *ends], ends)]
 
 
+def _unused(cache: CachedArrays) -> dict[int, dict[str, int]]:
+    """The cache's array of this name. Nothing if it is malformed: it only decides what is said."""
+    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        unused = {int(d): {str(extension): int(count) for extension, count in counts.items()}
+                  for d, counts in json.loads(cache["unused"].tobytes()).items()}
+        if all(0 <= d < len(cache["directory_ends"]) for d in unused):
+            return unused
+    return {}
+
+
 def _pack(names: list[str]) -> tuple[bytes, np.ndarray]:
     """The names' bytes one after the other, and where each ends: int64."""
     encoded = [os.fsencode(name) for name in names]
     return b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
 
-def _list(directory: str, is_wanted: Callable[[os.DirEntry], bool]) -> list[str]:
-    """The sorted names of what is wanted, without hidden ones. Raises UserError."""
+def _list_root(directory: str) -> tuple[list[str], int]:
+    """(the sorted names of the sub-directories, without hidden ones; how many images lie beside them).
+
+    Raises UserError.
+    """
+    names, images = [], 0
     try:
         with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_wanted(entry))
+            for entry in entries:
+                if entry.is_dir():
+                    if not entry.name.startswith("."):
+                        names.append(entry.name)
+                else:
+                    images += is_image(entry.name)
     except OSError as error:
         raise UserError(f"{error.filename or directory}: cannot be read ({error.strerror})") from None
+    return sorted(names), images
 
 
-def _list_images(directory: str) -> list[str]:
-    """A broken link is an image, too: it is reported as unreadable."""
-    return _list(directory, lambda entry: entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.is_dir())
+def _list_images(directory: str) -> tuple[list[str], dict[str, int]]:
+    """(the sorted names of the images, how many other files there are by extension). Raises UserError.
+
+    A broken link is an image, too: it is reported as unreadable.
+    """
+    images, unused = [], Counter[str]()
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if not entry.name.startswith("."):
+                        unused[_DEEPER] += _count_images(entry.path)
+                elif is_image(entry.name):
+                    images.append(entry.name)
+                elif (extension := unused_extension(entry.name)) is not None:
+                    unused[extension] += 1
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: cannot be read ({error.strerror})") from None
+    return sorted(images), dict(+unused)
+
+
+def _count_images(directory: str) -> int:
+    """The images in a directory that is not one of an identity; 0 if it cannot be read."""
+    try:
+        with os.scandir(directory) as entries:
+            return sum(is_image(entry.name) and not entry.is_dir() for entry in entries)
+    except OSError:
+        return 0
 
 
 def _stamps(root: str, names: list[str]) -> np.ndarray:
@@ -247,6 +393,7 @@ def _scan(
 ) -> list[_Images]:
     """The images of each directory: of the previous cache if the stamp is the same, else of the disk."""
     known = {} if previous is None else {name: d for d, name in enumerate(_directories(previous))}
+    unused = {} if previous is None else _unused(previous)
 
     def of_chunk(chunk: range) -> list[_Images]:
         images = []
@@ -255,10 +402,11 @@ def _scan(
             if previous is not None and old is not None and np.array_equal(previous["stamps"][old], stamps[d]):
                 numbers, letters = (slice(*previous[first][old : old + 2]) for first in ("first_image", "first_byte"))
                 images.append(_Images(previous["image_names"][letters].tobytes(), previous["name_ends"][numbers],
-                                      previous["header_is_good"][numbers]))
+                                      previous["header_is_good"][numbers], unused.get(old, {})))
             else:
-                packed, ends = _pack(_list_images(f"{root}/{names[d]}"))
-                images.append(_Images(packed, ends, np.zeros(len(ends), np.uint8)))
+                listed, others = _list_images(f"{root}/{names[d]}")
+                packed, ends = _pack(listed)
+                images.append(_Images(packed, ends, np.zeros(len(ends), np.uint8), others))
         return images
 
     with progress_bar("scanning directories", len(names), progress) as bar:

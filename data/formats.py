@@ -25,7 +25,8 @@ def open_training_set(path: str, *, index: str, skip_bad: bool, progress: bool) 
     kind = next((kind for kind in FORMATS.values() if kind.is_at(path)), None)
     if kind is None:
         missing = "file" if path.endswith(".rec") else "directory"
-        raise UserError(f"{path}: no such {missing}; give a .rec file, or a directory of images")
+        problem = "is a file that is no .rec file" if os.path.exists(path) else f"no such {missing}"
+        raise UserError(f"{path}: {problem}; give a .rec file, or a directory of images")
     if kind is FaceFolder:
         _require_no_package(path)
     dataset = kind(path, index=index, progress=progress)

@@ -49,13 +49,14 @@ class PairBin:
     num_images: U
     index1, index2: int64 (P,), the image numbers of each pair, in order of first appearance
     is_same: bool (P,)
+    skipped: 0
 
     Raises UserError, naming the flag and the file, if the file cannot be read, is not a pickle or a damaged one, names
     anything but arrays, or holds anything but images and labels. Images are not decoded here.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "--bin") -> None:
-        self.path, self.flag = os.fspath(path), flag
+        self.path, self.flag, self.skipped = os.fspath(path), flag, 0
         data = read_bytes(self.path, at_most=_MAX_BYTES)
         try:
             images, self.is_same = _images_and_labels(_Unpickler(data).load())
@@ -63,6 +64,8 @@ class PairBin:
             reason = str(error) if isinstance(error, _Refused) else (
                 "is not an evaluation set, or a damaged or truncated one: it was not loaded; download or pack it again "
                 f"({ascii(f'{type(error).__name__}: {error}')[1:-1][:80]})")
+            if not isinstance(error, _Refused) and data.isascii() and min(data) >= ord("\t"):
+                reason = f"is text; give a list of pairs with {'--val-pairs' if flag == '--val-bin' else '--pair-list'}"
             raise UserError(f"{flag} {self.path}: {reason}") from None
 
         # Many files repeat an image for each of its pairs: equal images are embedded once. A tiny file can refer to one

@@ -3,17 +3,21 @@
     train.rec, train.idx    the records, and where they begin
     train.rec.index         the cache of a scan over all headers (see data.cache)
     train.identities.txt    names of the identities, a line each, by label (optional: scripts/pack.py)
+    train.lst               the list of images that the package was made from (optional): their directories are names
     train.files.txt         `<identity>/<file>` of every image, a line each, by key (optional: scripts/pack.py)
 
 The cache's arrays, for n images sorted by key: offsets int64 and sizes uint32 of their frames, labels int32, keys
-uint32; bad int64, the positions of images that cannot be used; num_classes int64 (1,).
+uint32; bad int64, the positions of images that cannot be used; num_classes int64 (1,); identity_names uint8, lines of
+train.lst's names by label, empty without them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import struct
+import sys
 import weakref
 from array import array
 from collections import Counter
@@ -40,7 +44,7 @@ from data.record_format import (
 )
 from data.training_set import TrainingSet
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, open_bounded
 
 # The scan reads blocks of this many bytes, and after each as much as holds the frame header of all but a few JPEGs,
 # which are read one by one.
@@ -69,7 +73,9 @@ class RecordIODataset(TrainingSet):
     """The images of a .rec file, or of the train.rec in a directory (or in its sub-directory train), sorted by key.
 
     Labels are those of the records, 0 to classes - 1. With record 0 there are as many classes as identity records;
-    without it one more than the largest label. identities: the names of train.identities.txt, else the labels as text.
+    without it, or if there is an identity record for each label that occurs or for none, one more than the largest
+    label: labels may have gaps. identities: the names of train.identities.txt, else those of train.lst if it fits the
+    records, else the labels as text.
 
     The first start scans all headers (framing, labels, image sizes) and keeps what it finds in train.rec.index, which
     all processes map: 20 bytes per image. A missing train.idx is rebuilt from the records and saved. Images are read
@@ -90,7 +96,16 @@ class RecordIODataset(TrainingSet):
         paths = cache_paths(f"{found}.index", os.fspath(index))
         cached = next(filter(_is_sound, load_caches(paths, self._made_from(), progress)), None)
         self._cache = cached or self._scan_file(paths, progress)
-        self.identities = _read_identities(_beside(found, ".identities.txt"), int(self._cache["num_classes"][0]))
+        names = self._cache.arrays.get("identity_names", np.empty(0, np.uint8)).tobytes()
+        self.identities = _read_identities(_beside(found, ".identities.txt"), int(self._cache["num_classes"][0]), names)
+        if progress:
+            self._report_unused_classes()
+
+    def _report_unused_classes(self) -> None:
+        unused = np.flatnonzero(~_occurring(self._cache["labels"], len(self.identities)))
+        if len(unused):
+            print(f"note: {self.root}: {len(unused)} of its {len(self.identities)} classes have no image, such as "
+                  f"{unused[0]}", file=sys.stderr)
 
     @staticmethod
     def is_at(path: str) -> bool:
@@ -106,11 +121,12 @@ class RecordIODataset(TrainingSet):
         self._size = os.fstat(self._descriptor).st_size
 
     def _made_from(self) -> list:
-        """What a cache is made from: the .rec and the .idx, by size and time."""
+        """What a cache is made from: the .rec, the .idx and the .lst, by size and time."""
         made_from: list = ["package", _CACHE_VERSION, self._size, os.fstat(self._descriptor).st_mtime_ns]
-        with contextlib.suppress(OSError):  # there may be none
-            idx = os.stat(self._idx)
-            made_from += [idx.st_size, idx.st_mtime_ns]
+        for path in (self._idx, _beside(self.root, ".lst")):
+            with contextlib.suppress(OSError):  # there may be none
+                state = os.stat(path)
+                made_from += [state.st_size, state.st_mtime_ns]
         return made_from
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,6 +161,9 @@ class RecordIODataset(TrainingSet):
         if not image or end != offset + size:
             raise UserError(f"{name}: holds no image, or has changed since {self.root} was scanned; fetch it again")
         return image, name
+
+    def _identify(self) -> list[int]:
+        return [self._cache.checksum(name) for name in ("keys", "sizes", "labels")]
 
     def _find_bad(self, progress: bool) -> tuple[np.ndarray, str]:
         """The scan has checked all headers."""
@@ -210,6 +229,14 @@ class RecordIODataset(TrainingSet):
             with contextlib.suppress(OSError), atomic_write(self._idx) as file:  # save_cache reports such a directory
                 file.writelines(b"%d\t%d\n" % line for line in zip(keys, offsets))
         arrays = self._choose_images(keys, offsets, scanned)
+        lst = _beside(self.root, ".lst")
+        if os.path.exists(lst):
+            try:
+                names = _names_of_list(lst, arrays["keys"], arrays["labels"], int(arrays["num_classes"][0]))
+                arrays["identity_names"] = np.frombuffer(os.fsencode("\n".join(names)), np.uint8)
+            except (OSError, ValueError) as error:
+                if progress:
+                    print(f"note: {lst}: does not give the identities' names ({error})", file=sys.stderr)
         # The .rec as it was before the scan, in case that it has changed meanwhile.
         return save_cache(before[:4] + self._made_from()[4:], arrays, paths, progress)
 
@@ -293,8 +320,9 @@ class RecordIODataset(TrainingSet):
             announced = np.frombuffer(record, "<f4", offset=RECORD_HEADER.size)[:2]
             if len(announced) == 2:
                 begin = _first_identity(announced, keys[1:], scanned["empty"][1:], name)
-                images, num_classes = slice(1, begin), len(keys) - begin
-                limit = num_classes
+                images = slice(1, begin)
+                num_classes, gaps = _count_classes(announced, len(keys) - begin, scanned["label"][images], name)
+                limit = MAX_CLASSES if gaps else num_classes
         offsets, keys, scanned = offsets[images], keys[images], scanned[images]
         if not len(keys):
             raise UserError(f"{self.root}: holds no image")
@@ -318,16 +346,50 @@ def _first_identity(announced: np.ndarray, keys: np.ndarray, empty: np.ndarray, 
     announced: float32 (2,), record 0's labels; keys, empty: (records,), of the others, sorted by key. float32 rounds
     keys above 2^24: the first record without an image near the announced key is the one.
     """
-    first, end = announced.astype(float)
-    tolerance = float(np.spacing(np.float32(len(keys)))) if len(keys) >= 2**24 else 0.0
+    first = float(announced[0])
+    tolerance = _rounding(len(keys))
     near = np.flatnonzero(empty & (np.abs(keys - first) <= tolerance))
     images = int(near[0]) if len(near) else int((keys < first).sum())
-    identities = len(keys) - images
-    if not (abs(images + 1 - first) <= tolerance and abs(identities - (end - first)) <= 2 * tolerance):
-        raise UserError(f"{name}: announces identity records with keys from {first:.9g} up to {end:.9g}, but there are "
-                        f"{images} images before them and {identities} such records; fetch the .rec and .idx files "
-                        "again, or remove the .idx file to have it rebuilt")
+    if not abs(images + 1 - first) <= tolerance:
+        raise _not_as_announced(announced, images, len(keys) - images, name)
     return images + 1
+
+
+def _rounding(records: int) -> float:
+    """How far float32 may be from a key of that many records."""
+    return float(np.spacing(np.float32(records))) if records >= 2**24 else 0.0
+
+
+def _not_as_announced(announced: np.ndarray, images: int, identities: int, name: str) -> UserError:
+    first, end = announced.astype(float)
+    return UserError(f"{name}: announces identity records with keys from {first:.9g} up to {end:.9g}, but there are "
+                     f"{images} images before them and {identities} such records; fetch the .rec and .idx files "
+                     "again, or remove the .idx file to have it rebuilt")
+
+
+def _count_classes(announced: np.ndarray, identities: int, labels: np.ndarray, name: str) -> tuple[int, bool]:
+    """(classes of a package with that many identity records, whether its labels may be beyond their number).
+
+    They may where writers made an identity record for each label that occurs, or none: labels then have gaps, and
+    record 0 announces the number of records or the largest label + 1. labels: float32 (images,), any values.
+    """
+    first, end = announced.astype(float)
+    tolerance = 2 * _rounding(len(labels) + identities)
+    with np.errstate(invalid="ignore"):
+        valid = len(labels) > 0 and bool(((labels >= 0) & (labels < MAX_CLASSES)).all())
+    largest = int(labels.max()) if valid else -1
+    gaps = valid and identities in (0, np.count_nonzero(_occurring(labels, largest + 1)))
+    if not any(abs(count - (end - first)) <= tolerance for count in (identities, *[largest + 1] * gaps)):
+        raise _not_as_announced(announced, len(labels), identities, name)
+    return (max(identities, largest + 1) if gaps else identities), gaps
+
+
+def _occurring(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """bool (num_classes,): which of the classes occur among `labels`, of any type."""
+    occurring = np.zeros(num_classes, bool)
+    for start in range(0, len(labels), _BLOCK):  # an index array is copied as int64
+        occurring[labels[start : start + _BLOCK].astype(np.int64)] = True
+    return occurring
 
 
 def _scan_block(data: bytes, at: np.ndarray, bounds: np.ndarray, scanned: np.ndarray) -> np.ndarray:
@@ -403,10 +465,49 @@ def _beside(rec: str, ending: str) -> str:
     return rec.removesuffix(".rec") + ending
 
 
-def _read_identities(path: str, num_classes: int) -> list[str]:
-    """The lines of the file, or the labels if there is none. File systems take names as bytes, whatever encoding."""
+def _names_of_list(path: str, keys: np.ndarray, labels: np.ndarray, num_classes: int) -> list[str]:
+    """The identities' names by label: the last directory of each image in the list that the package was made from.
+
+    Lines are `aligned<tab>path<tab>label...` as in insightface, one for each image in the order of keys, or
+    `key<tab>label...<tab>path` as in MXNet. keys, labels: (images,). A label without an image is called by its number.
+    Raises OSError, or ValueError with the reason unless the list has exactly these images and labels, and a name of its
+    own for each label.
+    """
+    listed_keys, listed_labels, names = array("q"), array("d"), dict[int, str]()
+    with io.TextIOWrapper(open_bounded(path, 4096 * (len(keys) + 1)), "utf-8", "surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                fields = line.rstrip("\r\n").split("\t")
+                try:
+                    key, label, image = int(fields[0]), float(fields[1]), fields[-1]  # MXNet's
+                except ValueError:
+                    key, label, image = number, float(fields[2]), fields[1]
+                name = os.path.basename(os.path.dirname(image))
+                if name in ("", ".", "..") or "\0" in name:
+                    raise ValueError
+                if names.setdefault(int(label), name) != name:
+                    raise ValueError(f"label {label:g} is {ascii(names[int(label)])} and {ascii(name)}")
+                listed_keys.append(key)
+                listed_labels.append(label)
+            except (LookupError, OverflowError, ValueError) as error:
+                reason = str(error) if str(error).startswith("label") else "is no line of a list of images"
+                raise ValueError(f"line {number}: {reason}") from None
+    order = np.argsort(listed_keys, kind="stable")
+    found = np.asarray(listed_keys)[order] - (listed_keys[order[0]] - int(keys[0]) if len(order) else 0)
+    if not (np.array_equal(found, keys) and np.array_equal(np.asarray(listed_labels)[order], labels)):
+        raise ValueError("its images or labels are not those of the records")
+    by_label = [names.get(label, str(label)) for label in range(num_classes)]
+    if len(set(by_label)) < num_classes:
+        raise ValueError("two labels have the same name")
+    return by_label
+
+
+def _read_identities(path: str, num_classes: int, listed: bytes) -> list[str]:
+    """The lines of the file; without it those of `listed`; or the labels. File systems take names as bytes of any kind.
+    """
     if not os.path.exists(path):
-        return [str(label) for label in range(num_classes)]
+        names = os.fsdecode(listed).split("\n")
+        return names if len(names) == num_classes and listed else [str(label) for label in range(num_classes)]
     names = os.fsdecode(read_bytes(path, at_most=1024 * num_classes)).removesuffix("\n").split("\n")
     if len(names) != num_classes:
         raise UserError(f"{path}: has {len(names)} names for the {num_classes} identities of the package; fetch it "

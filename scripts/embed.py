@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.decode import read_image  # noqa: E402
-from data.folder import IMAGE_EXTENSIONS  # noqa: E402
+from data.folder import IMAGE_EXTENSIONS, describe_files, is_image, unused_extension  # noqa: E402
 from models import check_arch  # noqa: E402
 from utils.checkpoint.weights import open_weights  # noqa: E402
 from utils.dist.context import DistContext, choose_device  # noqa: E402
@@ -100,14 +101,14 @@ def main() -> None:
 def find_images(arguments: Sequence[str]) -> list[str]:
     """The files among `arguments`, and the images below its directories (sorted), in the order of `arguments`.
 
-    Ignores hidden entries and, in directories, files without an image extension. Raises UserError for an argument that
-    does not exist and for a directory without images.
+    Ignores hidden entries and, in directories, files without an image extension, with a warning if they may be images.
+    Raises UserError for an argument that does not exist and for a directory without images.
     """
     paths: list[str] = []
     for argument in arguments:
         if not os.path.exists(argument):
             raise UserError(f"{argument}: no such file or directory")
-        below = []
+        below, unused = [], Counter[str]()
         seen: set[str] = set()  # links may lead back
         for parent, directories, files in os.walk(argument, followlinks=True):
             if (real := os.path.realpath(parent)) in seen:
@@ -115,10 +116,14 @@ def find_images(arguments: Sequence[str]) -> list[str]:
                 continue
             seen.add(real)
             directories[:] = [name for name in directories if not name.startswith(".")]
-            below += [os.path.join(parent, name) for name in files
-                      if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)]
+            below += [os.path.join(parent, name) for name in files if is_image(name)]
+            unused.update(extension for extension in map(unused_extension, files) if extension is not None)
+        others = f"files of other kinds: {describe_files(unused)}" if unused else ""
         if os.path.isdir(argument) and not below:
-            raise UserError(f"{argument}: no images below it; expected {', '.join(IMAGE_EXTENSIONS)}")
+            raise UserError(f"{argument}: no images below it; expected {', '.join(IMAGE_EXTENSIONS)}"
+                            + (f"; {others}" if others else ""))
+        if others:
+            print(f"warning: {argument}: not used: {others}", file=sys.stderr)
         paths += sorted(below) or [argument]
     return paths
 

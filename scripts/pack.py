@@ -52,7 +52,9 @@ COMMIT_SECONDS = 5.0  # the work that a kill costs at most
 THREADS = 4  # they hide the latency of cold files and network disks
 CHUNK = 64
 
-EXTENSIONS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp"}  # by how images begin
+# By how images begin. data.folder must take each for an image.
+EXTENSIONS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp", b"GIF8": ".gif",
+              b"II": ".tif", b"MM": ".tif", b"P": ".ppm", b"\0\0\0\x0cjP": ".jp2", b"\xff\x4f\xff\x51": ".jp2"}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,7 +89,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
                              help="leave out images that cannot be read, or are not 112x112, instead of stopping")
         else:
             sub.add_argument("--imgs-root", required=True, metavar="DIR", help="the directory of the pairs' images")
-            sub.add_argument("--pair-list", required=True, metavar="FILE", help="lines of: path1 path2 0|1")
+            sub.add_argument("--pair-list", required=True, metavar="FILE",
+                             help="lines of: path1 path2 0|1; or LFW's pairs.txt")
+            sub.add_argument("--skip-missing-pairs", action="store_true",
+                             help="leave out, and count, pairs with a missing image, instead of stopping")
         sub.add_argument("out", metavar="OUT", help="must not exist yet")
         sub.add_argument("--force", action="store_true", help="replace an existing OUT; a folder is renamed to OUT.1")
     return parser.parse_args(argv)
@@ -95,7 +100,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pack_rec(options: argparse.Namespace) -> str:
     """An image folder -> train.rec and what belongs to it."""
-    folder = FaceFolder(options.source)
+    folder = FaceFolder(options.source, progress=True)
     if len(folder.identities) > MAX_CLASSES:
         raise UserError(f"{folder.root}: has {len(folder.identities)} identities; a package, whose labels are float32, "
                         f"holds at most {MAX_CLASSES}")
@@ -248,6 +253,8 @@ def unpack_folder(options: argparse.Namespace) -> str:
     exists = os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out))
     if exists:
         _refuse_existing(out, options.force)
+        print(f"=> {out} exists: it will be renamed, to {out}.1 or the next free number, when the images are unpacked",
+              file=sys.stderr)
     dataset = RecordIODataset(options.source)
     if os.path.commonpath([os.path.realpath(out), os.path.realpath(dataset.root)]) == os.path.realpath(out):
         raise UserError(f"OUT {options.out}: holds the package {dataset.root}, which is read; give another directory")
@@ -268,7 +275,7 @@ def unpack_folder(options: argparse.Namespace) -> str:
                             "train.files.txt appear twice, or other files were put there; remove it and start again")
         os.sync()  # before the rename; an fsync of each file would take hours
         if exists:
-            move_aside(out)
+            print(f"=> {out} was renamed to {move_aside(out)}", file=sys.stderr)
         os.rename(unfinished, out)
         os.unlink(f"{unfinished}.json")
     identities = len(np.unique(dataset.labels))
@@ -322,6 +329,8 @@ def _require_plain(name: str, source: str) -> None:
 
 
 def _extension(image: bytes) -> str:
+    if image[4:8] == b"ftyp":  # after the length of this box
+        return ".avif"
     return next((extension for start, extension in EXTENSIONS.items() if image.startswith(start)), "")
 
 
@@ -367,7 +376,7 @@ def pack_bin(options: argparse.Namespace) -> str:
     """Pairs -> one file. Restarts after an interruption: 6,000 pairs take seconds."""
     _refuse_existing(options.out, options.force)
     require_writable("OUT", options.out, force=options.force, inputs=[options.pair_list])
-    pairs = PairList(options.imgs_root, options.pair_list)
+    pairs = PairList(options.imgs_root, options.pair_list, skip_missing=options.skip_missing_pairs)
     require_writable("OUT", options.out, force=options.force, inputs=pairs.paths)
 
     def read(path: str) -> bytes:
@@ -380,7 +389,8 @@ def pack_bin(options: argparse.Namespace) -> str:
     encoded = [images[i] for pair in zip(pairs.index1.tolist(), pairs.index2.tolist()) for i in pair]
     with atomic_write(options.out) as file:
         pickle.dump((encoded, pairs.is_same.tolist()), file, protocol=4)
-    return f"{len(pairs):,} pairs of {len(images):,} images, {os.path.getsize(options.out) / 1e6:,.1f} MB"
+    skipped = f", {pairs.skipped:,} skipped for missing images" if pairs.skipped else ""
+    return f"{len(pairs):,} pairs of {len(images):,} images{skipped}, {os.path.getsize(options.out) / 1e6:,.1f} MB"
 
 
 def _refuse_existing(path: str, force: bool) -> None:

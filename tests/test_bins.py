@@ -179,6 +179,7 @@ def image_number(number: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("data, message", [
     (b"", "the file is empty"),
     (b"PK\x03\x04 an archive", "not an evaluation set"),
+    (b"a/1.jpg a/2.jpg 1\n", "is text; give a list of pairs with --pair-list"),
     (b"\x80\x63.", "protocol: 99"),
     (b"\x80\x02.", "not an evaluation set, or a damaged"),
     (b"\x80\x02h\x00.", "not an evaluation set, or a damaged"),

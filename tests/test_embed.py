@@ -226,3 +226,11 @@ def test_links_that_lead_back_are_followed_once(tmp_path):
         (tmp_path / "a" / f"link{k}").symlink_to(tmp_path)
     found = embed.find_images([str(tmp_path)])
     assert [os.path.relpath(path, tmp_path) for path in found] == ["a/000.jpg", "b/000.jpg"]
+
+
+def test_files_of_other_kinds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/1.jpg", "a/b/2.tif", "a/3.heic", "a/notes.txt", ".hidden/4.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert embed.find_images([str(tmp_path)]) == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/a/b/2.tif"]
+    assert capsys.readouterr().err == f"warning: {tmp_path}: not used: files of other kinds: 1 .heic\n"

@@ -68,6 +68,19 @@ def test_too_few_pairs_are_refused_with_the_name_of_the_file(faces: Path, tmp_pa
         open_sets([Source("bin", str(tmp_path / "one.bin"), "--bin")])
 
 
+def test_skipped_pairs_and_pairs_of_an_image_with_itself_are_told(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (faces / "pair.list").read_text().splitlines()
+    path = lines[0].split()[0]
+    (tmp_path / "pairs.txt").write_text("\n".join([*lines, f"{path} {path} 1", f"{path} gone.jpg 0"]))
+    source = Source("pairs", str(tmp_path / "pairs.txt"), "--pair-list", str(faces / "imgs"), skip_missing=True)
+    eval_set, = open_sets([source])
+    assert eval_set.size == "21 pairs, 1 skipped for missing images"
+    evaluate_set(Pixels(), eval_set, ALONE, batch_size=8, workers=0)
+    assert "warning: 1 of 21 pairs are an image with itself" in capsys.readouterr().err
+
+
 def test_a_damaged_image_is_found_by_the_check(faces: Path, tmp_path: Path) -> None:
     images = [path.read_bytes() for path in sorted((faces / "imgs").rglob("*.jpg"))[:8]]
     good = pickle.dumps((images, [True, False] * 2))

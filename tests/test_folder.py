@@ -1,7 +1,10 @@
+import io
 import os
 import pickle
+import struct
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,8 @@ def test_read_bytes_of_any_size(tmp_path, monkeypatch, size):
     assert read_bytes(str(tmp_path / "file"), 10, at_most=10**9) == data[:10]
 
 
-@pytest.mark.parametrize("format, extension", [("PNG", "png"), ("BMP", "bmp"), ("WEBP", "webp")])
+@pytest.mark.parametrize("format, extension", [
+    ("PNG", "png"), ("BMP", "bmp"), ("WEBP", "webp"), ("TIFF", "tif"), ("PPM", "ppm"), ("JPEG2000", "jp2")])
 def test_lossless_formats_give_the_exact_pixels(tmp_path, format, extension):
     path = tmp_path / f"face.{extension}"
     path.write_bytes(encode(smooth_image(), format, **({"lossless": True} if format == "WEBP" else {})))
@@ -118,6 +122,9 @@ def test_other_modes_become_rgb(tmp_path):
         "palette with transparency": (encode(palette, "PNG", transparency=bytes(range(256))), palette.convert("RGB")),
         "black and white": (encode(rgb.convert("1"), "PNG"), rgb.convert("1").convert("RGB")),
         "16-bit gray": (encode(sixteen_bits, "PNG"), rgb.convert("L").convert("RGB")),
+        "16-bit gray PPM": (encode(sixteen_bits, "PPM"), rgb.convert("L").convert("RGB")),
+        "16-bit gray TIFF": (encode(sixteen_bits, "TIFF"), rgb.convert("L").convert("RGB")),
+        "GIF": (gif := encode(rgb, "GIF"), Image.open(io.BytesIO(gif)).convert("RGB")),
     }
     for kind, (data, expected) in cases.items():
         path = tmp_path / f"{kind}.png"
@@ -128,20 +135,34 @@ def test_other_modes_become_rgb(tmp_path):
         assert np.array_equal(image.permute(1, 2, 0), np.asarray(expected)), kind
 
 
+def test_a_tiff_of_tiles(tmp_path):
+    assert not decode_image(tiff_of_one_tile(112), "face").any()
+
+
 def test_cmyk_jpeg_has_the_right_colours(tmp_path):
     path = tmp_path / "cmyk.jpg"
     path.write_bytes(encode(smooth_image().convert("CMYK"), "JPEG", quality=98))
     assert np.abs(read_image(path).permute(1, 2, 0).numpy().astype(int) - smooth_pixels()).mean() < 4
 
 
+def tiff_of_one_tile(size: int) -> bytes:
+    """Gray, 112x112, in one tile of zeros: of another size, and compressed, it would take that memory."""
+    data = zlib.compress(bytes(112 * 112))
+    tags = {256: 112, 257: 112, 258: 8, 259: 8, 262: 1, 277: 1, 322: size, 323: size, 324: 134, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
 BAD_FILES = {
     "empty": (b"", "the file is empty"),
-    "text": (b"these are not the pixels you are looking for\n" * 50, "not a JPEG, PNG, BMP or WEBP image"),
-    "jpeg start only": (b"\xff\xd8\xff\xe0", "not a JPEG, PNG, BMP or WEBP image"),
-    "jpeg without frame": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(300), "not a JPEG, PNG, BMP or WEBP image"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n", "not a JPEG, PNG, BMP or WEBP image"),
-    "gif": (encode(smooth_image(), "GIF"), "not a JPEG, PNG, BMP or WEBP image"),
+    "text": (b"these are not the pixels you are looking for\n" * 50, "not a JPEG, PNG, BMP, WEBP"),
+    "jpeg start only": (b"\xff\xd8\xff\xe0", "not a JPEG, PNG, BMP, WEBP"),
+    "jpeg without frame": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(300), "not a JPEG, PNG, BMP, WEBP"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n", "not a JPEG, PNG, BMP, WEBP"),
+    "icon": (encode(smooth_image(size=64), "ICO"), "not a JPEG, PNG, BMP, WEBP"),
     "jpeg 250": (encode(smooth_image(size=250), "JPEG"), "the image is 250x250, not 112x112; align and resize"),
+    "32 bits": (encode(smooth_image().convert("F"), "TIFF"), "the image is damaged or truncated (32-bit values"),
+    "tiles of 1 GB": (tiff_of_one_tile(1 << 15), "not a JPEG"),
     "gray jpeg 64": (encode(smooth_image(size=64).convert("L"), "JPEG"), "the image is 64x64, not 112x112"),
     "png 113": (encode(smooth_image(size=113), "PNG"), "the image is 113x113, not 112x112"),
     "jpeg 112x96": (encode(smooth_image().crop((0, 0, 112, 96)), "JPEG"), "the image is 112x96, not 112x112"),
@@ -253,7 +274,40 @@ def test_what_is_ignored(tmp_path):
     (tmp_path / "nothing").mkdir()
     folder = FaceFolder(tmp_path)
     assert folder.identities == ["a", "b"]
-    assert [folder.path(i) for i in range(len(folder))] == [f"{tmp_path}/{name}" for name in kept]
+    assert [folder.path(i) for i in range(len(folder))] == [f"{tmp_path}/{name}" for name in sorted(kept)]
+
+
+@pytest.mark.parametrize("index", ["none", "auto"])
+def test_what_is_not_used_is_told_at_every_start(tmp_path, capsys, index):
+    make_folder(tmp_path, {"b": 1, "d": 1})
+    for name in ("1.jpg", "2.JPG", "readme.txt", "a/1.heic", "a/2.HEIC", "b/noextension", "b/2019/1.tif",
+                 "b/2019/2.tif", "c/1.jpg/readme.txt", "c/Thumbs.db", "b/.DS_Store", "b/boxes.txt", "d/.hidden/1.jpg"):
+        touch(tmp_path / name)
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    told = set()
+    for _ in range(2):
+        folder = FaceFolder(tmp_path, index=index, progress=True)
+        assert folder.identities == ["b", "d"] and len(folder) == 2
+        told.add(capsys.readouterr().err)
+    assert told == {f"warning: {tmp_path}: not used: files of other kinds: 2 .heic, 1 without extension; 2 images one "
+                    f"directory deeper, such as those below {tmp_path}/b; 2 images in {tmp_path} itself; 2 "
+                    "sub-directories without an image, which get no label: a, c\n"}
+    with pytest.raises(UserError, match="no images in its 1 sub-dir.*; found: files of other kinds: 1 .heic; 1"):
+        touch(tmp_path / "other" / "a" / "1.heic")
+        FaceFolder(tmp_path / "other")
+    assert FaceFolder(make_folder(tmp_path / "clean", {"a": 1}), progress=True).identities == ["a"]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_identity_called_train(tmp_path, capsys):
+    make_folder(tmp_path / "names", {"anna": 1, "train": 2})
+    assert FaceFolder(tmp_path / "names", progress=True).identities == ["anna", "train"]
+    assert "names/train holds images and no sub-directories: it is an identity" in capsys.readouterr().err
+    make_folder(tmp_path / "both" / "train", {"a": 1})
+    make_folder(tmp_path / "both", {"anna": 1, "val": 0})
+    assert FaceFolder(tmp_path / "both", progress=True).identities == ["a"]
+    assert "the training set is " in (told := capsys.readouterr().err) and "both/anna are not used" in told
 
 
 def test_links_are_followed(tmp_path):
@@ -291,13 +345,14 @@ def test_wrong_directories(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such directory"):
         FaceFolder(tmp_path / "nowhere")
     touch(tmp_path / "flat" / "1.jpg")
-    with pytest.raises(UserError, match="flat: has no sub-directories"):
+    with pytest.raises(UserError, match="flat: has no sub-directories; .* its 1 images lie in it directly"):
         FaceFolder(tmp_path / "flat")
-    with pytest.raises(UserError, match="1.jpg: no such directory"):
+    with pytest.raises(UserError, match="1.jpg: is a file; give a directory"):
         FaceFolder(tmp_path / "flat" / "1.jpg")
-    touch(tmp_path / "deep" / "images" / "a" / "1.jpg")
-    with pytest.raises(UserError, match="deep: no images in its 1 sub-directories; expected"):
-        FaceFolder(tmp_path / "deep")
+    for root, images in (("deep", "deep/images"), ("deeper", "deeper/data/images")):
+        touch(tmp_path / images / "a" / "1.jpg")
+        with pytest.raises(UserError, match=f"{root}: no images in its 1 sub-dir.*: give {tmp_path}/{images}$"):
+            FaceFolder(tmp_path / root)
 
 
 def test_a_link_that_leads_to_itself(tmp_path):

@@ -33,7 +33,7 @@ def test_the_format_follows_from_the_path(tmp_path):
 @pytest.mark.parametrize("path, cause", [
     ("nowhere", "nowhere: no such directory"),
     ("nowhere.rec", "nowhere.rec: no such file"),
-    ("folder/a/000.jpg", "000.jpg: no such directory; give a .rec file"),
+    ("folder/a/000.jpg", "000.jpg: is a file that is no .rec file; give a .rec file, or a directory"),
     ("other", "other: holds faces.rec, but no train.rec; give .*other/faces.rec"),
     ("flat", "flat: has no sub-directories"),
 ])
@@ -45,6 +45,26 @@ def test_a_path_without_training_data(tmp_path, path, cause):
     make_folder(tmp_path, {"flat": 2})
     with pytest.raises(UserError, match=cause):
         opened(tmp_path / path)
+
+
+@pytest.mark.parametrize("index", ["none", "auto"])
+def test_the_fingerprint_tells_which_images_there_are(tmp_path, index):
+    """The same with and without a cache, and wherever the data lie; another one after a change of names or labels."""
+    make_folder(tmp_path / "a", {"x": 2, "y": 1})
+    make_folder(tmp_path / "b", {"x": 2, "y": 1, "empty": 0})
+    fingerprint = opened(tmp_path / "a").fingerprint()
+    assert fingerprint.startswith("FaceFolder:") and opened(tmp_path / "b", index=index).fingerprint() == fingerprint
+    image, seen = tmp_path / "b/x/001.jpg", {fingerprint}
+    for name in ("x/002.jpg", "y/001.jpg", "z"):  # renamed, moved to another identity, an identity renamed
+        image = image.rename(tmp_path / "b" / name) if "/" in name else (tmp_path / "b/y").rename(tmp_path / "b/z")
+        seen.add(opened(tmp_path / "b", index=index).fingerprint())
+    (tmp_path / "b/z/000.jpg").write_bytes(b"damaged")
+    seen.add(opened(tmp_path / "b", skip_bad=True).fingerprint())
+    assert len(seen) == 5
+    packages = [insightface([0, 0, 1]), insightface([0, 1, 1]), insightface([0, 0, 1], JPEGS[1:])]
+    prints = [opened(write(tmp_path / f"{k}", frames), index=index).fingerprint() for k, frames in enumerate(packages)]
+    assert len(set(prints)) == 3
+    assert opened(tmp_path / "0", index=index).fingerprint() == prints[0] and prints[0].startswith("RecordIODataset:")
 
 
 def good_and_bad(root: Path, form: str) -> Path:

@@ -132,11 +132,13 @@ def test_the_package_has_insightfaces_layout(tmp_path):
 
 
 def test_a_package_without_names_unpacks_to_labels_and_keys(tmp_path):
-    images = [encode(smooth_image(k), format) for k, format in enumerate(["JPEG", "PNG", "BMP", "WEBP"] * 3)]
+    formats = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm",
+               "JPEG2000": "jp2", "AVIF": "avif"}
+    images = [encode(smooth_image(k), format) for k, format in enumerate([*formats, "JPEG", "PNG", "BMP"])]
     labels = list(range(12))
     write(tmp_path / "rec", insightface(labels, images))
     pack.main(["folder", str(tmp_path / "rec" / "train.rec"), str(tmp_path / "out")])
-    endings = ["jpg", "png", "bmp", "webp"] * 3
+    endings = [*formats.values(), "jpg", "png", "bmp"]
     assert tree(tmp_path / "out") == {
         f"{label:02d}/{label + 1:02d}.{ending}".encode(): image for label, ending, image in zip(labels, endings, images)
     }
@@ -323,6 +325,16 @@ def test_nothing_is_overwritten_without_force(tmp_path, folder, faces):
     (tmp_path / "empty").mkdir()
     pack.main(["folder", str(rec), str(tmp_path / "empty")])
     assert tree(tmp_path / "empty") == tree(tmp_path / "faces")
+
+
+def test_a_folder_that_is_renamed_is_told(tmp_path, folder, capsys):
+    pack.main(["rec", str(folder), str(tmp_path / "rec")])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").touch()
+    pack.main(["folder", str(tmp_path / "rec"), str(tmp_path / "out"), "--force"])
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/out exists: it will be renamed" in told and f"was renamed to {tmp_path}/out.1" in told
+    assert (tmp_path / "out.1" / "kept").exists()
 
 
 def test_bad_images_are_named_or_left_out(tmp_path, capsys):

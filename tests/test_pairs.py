@@ -55,6 +55,62 @@ def test_paths_need_not_be_utf8(root: Path) -> None:
     assert PairImages(pairs)[0][0].shape == (3, 112, 112)
 
 
+FORMS = {
+    "tabs": ["a/1.jpg\ta/2.jpg\t1", "b/1 a, x.jpg\ta/2.jpg\t0"],
+    "CSV with names of columns": ["path1,path2,same", "a/1.jpg,a/2.jpg,1", '"b/1 a, x.jpg",a/2.jpg,0,'],
+    "semicolons, blanks after them": ["a/1.jpg; a/2.jpg; True", '"b/1 a, x.jpg"; a/2.jpg; False'],
+    "-1, the label in front, comments": ["# of today", "1,a/1.jpg,a/2.jpg", "", "  # b", '-1,"b/1 a, x.jpg",a/2.jpg'],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_list(root: Path, form: str) -> None:
+    (root / "imgs/b/1.jpg").rename(root / "imgs/b/1 a, x.jpg")
+    pairs = read(root, FORMS[form])
+    assert [path.removeprefix(f"{root}/imgs/") for path in pairs.paths] == ["a/1.jpg", "a/2.jpg", "b/1 a, x.jpg"]
+    assert pairs.is_same.tolist() == [True, False] and pairs.index1.tolist() == [0, 2] and not pairs.skipped
+
+
+def test_blanks_separate_where_commas_make_no_sense(root: Path) -> None:
+    (root / "imgs/a/1.jpg").rename(root / "imgs/a/1,1.jpg")
+    assert read(root, ["a/1,1.jpg a/2.jpg 1", "b/1.jpg a/1,1.jpg 0"]).paths[0].endswith("a/1,1.jpg")
+
+
+@pytest.mark.parametrize("lines", [
+    ["2\t1", "a\t1\t2", "a\t1\tb\t2"],
+    ["name,imagenum1,imagenum2,", "a,1,2,", "a,1,b,2"],
+    ["a 1 2", "a 1 b 2"],
+], ids=["pairs.txt", "CSV", "blanks"])
+def test_lfws_own_list(root: Path, lines: list[str]) -> None:
+    for image in ("a/1.jpg", "a/2.jpg", "b/2.jpg"):
+        name = root / "imgs" / image
+        name.rename(name.with_name(f"{name.parent.name}_000{image[2]}" + (".png" if image == "a/2.jpg" else ".jpg")))
+    pairs = read(root, lines)
+    assert [os.path.basename(path) for path in pairs.paths] == ["a_0001.jpg", "a_0002.png", "b_0002.jpg"]
+    assert pairs.is_same.tolist() == [True, False]
+
+
+def test_pairs_without_an_image_are_skipped_on_demand(root: Path) -> None:
+    (root / "pair.list").write_text("\n".join([*GOOD, "a/1.jpg c/1.jpg 0", "c/1.jpg d/1.jpg 1"]))
+    with pytest.raises(UserError, match="list:5: there is no image .*c/1.jpg .2 of 6 .*--skip-missing-pairs"):
+        PairList(root / "imgs", root / "pair.list")
+    pairs = PairList(root / "imgs", root / "pair.list", skip_missing=True)
+    assert pairs.skipped == 2 and len(pairs) == 4 and len(pairs.paths) == 4
+    (root / "pair.list").write_text("c/1.jpg d/1.jpg 1")
+    with pytest.raises(UserError, match="2 of 2 images are missing.; check --imgs-root$"):
+        PairList(root / "imgs", root / "pair.list", skip_missing=True)
+
+
+@pytest.mark.parametrize("imgs_root, path, hint", [
+    (".", "a/1.jpg", "it is in .*/imgs: give --imgs-root"), ("imgs/a", "a/1.jpg", "it is in .*/imgs: give --imgs-root"),
+    ("imgs", "imgs/a/1.jpg", "it is in .*: give"), ("imgs", "a/1.png", "there is a/1.jpg: correct the list"),
+])
+def test_where_the_images_are_instead(root: Path, imgs_root: str, path: str, hint: str) -> None:
+    (root / "pair.list").write_text(f"{path} {path} 1")
+    with pytest.raises(UserError, match=hint):
+        PairList(root / imgs_root, root / "pair.list")
+
+
 def test_images(root: Path) -> None:
     images = PairImages(read(root, GOOD))
     assert len(images) == 4
@@ -66,11 +122,11 @@ def test_images(root: Path) -> None:
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([*GOOD, "a/1.jpg a/2.jpg"], r"pair\.list:5: expected 'path1 path2 0\|1', got 'a/1\.jpg a/2\.jpg'"),
+        ([*GOOD, "a/1.jpg a/2.jpg"], r"pair\.list:5: expected 'path1 path2 0\|1', as in .*, got 'a/1\.jpg a/2\.jpg'"),
         (["", "a/1.jpg a/2.jpg 1 1", *GOOD], r"pair\.list:2: expected"),
         ([*GOOD[:2], "x", *GOOD[2:]], r"pair\.list:3: expected .* got 'x'"),
-        ([GOOD[0], "a/1.jpg b/1.jpg 2"], r"pair\.list:2: expected 'path1 path2 0\|1', got 'a/1\.jpg b/1\.jpg 2'"),
-        ([GOOD[0], "a/1.jpg b/1.jpg -1"], r"pair\.list:2: expected"),
+        ([GOOD[0], "a/1.jpg b/1.jpg 2"], r"pair\.list:2: expected 'path1 path2 0\|1', as .* got '.* 2'"),
+        ([GOOD[0], "a/1.jpg b/1.jpg -1", GOOD[2]], r"pair\.list:3: expected 'path1 path2 -1\|1'"),
         ([GOOD[0], "a/1.jpg b/1.jpg yes"], r"pair\.list:2: expected"),
         ([*GOOD, "a/1.jpg a/3.jpg 1"], r"pair\.list:5: there is no image .*imgs/a/3\.jpg \(1 of 5 .* --imgs-root"),
         (["c/1.jpg d/1.jpg 1", *GOOD], r"pair\.list:1: there is no image .*c/1\.jpg \(2 of 6 images are missing\)"),
@@ -79,7 +135,11 @@ def test_images(root: Path) -> None:
         (["", "  "], r"pair\.list: the pair list is empty"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", r"pair\.list:1: expected .* got '.*PNG'"),
         (b"a\x00 b 1\n", r"pair\.list:1: expected .* got 'a\\x00 b 1'"),
-        (["a/1.jpg " * 100], r"pair\.list:1: expected .{1,200}'$"),
+        (["a/1.jpg " * 100], r"pair\.list:1: expected lines of 'path1 path2 0\|1' .* LFW's .*, got 'a.{119}'$"),
+        (["10\t300", "Anna\t1\t2", "Anna\t1\tBob"], r"pair\.list:3: expected LFW's 'name n1 n2' or"),
+        (["Anna 1 2", "Anna 1 Bob 2"], r"pair\.list:1: there is no image .*imgs/Anna/Anna_0001.jpg"),
+        (["path1,path2,same"], r"pair\.list:1: expected"),
+        (b"\x80\x04\x95", r"--pair-list .*pair\.list: is no list of pairs; .*--bin"),
     ],
 )
 def test_bad_lists(root: Path, lines: list[str] | bytes, message: str) -> None:

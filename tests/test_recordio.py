@@ -509,6 +509,64 @@ def test_labels_that_are_no_class(tmp_path, label, layout):
         RecordIODataset(tmp_path)
 
 
+def with_gaps(records: int, announced: int) -> list[tuple[int, bytes]]:
+    """Labels 0, 3 and 4; so many identity records, and what record 0 says of their number."""
+    labels = [0, 0, 0, 3, 3, 4, 4, 4, 4]
+    frames = insightface(labels)[: 10 + records]
+    frames[9] = (0, frame(record([10.0, 10.0 + announced], 0)))
+    return frames
+
+
+@pytest.mark.parametrize("frames", [with_gaps(3, 3), with_gaps(3, 5), with_gaps(0, 5), im2rec([0, 0, 3, 4])])
+def test_labels_with_gaps(tmp_path, capsys, frames):
+    """As insightface trains them: its writers count the labels that occur, or announce the largest label + 1."""
+    write(tmp_path, frames)
+    for _ in range(2):
+        dataset = RecordIODataset(tmp_path)
+        assert dataset.identities == list("01234") and set(dataset.labels) == {0, 3, 4}
+        assert capsys.readouterr().err == f"note: {tmp_path}/train.rec: 2 of its 5 classes have no image, such as 1\n"
+
+
+@pytest.mark.parametrize("records, announced", [(2, 3), (2, 5), (1, 1), (3, 4), (0, 3)])
+def test_headers_that_fit_no_labels(tmp_path, records, announced):
+    write(tmp_path, with_gaps(records, announced))
+    with pytest.raises(UserError, match="announces identity records|is not one of the classes"):
+        RecordIODataset(tmp_path)
+
+
+LISTS = {
+    "insightface": [f"1\t/data/{'abc'[label]}/{k}.jpg\t{label}\t1\t2" for k, label in enumerate(LABELS)],
+    "MXNet": [f"{k + 1}\t{label}.0\t{'abc'[label]}/{k}.jpg" for k, label in enumerate(LABELS)][::-1],
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_the_list_of_images_has_the_names(tmp_path, kind, capsys, monkeypatch):
+    write(tmp_path, insightface())
+    assert RecordIODataset(tmp_path).identities == list("012")
+    (tmp_path / "train.lst").write_text("\n".join(LISTS[kind]))
+    assert RecordIODataset(tmp_path).identities == list("abc")
+    monkeypatch.setattr(recordio, "_names_of_list", None)  # the cache has them
+    assert RecordIODataset(tmp_path).identities == list("abc")
+    (tmp_path / "train.identities.txt").write_text("x\ny\nz\n")
+    assert RecordIODataset(tmp_path).identities == list("xyz")
+    assert "does not give" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines, reason", [
+    (LISTS["MXNet"][1:], "its images or labels are not those of the records"),
+    ([LISTS["insightface"][0].replace("\t0", "\t1"), *LISTS["insightface"][1:]], "label 1 is 'a' and 'b'"),
+    ([line.replace("/b/", "/a/") for line in LISTS["insightface"]], "two labels have the same name"),
+    (["1\t1.jpg\t0"], "line 1: is no line of a list"), (["a list"], "line 1: is no line"), ([], "its images"),
+])
+def test_a_list_that_does_not_fit_is_told_and_ignored(tmp_path, capsys, lines, reason):
+    write(tmp_path, insightface())
+    (tmp_path / "train.lst").write_text("\n".join(lines))
+    assert RecordIODataset(tmp_path).identities == list("012")
+    told = capsys.readouterr().err.replace("line 4: ", "")
+    assert f"train.lst: does not give the identities' names ({reason}" in told and told.count("\n") == 1
+
+
 def test_damage_after_the_scan_is_named_when_read(tmp_path):
     """On the disk of a run: same size, same time."""
     dataset = RecordIODataset(write(tmp_path, insightface()))

@@ -5,8 +5,10 @@ With a tiny backbone: PyTorch's float64 convolutions on a CPU are a hundred time
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import shutil
 import signal
 from unittest import mock
 
@@ -22,10 +24,12 @@ import main
 from data.augment import prepare_batch
 from data.folder import FaceFolder
 from models.sync_batchnorm import convert_sync_batchnorm
+from utils.checkpoint.reader import Checkpoint, _require_same_identities
 from utils.dist.ddp import fix_gradient_buckets
 from utils.errors import UserError
 from utils.options import parse_options
 from utils.training.optim import Optimizers
+from utils.training.state import TrainState
 
 TRACE = ["-b", "12", "--num-classes", "11", "--max-steps", "20", "--precision", "float64", "--sync-bn",
          "--seed", "3", "--no-save", "-j", "0", "-p", "7", "--lr", "0.05", "--epochs", "9"]
@@ -192,6 +196,45 @@ def test_a_resumed_run_keeps_the_meaning_of_its_labels(pools, faces, tmp_path):
     for error in pools(2).run(resume_with_identities, resume, "OneMoreBefore"):
         assert "was trained with 000000 as class 0, which is 0 in this training set" in error and "--init-from" in error
     assert pools(2).run(resume_with_identities, resume, "OneMoreBehind") == ["", ""]
+
+
+def test_a_renamed_image_starts_the_epoch_again(pools, faces, tmp_path):
+    """As an added one does: its position in the order of the epoch has changed."""
+    data = tmp_path / "faces"
+    shutil.copytree(faces / "train", data)
+    flags = [str(data), *RESUME, "--output", str(tmp_path)]
+
+    def position_after(steps: int) -> tuple[int, int]:
+        pools(2).run(train, [*flags, "--max-steps", str(steps), "--resume", "auto"])
+        position = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["position"]
+        return position["step"], position["step_in_epoch"]
+
+    assert position_after(1) == (1, 1)
+    (data / "an empty directory").mkdir()  # changes nothing
+    assert position_after(2) == (2, 2)
+    image = next(data.glob("*/*.jpg"))
+    image.rename(image.with_name("z.jpg"))
+    assert position_after(3) == (3, 1)
+
+
+def test_which_images_a_checkpoint_was_counted_in():
+    def same(saved: dict, images: str, num_images: int = 8) -> bool:
+        state = mock.Mock(images=images, num_images=num_images)
+        return TrainState.has_same_images(state, {"num_images": 8, "global_batch": 4, **saved})
+
+    assert same({"images": "FaceFolder:1"}, "FaceFolder:1") and not same({"images": "FaceFolder:1"}, "FaceFolder:2")
+    assert same({"images": "FaceFolder:1"}, "RecordIODataset:2")  # the same images, packed
+    assert same({}, "FaceFolder:1") and same({"images": ""}, "FaceFolder:1")  # of an older version
+    assert not same({"images": "FaceFolder:1"}, "FaceFolder:1", 9) and not same({}, "FaceFolder:1", 9)
+
+
+@pytest.mark.parametrize("stored, given, accepted", [
+    ("abc", "abd", False), ("abc", "ab", True), ("012", "abc", True), ("abc", "012", True), ("ab", "10", False)])
+def test_a_package_may_get_names(stored, given, accepted):
+    """Of train.lst, which older versions did not read: label numbers are no names, and tell nothing about people."""
+    checkpoint = Checkpoint("path", "directory", {"identities": list(stored)}, {})
+    with contextlib.nullcontext() if accepted else pytest.raises(UserError, match="was trained with"):
+        _require_same_identities(checkpoint, list(given))
 
 
 def test_auto_goes_on_from_a_checkpoint_that_lies_elsewhere(pools, faces, tmp_path):

@@ -15,6 +15,7 @@ from losses.softmax import margin_softmax_torchshard
 from models import build_backbone
 from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
 from models.sync_batchnorm import convert_sync_batchnorm
+from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
 from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
@@ -41,9 +42,12 @@ class TrainingModel(nn.Module):
 
 def build_training(
     context: DistContext, options: Options, seed: int, num_images: int, global_batch: int,
-    identities: Sequence[str] = (),
+    identities: Sequence[str] = (), fingerprint: str = "",
 ) -> tuple[TrainState, DistributedDataParallel]:
-    """Collective. Backbone, this rank's classes and optimizers, with the same initial weights at every world size."""
+    """Collective. Backbone, this rank's classes and optimizers, with the same initial weights at every world size.
+
+    fingerprint: that of this rank's training set.
+    """
     torch.backends.cudnn.benchmark = True
     # The fused update takes the classifier out of DistributedDataParallel: one process becomes a group of one.
     sharded = options.enable_model_parallel or options.fuse_classifier_update
@@ -83,12 +87,14 @@ def build_training(
     optimizers = Optimizers(model, options.optimizer, sgd, zero=options.enable_zero_optim, skippable=skip_nonfinite,
                             row_sgd=row_sgd)
     scaler = SharedGradScaler(context.device.type, enabled=autocast_dtype == torch.float16)
+    # Nodes may hold the images under other names: then all fingerprints count, on all ranks alike.
+    images = "+".join(sorted(set(all_gather_json(fingerprint, context.device))))
     wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
     fix_gradient_buckets(wrapped)
     state = TrainState(
         backbone=backbone, classifier=classifier, optimizers=optimizers, scaler=scaler, position=Position(),
         arch=options.training_arch, seed=seed, num_images=num_images, global_batch=global_batch,
         identities=list(identities), loss=options.loss, loss_settings={"scale": options.scale, **options.loss_settings},
-        margin=margin,
+        margin=margin, images=images,
     )
     return state, wrapped

@@ -82,10 +82,13 @@ def open_regular(path: str) -> BinaryIO:
     raise OSError(errno.EINVAL, "is a device or a pipe, not a file", path)
 
 
-def move_aside(path: str) -> None:
-    """Rename an older file, link or directory to path.1, path.2, ..."""
-    if os.path.lexists(path):
-        os.rename(path, next(name for number in itertools.count(1) if not os.path.lexists(name := f"{path}.{number}")))
+def move_aside(path: str) -> str | None:
+    """Rename an older file, link or directory to path.1, path.2, ... Returns its new name, or None without one."""
+    if not os.path.lexists(path):
+        return None
+    name = next(name for number in itertools.count(1) if not os.path.lexists(name := f"{path}.{number}"))
+    os.rename(path, name)
+    return name
 
 
 def require_directory(flag: str, path: str) -> None:

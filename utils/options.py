@@ -102,7 +102,9 @@ class Options(ProcessFlags, ScheduleFlags):
     imgs_root: str | None = flag("--imgs-root", metavar="DIR", section="evaluation", per_node=True,
                                  default_text="with --val-pairs: imgs/ beside each list", help="images of the pairs")
     pair_list: str | None = flag("--pair-list", metavar="FILE", section="evaluation", per_node=True,
-                                 help="lines of: path1 path2 0|1")
+                                 help="lines of: path1 path2 0|1; or LFW's pairs.txt")
+    skip_missing_pairs: bool = flag("--skip-missing-pairs", default=False, section="evaluation",
+                                    help="leave out, and count, pairs with a missing image, instead of stopping")
     val_pairs: tuple[str, ...] = flag(
         "--val-pairs", default=(), metavar="LIST,LIST,...", section="evaluation", per_node=True,
         help="pair lists to evaluate on during training; model_best.pth.tar is the checkpoint with the best mean "
@@ -112,7 +114,7 @@ class Options(ProcessFlags, ScheduleFlags):
         help=".bin evaluation sets such as lfw.bin,cfp_fp.bin to evaluate on during training")
     val_freq: int | None = flag("--val-freq", metavar="STEPS", at_least=1, default_text="every epoch",
                                 section="evaluation",
-                                help="steps between evaluations, each after a save; the end of the run is always evaluated")
+                                help="steps between evaluations, each after a save; the end is always evaluated")
 
     enable_model_parallel: bool = flag("--enable-model-parallel", default=False, section="parallelism and precision",
                                        help="shard the class centers over all processes of all nodes (TorchShard)")
@@ -253,6 +255,8 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
         yield o.pair_list is not None, f"--pair-list {o.pair_list}: is for --evaluate; add it, or use --val-pairs"
         yield (o.imgs_root is not None and not o.val_pairs,
                f"--imgs-root {o.imgs_root}: is for --evaluate or --val-pairs; add one of them, or drop it")
+    yield (o.skip_missing_pairs and not (o.pair_list or o.val_pairs),
+           "--skip-missing-pairs: has no effect without --pair-list or --val-pairs; add one of them, or drop the flag")
     for name, setting, other, has_other in (
         ("--val-freq", o.val_freq, "--val-pairs or --val-bin", bool(o.val_pairs or o.val_bin)),
         ("--model-parallel-dim", o.model_parallel_dim, "--enable-model-parallel", o.enable_model_parallel),

@@ -119,7 +119,8 @@ def check_shared_memory(options: Options, plan: ProcessPlan) -> None:
 
 def open_validation_sets(options: Options) -> list[EvalSet]:
     """The sets of --val-pairs and --val-bin, every image decoded once. Raises UserError."""
-    sets = open_sets([Source("pairs", path, "--val-pairs", options.imgs_root) for path in options.val_pairs]
+    sets = open_sets([Source("pairs", path, "--val-pairs", options.imgs_root, options.skip_missing_pairs)
+                      for path in options.val_pairs]
                      + [Source("bin", path, "--val-bin") for path in options.val_bin])
     check_images(sets, progress=is_first_process())
     return sets

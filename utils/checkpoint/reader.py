@@ -287,11 +287,17 @@ def _require_same_identities(checkpoint: Checkpoint, identities: Sequence[str]) 
 
     Identities that are added or removed at the end change no label.
     """
+    if _are_numbers(checkpoint.contents["identities"]) or _are_numbers(identities):
+        return  # a package without names, which it may have got or lost since
     for label, (stored, given) in enumerate(zip(checkpoint.contents["identities"], identities)):
         if stored != given:
             raise UserError(f"--resume {checkpoint.path}: was trained with {stored} as class {label}, which is {given} "
                             "in this training set; to continue with other people, start a run in another --output "
                             f"with --init-from {checkpoint.path}, which takes class centers by name")
+
+
+def _are_numbers(identities: Sequence[str]) -> bool:
+    return all(name == str(label) for label, name in enumerate(identities))
 
 
 def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -344,5 +350,5 @@ def _load(state: TrainState, checkpoint: Checkpoint, read: ReadBytes | None = No
     vars(state.position).update(position, step_in_epoch=0)
     # The order of an epoch depends on the images and the seed, not on the batch: continue after the images already
     # seen.
-    if sampler["num_images"] == state.num_images:
+    if state.has_same_images(sampler):
         state.position.step_in_epoch = position["step_in_epoch"] * sampler["global_batch"] // state.global_batch

@@ -259,7 +259,7 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
         OPTIMIZER: replicated,
         "scaler": state.scaler.state_dict(),
         "position": dataclasses.asdict(state.position),
-        "sampler": {"num_images": state.num_images, "global_batch": state.global_batch},
+        "sampler": {"num_images": state.num_images, "global_batch": state.global_batch, "images": state.images},
         "seed": state.seed,
         "identities": list(state.identities),
         "options": options,

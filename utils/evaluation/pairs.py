@@ -30,9 +30,10 @@ class PairEvalSet:
             self.folds = usable_folds(pairs.is_same, FOLDS)
         except UserError as error:
             raise UserError(f"{pairs.flag} {pairs.path}: {error}") from None
-        self.size = f"{len(pairs):,} pairs"
+        skipped = f", {pairs.skipped:,} skipped for missing images" if pairs.skipped else ""
+        self.size = f"{len(pairs):,} pairs{skipped}"
         self.contents = (f"{len(pairs)} pairs of {pairs.path}, {np.count_nonzero(pairs.is_same)} of them same, "
-                         f"{pairs.num_images} images")
+                         f"{pairs.num_images} images{skipped}")
 
     def score(self, embeddings: np.ndarray) -> Result:
         """Apply the LFW protocol to (U, d) embeddings."""
@@ -59,6 +60,10 @@ class PairEvalSet:
         pairs = self.pairs
         if self.folds < FOLDS:
             print(f"warning: too few pairs of a label for {FOLDS} folds; using {self.folds}", file=sys.stderr)
+        with_itself = np.count_nonzero(pairs.index1 == pairs.index2)
+        if with_itself:
+            print(f"warning: {with_itself} of {len(pairs)} pairs are an image with itself; they count, as in the "
+                  "protocol, but their distance is 0 with any model", file=sys.stderr)
         unusable = np.logical_not(embeddings.any(axis=1))
         if unusable.any():
             affected = np.count_nonzero(unusable[pairs.index1] | unusable[pairs.index2])
@@ -87,10 +92,12 @@ class PairEvalSet:
         return sections
 
 
-def open_pair_list(name: str, path: str, imgs_root: str | None, flag: str) -> PairEvalSet:
-    """Open a pair list: lines of `path1 path2 0|1`. The images are in imgs_root, or in imgs/ beside the list.
+def open_pair_list(
+    name: str, path: str, imgs_root: str | None, flag: str, skip_missing: bool = False
+) -> PairEvalSet:
+    """Open a pair list (see data.pairs). The images are in imgs_root, or in imgs/ beside the list.
 
-    Raises UserError.
+    skip_missing: leave out pairs of which an image is missing. Raises UserError.
     """
     if imgs_root is None:
         imgs_root = os.path.join(os.path.dirname(path), "imgs")
@@ -99,9 +106,11 @@ def open_pair_list(name: str, path: str, imgs_root: str | None, flag: str) -> Pa
         if not os.path.isdir(imgs_root):
             raise UserError(f"{flag} {path}: its images should be in {imgs_root}, which does not exist; "
                             "give their directory with --imgs-root")
-    return PairEvalSet(name, PairList(imgs_root, path, flag=flag))
+    return PairEvalSet(name, PairList(imgs_root, path, flag=flag, skip_missing=skip_missing))
 
 
-def open_bin(name: str, path: str, imgs_root: str | None, flag: str) -> PairEvalSet:
+def open_bin(
+    name: str, path: str, imgs_root: str | None, flag: str, skip_missing: bool = False
+) -> PairEvalSet:
     """Open one of insightface's .bin files, such as lfw.bin, which hold images and labels. Raises UserError."""
     return PairEvalSet(name, PairBin(path, flag=flag))

@@ -19,8 +19,9 @@ from utils.evaluation.embed import embed_images
 from utils.evaluation.pairs import open_bin, open_pair_list
 from utils.evaluation.protocol import EvalSet, Images, Result
 
-# Each opener takes the set's name, its path, the directory of its images or None, and the flag to name in UserErrors.
-EVAL_SETS: dict[str, Callable[[str, str, str | None, str], EvalSet]] = {"pairs": open_pair_list, "bin": open_bin}
+# Each opener takes the set's name, its path, the directory of its images or None, the flag to name in UserErrors, and
+# whether pairs without an image are left out.
+EVAL_SETS: dict[str, Callable[[str, str, str | None, str, bool], EvalSet]] = {"pairs": open_pair_list, "bin": open_bin}
 
 _DECODING_THREADS = 8  # the decoders release the GIL
 
@@ -33,6 +34,7 @@ class Source:
     path: str
     flag: str  # the user's, for messages
     imgs_root: str | None = None  # its images, if they are elsewhere
+    skip_missing: bool = False  # --skip-missing-pairs
 
 
 def open_sets(sources: Sequence[Source]) -> list[EvalSet]:
@@ -46,7 +48,7 @@ def open_sets(sources: Sequence[Source]) -> list[EvalSet]:
         if source.path in paths[:number]:
             raise UserError(f"{source.flag} {source.path}: given twice; drop one")
     return [EVAL_SETS[source.kind](name if names.count(name) == 1 else source.path, source.path, source.imgs_root,
-                                   source.flag) for name, source in zip(names, sources)]
+                                   source.flag, source.skip_missing) for name, source in zip(names, sources)]
 
 
 def _short_name(path: str) -> str:

@@ -39,6 +39,7 @@ class TrainState:
     margin: the margin's module, whose buffers are running statistics. The default has none.
     seed: all random numbers derive from it and from the position.
     num_images, global_batch: what position.step_in_epoch was counted in.
+    images: TrainingSet.fingerprint(), the same on all ranks; "" if it is unknown.
     identities: names of the training set by label.
     """
 
@@ -51,7 +52,18 @@ class TrainState:
     seed: int
     num_images: int
     global_batch: int
+    images: str = ""
     identities: list[str] = field(default_factory=list)
     loss: str = "arcface"
     loss_settings: dict[str, Any] = field(default_factory=dict)
     margin: nn.Module = field(default_factory=nn.Module)
+
+    def has_same_images(self, sampler: dict[str, Any]) -> bool:
+        """Whether `sampler`, an entry of a checkpoint, was counted in the images of this run, in the same order.
+
+        Where one of both has no fingerprint, or they are of two formats such as a folder and its package, only the
+        number of images is compared.
+        """
+        saved = sampler.get("images", "")
+        comparable = saved.partition(":")[0] == self.images.partition(":")[0]
+        return sampler["num_images"] == self.num_images and (not comparable or saved == self.images)
