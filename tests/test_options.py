@@ -58,6 +58,7 @@ PUBLISHED = {
     "-e --evaluate": (False, None),
     "--imgs-root": (None, "DIR"),
     "--pair-list": (None, "FILE"),
+    "--skip-missing-pairs": (False, None),
     "--val-pairs": ((), "LIST,LIST,..."),
     "--val-bin": ((), "FILE,FILE,..."),
     "--val-freq": (None, "STEPS"),
