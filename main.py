@@ -18,6 +18,10 @@ from dataclasses import dataclass
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until training begins, Ctrl-C ends the program at once, without a traceback of the imports below.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
 
 import torch
 from torch.nn.parallel import DistributedDataParallel

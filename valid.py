@@ -13,6 +13,11 @@ import os
 import time
 from dataclasses import dataclass
 
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
 import torch
 from torch import nn
 

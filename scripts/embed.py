@@ -12,11 +12,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 # Python puts the script's own directory on sys.path instead of the repository's root.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
+import numpy as np
+import torch
 
 from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS  # noqa: E402

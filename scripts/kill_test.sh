@@ -18,11 +18,10 @@ trap '[ "$run" = 0 ] || kill -KILL -- "-$run" 2>/dev/null || true; rm -rf "$scra
 
 # Starts a run in a process group of its own: what kills the group kills parent, ranks and loading processes at once.
 start() {
-    local output="$1" port
+    local output="$1"
     shift
-    port="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     setsid "$PYTHON" main.py "$scratch/faces" --multiprocessing-distributed --nproc-per-node 2 --device cpu \
-        --dist-url "tcp://127.0.0.1:$port" --enable-model-parallel -a mobilefacenet --num-classes 11 -b 4 -j 2 --epochs 999 \
+        --dist-url tcp://127.0.0.1:0 --enable-model-parallel -a mobilefacenet --num-classes 11 -b 4 -j 2 --epochs 999 \
         --lr-milestones none --seed 1 --max-steps "$STEPS" --output "$output" "$@" >> "$scratch/log" 2>&1 &
     run=$!
 }

@@ -10,10 +10,15 @@ import os
 import sys
 from dataclasses import dataclass
 
-import torch
-
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
+import torch
 
 from models import BACKBONES, build_backbone  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
