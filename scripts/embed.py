@@ -80,9 +80,10 @@ def main() -> None:
     if output is None and not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):
         raise UserError("--output is missing: give the .npy file to write, or two image files to compare")
 
+    weights = open_weights(options.resume, options.arch)
     embeddings = embed_images(
-        open_weights(options.resume, options.arch).backbone, ImageFiles(paths), context, batch_size=options.batch_size,
-        workers=options.workers, flip=options.flip, progress=output is not None, print_freq=options.print_freq,
+        weights.backbone, ImageFiles(paths), context, batch_size=options.batch_size, workers=options.workers,
+        flip=options.flip, progress=output is not None, print_freq=options.print_freq, mean_face=weights.mean_face,
     )
     if output is None:
         for embedding, path in zip(embeddings, paths):

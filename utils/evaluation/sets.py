@@ -81,5 +81,5 @@ def evaluate_set(backbone: nn.Module, eval_set: EvalSet, context: DistContext, *
 
     settings: those of embed_images. Raises UserError for an image that cannot be read.
     """
-    embeddings = embed_images(backbone, eval_set.images, context, **settings)
+    embeddings = embed_images(backbone, eval_set.images, context, name=eval_set.name, **settings)
     return eval_set.score(embeddings) if context.is_main else None

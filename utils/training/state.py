@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.classifier import MarginClassifier
 from utils.training.optim import Optimizers
@@ -38,6 +38,7 @@ class TrainState:
     seed: all random numbers derive from it and from the position.
     num_images, global_batch: what position.step_in_epoch was counted in.
     identities: names of the training set by label.
+    mean_face: of the training set, for evaluations to compare with; only rank 0 has it.
     """
 
     backbone: nn.Module
@@ -53,3 +54,4 @@ class TrainState:
     loss: str = "arcface"
     loss_settings: dict[str, Any] = field(default_factory=dict)
     margin: nn.Module = field(default_factory=nn.Module)
+    mean_face: Tensor | None = None
