@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -30,16 +29,17 @@ def require_packages(packages: Iterable[str] = PACKAGES) -> None:
     if missing:
         _end(f"{sys.executable} has no {', '.join(missing)}; {_other_interpreter() or 'install them: ' + install}")
     for name in packages:
+        if name == "torchvision":  # it takes a second to import, and not every program does
+            continue
         try:
-            if name == "torch" and tuple(map(int, importlib.metadata.version(name).split(".")[:2])) < TORCH:
-                _end(f"{sys.executable} has torch {importlib.metadata.version(name)}; "
-                     f"{_other_interpreter() or 'install a newer one: ' + install}")
-            # torchvision takes a second to import, and torchshard cannot without a working torch.
-            if name not in ("torchvision", "torchshard"):
-                importlib.import_module(name)
-        except Exception as error:  # ImportError, or OSError for a missing library, or whatever a damaged file raises
+            module = importlib.import_module(name)
+            old = name == "torch" and tuple(map(int, module.__version__.split(".")[:2])) < TORCH
+        except Exception as error:  # ImportError, OSError for a missing library, or what a damaged file raises
             _end(f"{name} of {sys.executable} cannot be imported ({' '.join(str(error).split())[:200]}); "
                  f"{_other_interpreter() or 'install it again: ' + install}")
+        if old:
+            _end(f"{sys.executable} has torch {module.__version__}; "
+                 f"{_other_interpreter() or 'install a newer one: ' + install}")
 
 
 def _other_interpreter() -> str | None:
