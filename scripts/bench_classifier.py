@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Step time and memory of the sharded classifier's implementations, beside the machine's GEMM floor.
 
-    python3 scripts/bench_classifier.py --classes 85744 --batch 128 --world-size 2
+    python3 scripts/bench_classifier.py --classes 85744 --batch 128 --processes 2
 
 A step is the classifier's part of a training step, on random embeddings: gather the rows of all ranks, forward,
 backward, reduce-scatter the rows' gradient and, with --update, step the class centers. The implementations must agree
