@@ -19,6 +19,10 @@ from dataclasses import dataclass
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until training begins, Ctrl-C ends the program at once, without a traceback of the imports below.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -36,6 +40,7 @@ from utils.dist.collectives import broadcast_integer, require_same_on_all_ranks
 from utils.dist.context import DistContext, seed_random_numbers
 from utils.dist.stop import Dropped, StopSignal
 from utils.errors import exit_on_user_error
+from utils.evaluation.mean_face import sample_mean_face
 from utils.evaluation.protocol import EvalSet
 from utils.evaluation.sets import Source, evaluate_set, open_sets
 from utils.files import OutputLock, lock_output
@@ -130,6 +135,8 @@ def run_training(
     global_batch = options.batch_size * context.nodes
     state, model = build_training(context, options, seed, len(dataset), global_batch, dataset.identities,
                                   dataset.fingerprint())
+    if context.is_main:  # which evaluates and writes it
+        state = dataclasses.replace(state, mean_face=sample_mean_face(dataset))
     sampler = GlobalBatchSampler(
         len(dataset), global_batch, options.accumulation_steps, context.rank, context.world_size, seed
     )
@@ -147,7 +154,8 @@ def run_training(
     writer = CheckpointWriter(context, options.output, options=dataclasses.asdict(options), say=log.say, fresh=fresh,
                               keep=options.keep or KEEP, save_freq=options.save_freq, enabled=not options.no_save)
     per_rank = options.batch_size // context.processes_per_node // options.accumulation_steps
-    evaluator = Evaluator(context, sets, freq=options.val_freq, batch_size=max(per_rank, 32), workers=options.workers)
+    evaluator = Evaluator(context, sets, freq=options.val_freq, batch_size=max(per_rank, 32), workers=options.workers,
+                          mean_face=state.mean_face)
     stop = StopSignal(context.world_size, timeout=options.dist_timeout)
     guard = StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
     run = Run(context, options, state, model, steps_per_epoch, log, guard, writer, evaluator, stop)
@@ -340,7 +348,7 @@ def evaluate(options: Options, plan: ProcessPlan) -> None:
     device = torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu")
     context = DistContext(rank=0, world_size=1, processes_per_node=1, device=device)
     result = evaluate_set(weights.backbone, pairs, context, batch_size=options.batch_size, workers=options.workers,
-                          print_freq=options.print_freq)
+                          print_freq=options.print_freq, mean_face=weights.mean_face)
     assert result is not None
     print(result.report)
 

@@ -13,8 +13,13 @@ import os
 import time
 from dataclasses import dataclass
 
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import BACKBONES, build_backbone
 from utils.checkpoint.weights import open_weights
@@ -94,7 +99,7 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
     """Collective. Embed and score the sets; rank 0 prints the results and writes the files."""
     if context.device.type == "cpu":
         keep_freed_memory()
-    backbone, source = load(options)
+    backbone, source, mean_face = load(options)
     if context.is_main:
         processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""
         device = (f"cuda ({torch.cuda.get_device_name(context.device)})" if context.device.type == "cuda"
@@ -105,7 +110,7 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
     results: dict[str, Result] = {}
     for eval_set in sets:
         result = evaluate_set(backbone, eval_set, context, batch_size=options.batch_size, workers=options.workers,
-                              flip=options.flip, print_freq=options.print_freq)
+                              flip=options.flip, print_freq=options.print_freq, mean_face=mean_face)
         if result is not None:
             results[eval_set.name] = result
     if not context.is_main:
@@ -136,14 +141,14 @@ def write(name: str, path: str, results: dict[str, Result]) -> None:
         raise UserError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
 
 
-def load(options: Options) -> tuple[nn.Module, str]:
-    """The backbone, and what it is in words. Raises UserError."""
+def load(options: Options) -> tuple[nn.Module, str, Tensor | None]:
+    """The backbone, what it is in words, and the mean face that it was trained on, if known. Raises UserError."""
     if options.resume:
         weights = open_weights(options.resume, options.arch)
-        return weights.backbone, f"{weights.arch} of {options.resume}"
+        return weights.backbone, f"{weights.arch} of {options.resume}", weights.mean_face
     assert options.arch is not None
     torch.manual_seed(options.seed or 0)
-    return build_backbone(options.arch), f"untrained {options.arch}, seed {options.seed or 0}"
+    return build_backbone(options.arch), f"untrained {options.arch}, seed {options.seed or 0}", None
 
 
 def output_files(options: Options) -> dict[str, str]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Step time and memory of the sharded classifier's implementations, beside the machine's GEMM floor.
 
-    python3 scripts/bench_classifier.py --classes 85744 --batch 128 --world-size 2
+    python3 scripts/bench_classifier.py --classes 85744 --batch 128 --processes 2
 
 A step is the classifier's part of a training step, on random embeddings: gather the rows of all ranks, forward,
 backward, reduce-scatter the rows' gradient and, with --update, step the class centers. The implementations must agree
@@ -23,14 +23,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+# The script's own directory is on sys.path, the repository's root is not.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# The script's own directory is on sys.path, the repository's root is not.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from losses.fused import margin_softmax  # noqa: E402
 from losses.margins import ArcFace  # noqa: E402

@@ -28,15 +28,20 @@ from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
+# The script's own directory is on sys.path, the repository's root is not.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
 import PIL
 import torch
 import torchvision
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, Normalize, ToTensor
-
-# The script's own directory is on sys.path, the repository's root is not.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.augment import AUGMENTS, prepare_batch  # noqa: E402
 from data.folder import FaceFolder  # noqa: E402

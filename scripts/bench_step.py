@@ -23,15 +23,20 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+# The script's own directory is on sys.path, the repository's root is not.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
-
-# The script's own directory is on sys.path, the repository's root is not.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import main as training  # noqa: E402
 from data.loader import TrainBatch  # noqa: E402

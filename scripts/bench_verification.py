@@ -15,11 +15,16 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 
-import numpy as np
-import torch
-
 # Python puts the script's own directory on sys.path instead of the repository's root.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
+import numpy as np
+import torch
 
 from data.insightface_bin import PairBin  # noqa: E402
 from scripts import measure  # noqa: E402

@@ -33,7 +33,6 @@ touch "$results/made-by-demo"
 gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 processes=$((gpus > 0 ? gpus : 2))
 per_process=$((processes == 1 ? 32 : 16))
-port="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 
 step "1/5 synthetic faces"
 run "$PYTHON" scripts/synthesize.py "$demo/data" --identities $IDENTITIES --images $IMAGES \
@@ -41,7 +40,7 @@ run "$PYTHON" scripts/synthesize.py "$demo/data" --identities $IDENTITIES --imag
 
 step "2/5 training: $processes processes, sharded classes"
 run "$PYTHON" main.py "$demo/data" --multiprocessing-distributed --nproc-per-node $processes \
-    --dist-url "tcp://127.0.0.1:$port" --enable-model-parallel --model-parallel-dim 1 \
+    --dist-url tcp://127.0.0.1:0 --enable-model-parallel --model-parallel-dim 1 \
     -a mobilefacenet --num-classes $IDENTITIES --batch-size $((per_process * processes)) --workers $processes \
     --epochs $EPOCHS --lr 0.1 --warmup-epochs 0.1 --lr-milestones 0.6,0.85 --wd 5e-4 --margin 0.1 --scale 16 \
     --augment standard --seed 0 --print-freq 5 --output "$results"
@@ -71,5 +70,5 @@ checkpoint      $results/checkpoint.pth.tar
 faces           $demo/data/train
 
 Next, train on your own faces: aligned, 112x112, one directory per person. For example:
-    DATA=data/ms1m NUM_CLASSES=85744 bash scripts/train_single_node.sh
+    ${ARCFACE_VENV:+ARCFACE_VENV=${ARCFACE_VENV@Q} }DATA=data/ms1m NUM_CLASSES=85744 bash scripts/train_single_node.sh
 END

@@ -13,11 +13,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 # Python puts the script's own directory on sys.path instead of the repository's root.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
+import numpy as np
+import torch
 
 from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS, describe_files, is_image, unused_extension  # noqa: E402
@@ -77,9 +82,10 @@ def main() -> None:
     if output is None and not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):
         raise UserError("--output is missing: give the .npy file to write, or two image files to compare")
 
+    weights = open_weights(options.resume, options.arch)
     embeddings = embed_images(
-        open_weights(options.resume, options.arch).backbone, ImageFiles(paths), context, batch_size=options.batch_size,
-        workers=options.workers, flip=options.flip, progress=output is not None, print_freq=options.print_freq,
+        weights.backbone, ImageFiles(paths), context, batch_size=options.batch_size, workers=options.workers,
+        flip=options.flip, progress=output is not None, print_freq=options.print_freq, mean_face=weights.mean_face,
     )
     if output is None:
         for embedding, path in zip(embeddings, paths):

@@ -22,12 +22,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+# Python puts the script's own directory on sys.path, not the repository's root.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-# Python puts the script's own directory on sys.path, not the repository's root.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.decode import IMAGE_SIZE  # noqa: E402
 from models import check_arch  # noqa: E402

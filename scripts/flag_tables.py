@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
 import valid  # noqa: E402
 from utils.errors import Parser, exit_on_user_error  # noqa: E402
 from utils.flags import flag_tables, flags_of  # noqa: E402

@@ -3,8 +3,8 @@
 # chip, 200 steps of IResNet-50 in each precision, and the largest number of classes that trains on one GPU.
 #     bash scripts/gpu_check.sh                      # rows and logs go to scripts/results/
 #     bash scripts/gpu_check.sh --out DIR
-# It uses $PYTHON, or a python3 that has torch and torchshard, or creates a virtual environment. If a part fails, the
-# others still run and the exit status is 1.
+# It uses the interpreter that choose_python of setup.sh chooses if that has the packages, or creates a virtual
+# environment. If a part fails, the others still run and the exit status is 1.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,9 +15,9 @@ while [ $# -gt 0 ]; do
         *) echo "error: $1: unknown; the only flag is --out DIR" >&2; exit 2 ;;
     esac
 done
-PYTHON="${PYTHON:-python3}"
+source scripts/setup.sh
+choose_python
 if ! "$PYTHON" -c 'import torch, torchvision, torchshard, pytest' 2>/dev/null; then
-    source scripts/setup.sh
     setup_environment requirements.txt tests/requirements.txt
 fi
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -35,17 +35,17 @@ class StepFlags:
 
     classes: int = flag("--classes", required=True, metavar="C", at_least=2, help="classes of all processes")
     batch: int = flag("--batch", required=True, metavar="N", at_least=1, help="images per step of all processes")
-    world_size: int = flag("--world-size", default=1, metavar="W", at_least=1, help="processes")
+    world_size: int = flag("--processes", "--world-size", default=1, metavar="W", at_least=1, help="processes")
     device: str = flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs if there are any")
     csv: str | None = flag("--csv", metavar="FILE", help="append a row per implementation to this file")
 
     def plan(self) -> ProcessPlan:
         """The processes, all on this machine. Raises UserError if they cannot have a GPU each, or divide the batch."""
         if self.batch % self.world_size:
-            raise UserError(f"--batch {self.batch}: must divide by --world-size {self.world_size}")
+            raise UserError(f"--batch {self.batch}: must divide by --processes {self.world_size}")
         device = choose_device(self.device).type
         if device == "cuda" and self.world_size > (gpus := torch.cuda.device_count()):
-            raise UserError(f"--world-size {self.world_size}: only {gpus} GPUs are visible; give at most {gpus}")
+            raise UserError(f"--processes {self.world_size}: only {gpus} GPUs are visible; give at most {gpus}")
         return ProcessPlan("spawn" if self.world_size > 1 else "single", nodes=1, node_rank=0,
                            processes_per_node=self.world_size, device_type=device, gpu=None,
                            backend="nccl" if device == "cuda" else "gloo", host="127.0.0.1", port=0)

@@ -34,10 +34,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, zip_longest
 from typing import BinaryIO, TypeVar
 
-import numpy as np
-
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
+import numpy as np
 
 from data.decode import IMAGE_SIZE, check_encoded, decode_image, read_bytes  # noqa: E402
 from data.folder import FaceFolder  # noqa: E402

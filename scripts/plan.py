@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much memory a training run needs on each GPU, and how many classes would fit. Needs no GPU.
 
-    python3 scripts/plan.py --classes 4000000 --world-size 8 --batch-size 1024 --precision bf16 --fuse-classifier-update
+    python3 scripts/plan.py --classes 4000000 --processes 8 --batch-size 1024 --precision bf16 --fuse-classifier-update
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ import os
 import sys
 from dataclasses import dataclass
 
-import torch
-
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
+import torch
 
 from models import BACKBONES, build_backbone  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
@@ -33,7 +38,8 @@ class Options:
     """The flags of plan.py. Those in the second section mean what they mean for main.py."""
 
     classes: int = flag("--classes", required=True, metavar="C", at_least=2, help="classes of the classifier")
-    world_size: int = flag("--world-size", default=1, metavar="W", at_least=1, help="GPUs of all nodes")
+    world_size: int = flag("--processes", "--world-size", default=1, metavar="W", at_least=1,
+                           help="GPUs of all nodes, with a process each")
     batch_size: int = flag("--batch-size", default=512, metavar="N", at_least=2,
                            help="images of a micro-batch, over all GPUs")
     arch: str = flag("-a", "--arch", default="iresnet50", metavar="ARCH", choices=BACKBONES, help="backbone")
@@ -97,7 +103,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
         Options, "plan.py", "Memory of a training run on each GPU, part by part, and how many classes would fit.", argv
     )
     if o.batch_size % o.world_size:
-        raise UserError(f"--batch-size {o.batch_size}: must divide by --world-size {o.world_size}")
+        raise UserError(f"--batch-size {o.batch_size}: must divide by --processes {o.world_size}")
     if o.fuse_classifier_update and o.precision == "fp16":
         raise UserError("--fuse-classifier-update with --precision fp16: main.py does not support this; use bf16, or "
                         "drop one of them")

@@ -12,10 +12,15 @@ import os
 import sys
 from typing import Any
 
-import numpy as np
-
 # Python puts the script's own directory on sys.path instead of the repository's root.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages(["numpy"])
+
+import numpy as np
 
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation import plots  # noqa: E402

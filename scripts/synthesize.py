@@ -23,10 +23,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages(["numpy", "PIL"])
+
+import numpy as np
 
 from scripts.synthetic import draw_face  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402

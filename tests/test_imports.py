@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up. The rooms of a line do not know one another.
 FLOORS = [
-    ["utils/errors"],
+    ["utils/errors", "utils/packages"],
     ["utils/files", "utils/flags", "utils/memory", "utils/signals"],
     ["utils/dist"],
     ["data", "losses", "utils/launch"],

@@ -152,8 +152,10 @@ def test_resume_at_another_world_size_and_mode(pools, faces, tmp_path):
     pools(1).run(train, [*flags, "--seed", "5", "--output", str(whole), "--no-save"])
     pools(2).run(train, [*flags, "--enable-zero-optim", "--output", str(tmp_path), "--resume",
                          str(tmp_path / "checkpoint.pth.tar"), "--max-steps", "6"])
+    first = torch.load(tmp_path / "checkpoint.pth.tar")["mean_face"]
     pools(1).run(train, [*flags, "--output", str(tmp_path), "--resume", str(tmp_path / "checkpoint.pth.tar")])
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-6)
+    assert torch.equal(torch.load(tmp_path / "checkpoint.pth.tar")["mean_face"], first)
 
 
 def train_with_other_flags(rank: int, world_size: int, argv: list[str], on_rank_1: list[str]) -> str:

@@ -16,6 +16,7 @@ from utils.checkpoint.layout import read_manifest, step_directory
 from utils.checkpoint.safe_load import first_words, is_plain, read_weights
 from utils.checkpoint.shards import StoredRows, open_shards, rows_of
 from utils.errors import UserError
+from utils.evaluation.mean_face import SHAPE
 
 # Entries of a classifier, which published files have beside the backbone's. No other entries may be left over.
 _CLASSIFIER_ENTRY = re.compile(r"(arcface_linear|arcface|classifier|logits)\.(weight|kernel|bias)")
@@ -39,6 +40,7 @@ class Weights:
     epoch: of the file's run, 0 if unknown.
     centers: the class centers, in the file; None if it has none, or if they were not asked for.
     identities: the centers' names by class; None if the file has no names.
+    mean_face: of the training images, float32 (3, 28, 28); None if the file has none.
     """
 
     backbone: nn.Module
@@ -46,6 +48,7 @@ class Weights:
     epoch: int
     centers: StoredRows | None
     identities: list[str] | None
+    mean_face: Tensor | None = None
 
 
 def open_weights(path: str, arch: str | None = None, *, with_centers: bool = False) -> Weights:
@@ -97,7 +100,10 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     names = isinstance(identities, list) and all(isinstance(name, str) for name in identities)
     if identities is not None and (not names or centers is not None and len(identities) > centers.shape[0]):
         raise UserError(f"{path}: its list of identities is damaged; copy the file again")
-    return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities)
+    mean_face = content.get("mean_face")
+    if not isinstance(mean_face, Tensor) or mean_face.shape != SHAPE or not mean_face.is_floating_point():
+        mean_face = None  # of an older version, or another program's
+    return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities, mean_face)
 
 
 def _unwrap(content: Any) -> Any:

@@ -262,6 +262,7 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
         "sampler": {"num_images": state.num_images, "global_batch": state.global_batch, "images": state.images},
         "seed": state.seed,
         "identities": list(state.identities),
+        "mean_face": state.mean_face,
         "options": options,
         "shards": list(tensors),
     }

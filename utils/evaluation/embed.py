@@ -15,22 +15,24 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.augment import prepare_batch
 from data.loader import read_images
-from utils.dist.collectives import all_gather_rows
+from utils.dist.collectives import all_gather_rows, all_reduce_sum
 from utils.dist.context import DistContext
 from utils.dist.stop import StopSignal
 from utils.errors import UserError
+from utils.evaluation.mean_face import SHAPE, describe_difference, relative_faces
 from utils.evaluation.protocol import Images
 from utils.signals import STOP_SIGNALS
 
 
 def embed_images(
     backbone: nn.Module, images: Images, context: DistContext, *, batch_size: int, workers: int, flip: bool = False,
-    progress: bool = True, print_freq: int = 100, stop: StopSignal | None = None,
+    progress: bool = True, print_freq: int = 100, stop: StopSignal | None = None, mean_face: Tensor | None = None,
+    name: str = "the images",
 ) -> np.ndarray:
     """Collective if there is more than one rank. e / |e| with e = f(x), or e = f(x) + f(mirrored x) with `flip`.
 
@@ -45,6 +47,8 @@ def embed_images(
         workers: image reading processes of this node; its ranks share them. 0: each rank reads its own images.
         progress: show a bar on a terminal (stderr), otherwise print a line every `print_freq` batches.
         stop: after each batch the ranks look for stop signals and failures; then Dropped is raised on all of them.
+        mean_face: of the images that the backbone was trained on. Rank 0 warns if that of these images is far from it.
+        name: what warnings call the images.
 
     Raises UserError, without `stop`, for an image that cannot be read and for a batch that exceeds the GPU's memory.
     """
@@ -68,8 +72,11 @@ def embed_images(
     bar = tqdm(total=share, desc="embedding", unit=" images" + whose) if report and terminal else None
     rows, done, started = torch.empty(0), 0, time.perf_counter()
 
-    def embed_next() -> torch.Tensor:
+    faces = torch.zeros(SHAPE, device=context.device)  # the sum of this rank's
+
+    def embed_next() -> Tensor:
         x = prepare_batch(next(batches).to(context.device), dtype, augment="none")
+        faces.add_(relative_faces(x[:max(total - context.rank * share - done, 0)]).sum(0))
         output = backbone(x)
         return _unit_rows(output + backbone(x.flip(3)) if flip else output)
 
@@ -96,11 +103,16 @@ def embed_images(
             module.training = mode
     if context.world_size > 1:
         rows = all_gather_rows(rows.to(context.device), None).cpu()[:total]
+        faces = all_reduce_sum(faces, dist.group.WORLD)
 
     zero, not_finite = int((rows == 0).all(dim=1).sum()), int(rows[:, 0].isnan().sum())
     if context.is_main and zero + not_finite:
         print(f"warning: {zero + not_finite} of {total} embeddings are unusable ({not_finite} NaN or infinite, {zero} "
               "zero); they are set to zero", file=sys.stderr)
+    if context.is_main and mean_face is not None:
+        difference = describe_difference(faces.cpu() / total, total, mean_face)
+        if difference is not None:
+            print(f"warning: {name}: {difference}", file=sys.stderr)
     return rows.nan_to_num_(0).numpy()
 
 

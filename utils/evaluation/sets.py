@@ -85,7 +85,7 @@ def evaluate_set(backbone: nn.Module, eval_set: EvalSet, context: DistContext, *
 
     stop, settings: those of embed_images. Raises UserError for an image that cannot be read; with `stop`, Dropped.
     """
-    embeddings = embed_images(backbone, eval_set.images, context, stop=stop, **settings)
+    embeddings = embed_images(backbone, eval_set.images, context, stop=stop, name=eval_set.name, **settings)
 
     def score() -> Result | None:
         return eval_set.score(embeddings) if context.is_main else None

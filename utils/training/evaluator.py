@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from utils.dist.context import DistContext
 from utils.dist.stop import StopSignal
@@ -46,12 +46,13 @@ class Evaluator:
         freq: steps between evaluations; None leaves the time to the caller.
         batch_size: images that a rank embeds at a time.
         workers: image reading processes of this node, which its ranks share.
+        mean_face: of the training images; rank 0 compares the sets with it, once.
     """
 
     def __init__(self, context: DistContext, sets: Sequence[EvalSet], *, freq: int | None, batch_size: int,
-                 workers: int) -> None:
+                 workers: int, mean_face: Tensor | None = None) -> None:
         self.sets, self._context, self._freq = sets, context, freq
-        self._batch_size, self._workers = batch_size, workers
+        self._batch_size, self._workers, self._mean_face = batch_size, workers, mean_face
 
     def is_due(self, step: int) -> bool:
         """Whether `freq` asks for an evaluation after this step."""
@@ -69,9 +70,11 @@ class Evaluator:
         with buffers_of_rank_0(self._context, backbone):
             for eval_set in self.sets:
                 result = evaluate_set(backbone, eval_set, self._context, batch_size=self._batch_size,
-                                      workers=self._workers, progress=False, stop=stop)
+                                      workers=self._workers, progress=False, stop=stop,
+                                      mean_face=self._mean_face)
                 if result is not None:  # on rank 0
                     results[eval_set.name] = result
+        self._mean_face = None  # the sets stay the same
         headlines = [result.headline for result in results.values()] or [0.0]
         score = torch.tensor(headlines, dtype=torch.float64, device=self._context.device).mean()
         dist.broadcast(score, src=0)

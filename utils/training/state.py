@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.classifier import MarginClassifier
 from utils.training.optim import Optimizers
@@ -41,6 +41,7 @@ class TrainState:
     num_images, global_batch: what position.step_in_epoch was counted in.
     images: TrainingSet.fingerprint(), the same on all ranks; "" if it is unknown.
     identities: names of the training set by label.
+    mean_face: of the training set, for evaluations to compare with; only rank 0 has it.
     """
 
     backbone: nn.Module
@@ -57,6 +58,7 @@ class TrainState:
     loss: str = "arcface"
     loss_settings: dict[str, Any] = field(default_factory=dict)
     margin: nn.Module = field(default_factory=nn.Module)
+    mean_face: Tensor | None = None
 
     def has_same_images(self, sampler: dict[str, Any]) -> bool:
         """Whether `sampler`, an entry of a checkpoint, was counted in the images of this run, in the same order.
