@@ -171,7 +171,7 @@ def save_and_load(rank: int, world_size: int, output: str, resume: str, loss: st
         load_checkpoint(state, find_checkpoint(asked, [], context))
     else:
         state.margin.mean.fill_(0.25)
-        writer = CheckpointWriter(context, output, options={}, say=lambda text: None, fresh=True)
+        writer = CheckpointWriter(context, output, options={}, say=lambda text: None)
         writer.save(state)
         writer.close()
     return float(state.margin.mean)
@@ -378,7 +378,7 @@ def save_while_training(rank: int, world_size: int, output: str, free_bytes: int
 
     with (mock.patch.object(layout, "begin", slow_begin),
           mock.patch.object(writer, "free_host_bytes", lambda: free_bytes)):
-        saving = CheckpointWriter(context, output, options={}, say=lambda text: None, fresh=True)
+        saving = CheckpointWriter(context, output, options={}, say=lambda text: None)
         saving.save(state)
         threaded = saving._thread is not None
         waited = os.path.exists(os.path.join(output, "checkpoint.pth.tar"))
@@ -592,7 +592,7 @@ def test_killed_runs_and_eight_processes(faces, tmp_path):
 def make_writer(rank: int, world_size: int, outputs: list[str]) -> str:
     try:
         CheckpointWriter(DistContext(rank, world_size, 1, torch.device("cpu")), outputs[rank], options={},
-                         say=lambda text: None, fresh=True)
+                         say=lambda text: None)
     except UserError as error:
         return str(error)
     return ""

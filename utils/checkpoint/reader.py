@@ -95,6 +95,10 @@ def _candidates(resume: Resume) -> list[str]:
         return [resume.path]
     link = os.path.join(resume.output, LATEST)
     found = [os.path.join(directory, STATE_FILE) for directory in layout.newest_first(resume.output)]
+    if not found and not os.path.exists(link) and (older := layout.newest_older_run(resume.output)):
+        raise UserError(f"--resume {AUTO}: a fresh run was started in {resume.output} and saved nothing, and an older "
+                        f"run's checkpoints are in {older}; continue that one with --output {older}, or drop --resume "
+                        "to start from scratch")
     return found or [link] * os.path.exists(link)
 
 

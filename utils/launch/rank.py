@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from utils.dist.context import DistContext
-from utils.errors import UserError
+from utils.errors import UserError, guard_output
 from utils.launch.plan import ProcessPlan
 from utils.memory import keep_freed_memory
-from utils.signals import end_with_parent, handle
+from utils.signals import end_notices, end_with_parent, handle
 
 Work = Callable[..., "int | None"]  # what a rank does: `work(context, *args)` returns its exit status, or None for 0
 
@@ -51,11 +51,16 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
 
 
 def run_child(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...], parent: int,
-              report: Connection) -> NoReturn:
-    """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause."""
+              report: Connection, saved: Connection) -> NoReturn:
+    """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause.
+
+    saved: gets a byte when nothing is left to save.
+    """
     end_with_parent(parent)
+    guard_output()
     handle(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    end_notices.append(lambda: saved.send_bytes(b"saved"))
     try:
         status = _run(local_rank, work, plan, args)
     except BaseException as error:
