@@ -73,6 +73,8 @@ def move_older_run_aside(output: str, *, checkpoints: bool = True) -> str | None
         flush_directory(aside)
         flush_directory(output)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.rmdir(aside)  # if it is empty
         raise UserError(f"--output {output}: an older run is there and cannot be moved to {aside} ({error.strerror}); "
                         "move it away, or give another directory") from None
     return aside

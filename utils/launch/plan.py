@@ -88,7 +88,7 @@ def plan_processes(flags: ProcessFlags) -> ProcessPlan:
     this machine."""
     _check(flags)
     try:
-        tempfile.gettempdir()  # loading processes and torch need it, long after the start
+        tempfile.gettempdir()  # loading processes and torch need one, but only long after the start
     except FileNotFoundError as error:
         raise UserError(f"{error.strerror}: free space there, or name a directory in the environment variable TMPDIR"
                         ) from None
