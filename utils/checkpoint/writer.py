@@ -171,7 +171,7 @@ class CheckpointWriter:
                 shutil.rmtree(directory, ignore_errors=True)  # Free the space on a full disk.
             self._failure = str(failure)
             self._say(f"warning: the checkpoint of step {step} could not be written ({failure}); training continues; "
-                      f"the last checkpoint is still {self._last_saved or 'the one from before this run'}")
+                      f"the last checkpoint is still {self._last_saved or 'the one from before this run, if any'}")
             return
         self._failure = None
         self._last_saved = os.path.join(self._output, layout.final_name(directory))
