@@ -33,6 +33,7 @@ from data.training_set import TrainingSet
 from utils import preflight
 from utils.build import build_training
 from utils.checkpoint.init_from import check_init_from, init_from
+from utils.checkpoint.layout import move_older_run_aside
 from utils.checkpoint.reader import AUTO, Checkpoint, Resume, find_checkpoint, load_checkpoint, read_resumable
 from utils.checkpoint.weights import open_weights
 from utils.checkpoint.writer import KEEP, CheckpointWriter
@@ -48,7 +49,7 @@ from utils.launch.plan import ProcessPlan, is_first_process, plan_processes, war
 from utils.launch.spawn import launch
 from utils.memory import explain_out_of_memory
 from utils.options import EMBEDDING_SIZE, Options, describe_changes, parse_options
-from utils.signals import EXIT_SAVED
+from utils.signals import EXIT_SAVED, handle
 from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
@@ -89,7 +90,9 @@ def main() -> None:
         lock = lock_output(options.output) if is_first_process() else None
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the other nodes at {plan.url}", flush=True)
-    sys.exit(launch(train, plan, options, dataset, sets, lock))
+    status = launch(train, plan, options, dataset, sets, lock)
+    handle(signal.SIG_IGN)  # Python's exit takes a second, and the status is decided
+    sys.exit(status)
 
 
 @dataclass
@@ -144,6 +147,8 @@ def run_training(
     origin = set_starting_point(state, options, checkpoint, steps_per_epoch)
     position, fresh = state.position, checkpoint is None
     del checkpoint  # its tensors are mapped from a file that a later save may remove
+    if fresh and context.is_main and (aside := move_older_run_aside(options.output, checkpoints=not options.no_save)):
+        print(f"an older run was in {options.output}: moved to {aside}", flush=True)
     end = position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch
     last_step = end if options.max_steps is None else min(end, options.max_steps)
 
@@ -151,7 +156,7 @@ def run_training(
                       epochs=options.epochs, global_batch=global_batch, print_freq=options.print_freq,
                       skip_nonfinite=options.on_nonfinite == "skip")
     log.say(f"seed {seed}{origin}")
-    writer = CheckpointWriter(context, options.output, options=dataclasses.asdict(options), say=log.say, fresh=fresh,
+    writer = CheckpointWriter(context, options.output, options=dataclasses.asdict(options), say=log.say,
                               keep=options.keep or KEEP, save_freq=options.save_freq, enabled=not options.no_save)
     per_rank = options.batch_size // context.processes_per_node // options.accumulation_steps
     evaluator = Evaluator(context, sets, freq=options.val_freq, batch_size=max(per_rank, 32), workers=options.workers,
@@ -193,9 +198,9 @@ def run_training(
     except NotFinite:  # raised on all ranks together; the save in progress is of an earlier, finite step
         writer.wait()
         raise
-    stop.close()
     log.close()
     saved = writer.close()
+    stop.close()
     if run.failed_evaluations:
         saved += f"; warning: {run.failed_evaluations} evaluations failed"
     if stopped_by and (position.step < last_step or position.to_evaluate):

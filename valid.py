@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models import BACKBONES, build_backbone
 from utils.checkpoint.weights import open_weights
 from utils.dist.context import DistContext
-from utils.errors import UserError, exit_on_user_error
+from utils.errors import UserError, exit_on_user_error, require_printed
 from utils.evaluation import plots
 from utils.evaluation.protocol import EvalSet, Result
 from utils.evaluation.sets import Source, check_images, evaluate_set, open_sets
@@ -122,6 +122,7 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
         print((f"{name}\n" if len(results) > 1 else "") + result.report)
     for name, path in output_files(options).items():
         write(name, path, results)
+    require_printed()
 
 
 def write(name: str, path: str, results: dict[str, Result]) -> None:

@@ -28,6 +28,7 @@ from utils import build
 from utils.checkpoint import layout, shards, writer
 from utils.checkpoint.layout import DamagedCheckpoint, check_files, checksum, newest_first, read_manifest
 from utils.checkpoint.reader import Resume, find_checkpoint, load_checkpoint, read_resumable
+from utils.checkpoint.safe_load import read_torch_file
 from utils.checkpoint.writer import CheckpointWriter
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -171,7 +172,7 @@ def save_and_load(rank: int, world_size: int, output: str, resume: str, loss: st
         load_checkpoint(state, find_checkpoint(asked, [], context))
     else:
         state.margin.mean.fill_(0.25)
-        writer = CheckpointWriter(context, output, options={}, say=lambda text: None, fresh=True)
+        writer = CheckpointWriter(context, output, options={}, say=lambda text: None)
         writer.save(state)
         writer.close()
     return float(state.margin.mean)
@@ -308,14 +309,64 @@ def test_copies_where_there_are_no_symbolic_links(tmp_path):
         assert layout.step_directory(str(path), contents).endswith(f"step-{step:08d}")
 
 
-def test_a_fresh_run_keeps_an_older_ones_best(pools, faces, tmp_path):
-    flags = [str(faces), *SHORT, "--num-classes", "11", "--output", str(tmp_path), "--seed", "1"]
-    make_step(tmp_path, 7, links=("checkpoint.pth.tar", "model_best.pth.tar"))
-    make_step(tmp_path, 8)
-    pools(1).run(train, [*flags, "--save-freq", "1", "--max-steps", "3", "--keep", "1"])
-    assert names(tmp_path) == ["step-00000003", "step-00000007"]
-    assert referred(tmp_path) == "step-00000003" and not (tmp_path / "model_best.pth.tar").exists()
-    assert referred(tmp_path, "model_best.pth.tar.1") == "step-00000007"
+def test_a_fresh_run_moves_an_older_one_aside(pools, faces, tmp_path):
+    """Nothing of it is deleted, and it can be resumed where it now is."""
+    flags = [str(faces), *SHORT, "--num-classes", "11", "--seed", "1", "--save-freq", "1", "--keep", "1"]
+    here, aside = ["--output", str(tmp_path)], tmp_path / "previous-run.1"
+    pools(1).run(train, [*flags, *here, "--max-steps", "2"])
+    before = saved_training(tmp_path)
+    pools(1).run(train, [*flags, *here, "--max-steps", "1"])
+    assert names(tmp_path) == ["step-00000001"] and names(aside) == ["step-00000002"]
+    assert [len(read_metrics(output)) for output in (tmp_path, aside)] == [1, 2]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == len(list((aside / "tensorboard").iterdir())) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in saved_training(aside).items())
+    pools(1).run(train, [*flags, "--output", str(aside), "--resume", "auto", "--max-steps", "3"])
+    assert names(aside) == ["step-00000003"] and names(tmp_path) == ["step-00000001"]
+
+
+def test_resume_auto_after_a_fresh_run_that_saved_nothing(tmp_path):
+    """Which of the two runs to continue is for the user to say."""
+    asked = Resume("auto", str(tmp_path), arch="mobilefacenet", num_classes=11)
+    make_step(tmp_path, 7)
+    aside = layout.move_older_run_aside(str(tmp_path))
+    assert aside == str(tmp_path / "previous-run.1")
+    with pytest.raises(UserError, match=f"--resume auto: .*{re.escape(aside)}.* drop --resume"):
+        read_resumable(asked)
+    (tmp_path / "previous-run.2").mkdir()  # of a run without checkpoints
+    assert layout.newest_older_run(str(tmp_path)) == aside
+    shutil.rmtree(aside)
+    assert read_resumable(asked) is None
+
+
+def test_what_of_an_older_run_is_moved(tmp_path):
+    def tree(directory: Path) -> list[str]:
+        return sorted(os.listdir(directory))
+
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "metrics.jsonl").touch()  # of a run that ended before its first step
+    assert layout.move_older_run_aside(str(tmp_path)) is None
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    make_step(tmp_path, 1, links=("checkpoint.pth.tar", "model_best.pth.tar"))
+    layout.move_older_run_aside(str(tmp_path), checkpoints=False)  # a run with --no-save
+    assert tree(tmp_path / "previous-run.1") == ["metrics.jsonl"] and names(tmp_path) == ["step-00000001"]
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints").symlink_to("elsewhere")
+    with pytest.raises(UserError, match="--output .*symbolic link.*; move it away"):
+        layout.move_older_run_aside(str(tmp_path))
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    with mock.patch.object(layout, "flush_directory", side_effect=Killed), pytest.raises(Killed):
+        layout.move_older_run_aside(str(tmp_path))
+    assert names(tmp_path / "previous-run.2") == ["step-00000001"]
+    assert tree(tmp_path) == ["previous-run.1", "previous-run.2", "tensorboard"]
+
+
+def test_a_state_file_in_a_directory_whose_name_is_no_text(tmp_path):
+    """torch opens a file that it maps by a name in UTF-8."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.pth.tar")
+    with open(path, "wb") as file:
+        torch.save({"identities": ["caf\udce9"]}, file)
+    assert read_torch_file(path) == {"identities": ["caf\udce9"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +429,7 @@ def save_while_training(rank: int, world_size: int, output: str, free_bytes: int
 
     with (mock.patch.object(layout, "begin", slow_begin),
           mock.patch.object(writer, "free_host_bytes", lambda: free_bytes)):
-        saving = CheckpointWriter(context, output, options={}, say=lambda text: None, fresh=True)
+        saving = CheckpointWriter(context, output, options={}, say=lambda text: None)
         saving.save(state)
         threaded = saving._thread is not None
         waited = os.path.exists(os.path.join(output, "checkpoint.pth.tar"))

@@ -111,7 +111,7 @@ def test_outputs_and_a_resume_that_does_not_fit(faces, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     run("main.py", faces, *SHORT, "--output", tmp_path)
     assert len(read_metrics(tmp_path)) == 2
-    assert (tmp_path / "metrics.jsonl.1").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "previous-run.1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     path = tmp_path / "checkpoint.pth.tar"
     contents = torch.load(path, weights_only=True)
     assert contents["arch"] == "mobilefacenet" and contents["num_classes"] == 50 and contents["embedding_size"] == 512

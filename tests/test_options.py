@@ -245,3 +245,14 @@ def test_changed_flags():
 def test_the_directory_is_required():
     with pytest.raises(UserError, match="DIR is missing"):
         parse_options([])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--resume", ""], ["--resume="], ["--init-from", " "], ["--output", ""], ["--index", ""], ["--pair-list", ""],
+    ["--val-bin", ""], ["--dist-url", ""]], ids=" ".join)
+def test_an_empty_value_is_an_error(flags):
+    """A variable of the shell that is not set must not start a run anew, or write somewhere else."""
+    with pytest.raises(UserError, match=flags[0].rstrip("=")):
+        parse_options(["data", *flags])
+    with pytest.raises(UserError, match="DIR"):
+        parse_options([""])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -154,3 +156,15 @@ def test_nodes_compare_the_flags_that_must_agree(faces):
     assert facts[0] == facts[1]
     assert {name for name in facts[0] if facts[0][name] != facts[2][name]} == {"--wd", "--margin"}
     assert {"--loss", "--lr", "--resume given", "number of images"} <= set(facts[0])
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "model_best.pth.tar"])
+def test_something_in_the_way_of_the_output(answer, faces, tmp_path, name):
+    (tmp_path / name).mkdir() if name == "model_best.pth.tar" else (tmp_path / name).touch()
+    assert f"--output {tmp_path}: {name} is" in answer(faces, "-b", 8, "--output", tmp_path)
+
+
+def test_no_temporary_directory(answer, faces, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", mock.Mock(side_effect=FileNotFoundError(2, "No usable one")))
+    assert "No usable one" in (error := answer(faces)) and "TMPDIR" in error

@@ -211,6 +211,22 @@ def test_a_second_ctrl_c_ends_one_node_at_once(start_nodes):
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_after_the_save_does_not_change_the_status(start_nodes):
+    (node,) = start_nodes(1, 2, "--rest", 2.5)
+    if "SIGINT is ignored" in "".join(node.lines):
+        pytest.skip("the tests were started in the background")
+    everyone = (node.process.pid, *node.ranks().values())
+    for process in everyone:
+        os.kill(process, signal.SIGINT)
+    wait_for(lambda: "nothing is left to save\n" in node.lines)
+    time.sleep(1.2)
+    for process in everyone:
+        os.kill(process, signal.SIGINT)
+    status, output = node.end(timeout=30)
+    assert status == 75 and "stopped at once" not in output, output
+
+
+@pytest.mark.slow
 def test_a_signal_before_training_ends_it_at_once():
     node = Node("--prepare", 100)
     wait_for(lambda: any("prepares" in line for line in node.lines), seconds=120)

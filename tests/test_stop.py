@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from utils.dist.stop import Dropped, StopSignal
 from utils.errors import UserError
-from utils.signals import StopRequest
+from utils.signals import StopRequest, handle
 
 
 def poll_until_stopped(rank: int, world_size: int, signalled: dict[int, tuple[int, int]]) -> tuple[int, int]:
@@ -32,10 +32,20 @@ def poll_until_stopped(rank: int, world_size: int, signalled: dict[int, tuple[in
     return step, stopped_by
 
 
+def test_a_run_under_nohup_keeps_ignoring_sighup():
+    before = {number: signal.getsignal(number) for number in handle(signal.SIG_DFL)}
+    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in handle(signal.SIG_DFL) and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in (before | {signal.SIGHUP: ours}).items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_all_ranks_stop_after_the_same_step(pools, world_size):
     last = world_size - 1
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         results = pools(world_size).run(poll_until_stopped, {last: (5, number)})
         assert results == [(5 if world_size == 1 else 6, number)] * world_size  # other ranks know it a step later
 

@@ -25,9 +25,11 @@ from data.augment import prepare_batch
 from data.folder import FaceFolder
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint.reader import Checkpoint, _require_same_identities
+from utils.dist.context import DistContext
 from utils.dist.ddp import fix_gradient_buckets
 from utils.errors import UserError
 from utils.options import parse_options
+from utils.training.metrics import TrainingLog
 from utils.training.optim import Optimizers
 from utils.training.state import TrainState
 
@@ -311,6 +313,7 @@ def test_different_data_on_two_nodes_are_an_error(pools, faces, tmp_path, change
 def test_a_fresh_start_at_a_later_epoch_begins_a_new_metrics_file(pools, faces, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     pools(1).run(train, [str(faces), *RESUME, "--start-epoch", "1", "--output", str(tmp_path), "--no-save"])
+    assert (tmp_path / "previous-run.1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert [line["step"] for line in read_metrics(tmp_path)] == [5, 6, 7, 8]
 
 
@@ -327,3 +330,25 @@ def sync_batch_norm_in_half(rank: int, world_size: int) -> float:
 
 def test_synchronised_batch_norm_does_not_overflow_in_half(pools):
     assert max(pools(2).run(sync_batch_norm_in_half)) < 0.01
+
+
+def test_damaged_lines_of_metrics_are_dropped(tmp_path):
+    """Also bytes that are no text, as a disk that lost a block leaves them."""
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n\xff\xfe\n{"step": "x"}\n[]\n7\n' + b"[" * 100_000 + b'\n{"step": 2}\n{"step": 3}\n{"ste')
+    log = TrainingLog(DistContext(0, 1, 1, torch.device("cpu")), str(tmp_path), fresh=False, step=2, total_steps=9,
+                      epochs=1, global_batch=8, print_freq=10)
+    log.add_evaluation(step=2, epoch=0, metrics={"caf\udce9": {"accuracy": 0.5}})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 2]
+    assert read_metrics(tmp_path)[-1]["val"] == {"caf\udce9": {"accuracy": 0.5}}
+
+
+@pytest.mark.parametrize("what", ["directory", "dangling link"])
+def test_something_else_in_the_place_of_metrics_is_moved(tmp_path, what):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir() if what == "directory" else path.symlink_to("nowhere")
+    TrainingLog(DistContext(0, 1, 1, torch.device("cpu")), str(tmp_path), fresh=False, step=2, total_steps=9, epochs=1,
+                global_batch=8, print_freq=10).close()
+    assert path.is_file() and not path.is_symlink() and os.path.lexists(tmp_path / "metrics.jsonl.1")
+    assert not (tmp_path / "nowhere").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import functools
 import io
 import itertools
@@ -25,6 +27,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
         # No abbreviations: a flag that is added later must not change what an old command means.
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        for kind in (None, str):
+            self.register("type", kind, _not_empty)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's, but the error for what is left over says what may be meant."""
@@ -77,11 +81,64 @@ def escape_output() -> None:
             vars(stream)["write"] = functools.partial(write, stream.write)
 
 
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a value, or drop it (is a variable of the shell not set?)")
+    return text
+
+
+class _Terminal(io.FileIO):
+    """File descriptor 1 or 2. What cannot be written is dropped: a terminal that has gone must not end a run."""
+
+    error: OSError | None = None  # the first one
+
+    def write(self, data: Any) -> int:
+        try:
+            if (written := super().write(data)) is not None:
+                return written
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        except OSError as error:
+            if self.error is None:
+                self.error = error
+                warning = f"warning: stdout: cannot be written ({error.strerror}); continuing without it\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, warning.encode() if self.fileno() == 1 else b"")
+        return len(data)
+
+
+def guard_output() -> None:
+    """Have print, tqdm and warnings never fail in this process, whatever becomes of stdout and stderr.
+
+    Characters that their encoding lacks, and bytes of file names that are no text, appear as escapes. Standard streams
+    that were closed at the start are /dev/null, so that no other file gets their numbers.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # `number` itself, unless another file has it already
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, "w" if number else "r", encoding="utf-8", errors="backslashreplace"))
+        elif number and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            terminal = io.BufferedWriter(_Terminal(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(terminal, stream.encoding, "backslashreplace",
+                                                line_buffering=stream.line_buffering or stream.write_through))
+
+
+def require_printed() -> None:
+    """Raise UserError if something that was printed is lost, on a full disk for example. A reader may stop early."""
+    sys.stdout.flush()
+    terminal = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(terminal, _Terminal) and terminal.error is not None and terminal.error.errno != errno.EPIPE:
+        raise UserError(f"stdout: cannot be written ({terminal.error.strerror}); what was printed is incomplete")
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes one line on stderr and exit status 2; Ctrl-C one word and 130."""
+    guard_output()
     escape_output()
     try:
         main()
+        require_printed()
     except UserError as error:
         # torchrun ends all processes of a node when one has ended. All make the same mistake, so one prints it.
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
+import io
 import itertools
 import os
 import secrets
@@ -13,7 +15,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import BinaryIO
 
@@ -24,13 +26,20 @@ from utils.errors import UserError
 # multiprocessing's owner of a file descriptor, of any kind, which can be sent.
 OutputLock = Connection
 
+_OLD_SECONDS = 24 * 3600  # no process still writes to a temporary file that has not changed for so long
+_MOST_WAITING = 2**24  # bytes that a LogFile keeps in memory while they cannot be written
+
 
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[BinaryIO]:
     """A file that replaces `path`, flushed to the disk, when the block ends; after an error nothing changes.
 
-    Raises OSError.
+    Removes what processes that were killed here have left for a day. Raises OSError.
     """
+    for old in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 8}.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.lstat(old).st_mtime > _OLD_SECONDS:
+                os.unlink(old)
     temporary = f"{path}.{secrets.token_hex(4)}.part"
     try:
         with open(temporary, "xb") as file:
@@ -91,12 +100,50 @@ def move_aside(path: str) -> str | None:
     return name
 
 
+class LogFile:
+    """A file that is appended to, for what a run reports: it never raises, because a log must not end the run.
+
+    What cannot be written waits in memory for the next `write`, up to a limit. The first error is said. A file that was
+    removed is created again.
+    """
+
+    def __init__(self, path: str, say: Callable[[str], None]) -> None:
+        self._path, self._say, self._failed = path, say, False
+        self._file: io.FileIO | None = None
+        self._waiting = bytearray()
+        self.write(b"")
+
+    def write(self, data: bytes) -> None:
+        if len(self._waiting) + len(data) <= _MOST_WAITING:
+            self._waiting += data
+        try:
+            if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+                self.close()
+            if self._file is None:
+                os.makedirs(os.path.dirname(self._path), exist_ok=True)
+                # No link: others may write to the directory, and a link would let them choose the file.
+                self._file = io.FileIO(self._path, "a", opener=lambda path, flags: os.open(
+                    path, flags | os.O_NOFOLLOW, 0o666))
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                self._say(f"warning: {self._path}: cannot be written ({error.strerror}); training continues")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 def require_directory(flag: str, path: str) -> None:
     """Create the directory if need be. Raises UserError unless files can be written there: found before the work."""
     try:
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(4096))  # an empty file finds room on a full disk too
+            flush(probe)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); give another directory") from None
 
@@ -125,9 +172,14 @@ def lock_output(output: str, patience: float = 20) -> OutputLock | None:
     deadline = time.monotonic() + patience
     path = os.path.join(output, ".lock")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # O_NOFOLLOW: the file is truncated below, and a link would let whoever may write here choose another one.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
     except OSError as error:
-        raise UserError(f"--output {output}: cannot open {path} ({error.strerror}); give another directory") from None
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise UserError(f"--output {output}: cannot open {path} ({reason}); remove it, or give another directory"
+                        ) from None
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,6 +196,7 @@ def lock_output(output: str, patience: float = 20) -> OutputLock | None:
                   "writes there", file=sys.stderr, flush=True)
             os.close(descriptor)
             return None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a disk that has just become full: only the owner's name is missing
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return Connection(descriptor)

@@ -99,7 +99,9 @@ class Flag:
         """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""
         default = self.describe_default()
         text = self.describe_help() + (f" (default: {default})" if default else "")
-        arguments: dict[str, Any] = {"default": self.default, "help": text.replace("%", "%%")}
+        # Without an argument default "" the parser can tell `--resume ""` from no --resume; the dataclass has it.
+        arguments: dict[str, Any] = {"default": argparse.SUPPRESS if self.default == "" else self.default,
+                                     "help": text.replace("%", "%%")}
         if self.names[0].startswith("-"):
             arguments |= {"dest": field, "required": self.required}
         else:

@@ -237,7 +237,6 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     """(condition that must not be true, error message)."""
     yield (list(o.lr_milestones) != sorted(set(o.lr_milestones)),
            f"--lr-milestones {','.join(f'{m:g}' for m in o.lr_milestones)}: give epochs in rising order, as 10,16,21")
-    yield o.index == "", "--index '': give a file, auto or none"
     for name, value in ("--save-freq", o.save_freq), ("--keep", o.keep):
         yield value is not None and o.no_save, f"{name} {value} with --no-save: drop one of them"
 

@@ -14,7 +14,7 @@ from data.formats import open_training_set
 from data.training_set import TrainingSet
 from losses.margins import MARGINS
 from models import build_backbone
-from utils.checkpoint.layout import BEST, LATEST
+from utils.checkpoint.layout import BEST, LATEST, STEPS_DIRECTORY
 from utils.checkpoint.reader import AUTO, Checkpoint
 from utils.dist.sharding import ClassShard
 from utils.errors import UserError, printable
@@ -27,6 +27,7 @@ from utils.launch.plan import ProcessPlan, is_first_process
 from utils.memory import host_bytes
 from utils.options import AUTO_CLASSES, EMBEDDING_SIZE, Options, loss_flags
 from utils.planner import BackboneMemory, RunSettings, predict_memory
+from utils.training.metrics import TENSORBOARD_DIRECTORY
 from utils.training.scaler import amp_dtype
 
 
@@ -154,8 +155,15 @@ def count_classes(options: Options, dataset: TrainingSet) -> Options:
 def make_output(options: Options) -> None:
     """Create --output. Raises UserError unless checkpoints can be written there."""
     require_directory("--output", options.output)
-    if os.path.isdir(os.path.join(options.output, LATEST)):
-        raise UserError(f"--output {options.output}: {LATEST} is a directory there; give another directory")
+    for names, is_in_the_way, what in (
+        ((LATEST, BEST), os.path.isdir, "a directory"),
+        ((STEPS_DIRECTORY, TENSORBOARD_DIRECTORY), lambda path: os.path.lexists(path) and not os.path.isdir(path),
+         "no directory"),
+    ):
+        for name in names:
+            if is_in_the_way(os.path.join(options.output, name)):
+                raise UserError(f"--output {options.output}: {name} is {what} there; remove it, or give another "
+                                "directory")
 
 
 def shared_facts(options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Stop signals: SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to save and stop.
+"""Stop signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP (a terminal that closes) and SIGUSR1 ask a run to save and stop.
 
 Before training there is nothing to save, and a stop signal kills a process as the system does by default. From then on
 
@@ -16,13 +16,17 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 # The only status after which a batch system's script should start the run again. Success is 0, a failure 1, a user's
 # mistake 2, and 128 + signal means that a signal ended the run without a save.
 EXIT_SAVED = os.EX_TEMPFAIL  # 75
+
+# What a rank calls when nothing is left to save: from then on a stop signal must not change how the run ends.
+end_notices: list[Callable[[], Any]] = []
 
 _TWICE_SECONDS = 1.0  # a batch system may signal the process and its group: signals closer than this are one
 _PR_SET_PDEATHSIG = 1

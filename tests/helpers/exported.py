@@ -36,7 +36,7 @@ def save(rank: int, world_size: int, output: str, num_classes: int, identities: 
     """A checkpoint of seed 1, of which class c's center is its initial one."""
     state, _, context = build(rank, world_size, num_classes, 1, identities, flags)
     os.makedirs(output, exist_ok=True)
-    writer = CheckpointWriter(context, output, options={}, say=lambda text: None, fresh=True)
+    writer = CheckpointWriter(context, output, options={}, say=lambda text: None)
     writer.save(state)
     writer.close()
 

@@ -54,6 +54,9 @@ def work(context: DistContext, options: argparse.Namespace) -> int:
             say(f"rank {context.rank} saved after {step} for {stopped_by.name}")
             time.sleep(options.linger)
             stop.close()
+            if options.rest:
+                say("nothing is left to save")
+                time.sleep(options.rest)
             return 128 + stopped_by if options.no_save else EXIT_SAVED
     stop.close()
     return 0
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--prepare", type=float, default=0, help="seconds before training begins")
     parser.add_argument("--linger", type=float, default=0, help="seconds that a save takes")
+    parser.add_argument("--rest", type=float, default=0, help="seconds from the end of the save to that of the rank")
     parser.add_argument("--fail", default="", help="the error that the last rank raises")
     parser.add_argument("--no-save", action="store_true", help="as in main.py: the exit status is 128 + signal")
     parser.add_argument("--stand-still", choices=("sharded", "save"), help="where the last rank stops (SIGSTOP)")

@@ -55,7 +55,8 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(prefix="arcface-pool-"), "store")
+        self._directory = tempfile.TemporaryDirectory(prefix="arcface-pool-")
+        store = os.path.join(self._directory.name, "store")
         for rank in range(self.world_size):
             pipe, far_end = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, store, far_end), daemon=True)
@@ -69,6 +70,7 @@ class Pool:
             process.kill()
         for process in self._processes:
             process.join()
+            self._directory.cleanup()
         self._processes, self._pipes = [], []
 
 

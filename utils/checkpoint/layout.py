@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import re
@@ -20,12 +21,14 @@ from typing import Any
 from utils.checkpoint.safe_load import read_torch_file
 from utils.errors import UserError
 from utils.files import atomic_write, flush, flush_directory, open_regular
+from utils.training.metrics import METRICS_FILE, TENSORBOARD_DIRECTORY
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 STEPS_DIRECTORY = "checkpoints"
 STATE_FILE, SHARDS_DIRECTORY, MANIFEST_FILE = "state.pth.tar", "shards", "manifest.json"
 METADATA_FILE = f"{SHARDS_DIRECTORY}/.metadata"
 EVALUATION_FILE = "evaluation.json"  # comes after the commit, so the manifest does not list it
+OLDER_RUN = "previous-run."  # with a number: what a fresh run found in its --output, a run's directory as before
 
 # step-00000010.1 is a second save of step 10, after the first was damaged or belonged to an older run.
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
@@ -43,6 +46,43 @@ class DamagedCheckpoint(UserError):
 
 
 # Writing: one process of the run
+
+
+def move_older_run_aside(output: str, *, checkpoints: bool = True) -> str | None:
+    """Rename what an older run left in `output` into a new directory previous-run.<number> there, which is returned.
+
+    Links and copies stay valid, because all of a run moves. After a kill in between the next call moves the rest.
+    Returns None if there is nothing: a run that ended before its first step leaves nothing.
+
+    Args:
+        checkpoints: False for a run that will save none: only what is logged moves.
+
+    Raises UserError.
+    """
+    names = [STEPS_DIRECTORY] * bool(newest_first(output)) + [LATEST, BEST] if checkpoints else []
+    names = [name for name in names if os.path.lexists(os.path.join(output, name))]
+    metrics = os.path.join(output, METRICS_FILE)
+    if not names and not (os.path.lexists(metrics) and os.lstat(metrics).st_size):
+        return None
+    names += [METRICS_FILE] * os.path.lexists(metrics)
+    events = os.path.join(glob.escape(output), TENSORBOARD_DIRECTORY, "events.out.tfevents.*")
+    names += [TENSORBOARD_DIRECTORY] * bool(glob.glob(events))
+    numbered = (os.path.join(output, f"{OLDER_RUN}{number}") for number in itertools.count(1))
+    aside = next(path for path in numbered if not os.path.lexists(path))
+    try:
+        if STEPS_DIRECTORY in names and os.path.islink(os.path.join(output, STEPS_DIRECTORY)):
+            raise OSError(None, f"{STEPS_DIRECTORY} is a symbolic link, with checkpoints at its other end")
+        os.mkdir(aside)
+        for name in names:
+            os.rename(os.path.join(output, name), os.path.join(aside, name))
+        flush_directory(aside)
+        flush_directory(output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.rmdir(aside)  # if it is empty
+        raise UserError(f"--output {output}: an older run is there and cannot be moved to {aside} ({error.strerror}); "
+                        "move it away, or give another directory") from None
+    return aside
 
 
 def begin(output: str, step: int) -> str:
@@ -155,6 +195,14 @@ def newest_first(output: str) -> list[str]:
     names = os.listdir(parent) if os.path.isdir(parent) else []
     found = [os.path.join(parent, name) for name in names if _STEP_NAME.fullmatch(name)]
     return sorted(found, key=_saved_at, reverse=True)
+
+
+def newest_older_run(output: str) -> str | None:
+    """The directory of the last run with checkpoints that `move_older_run_aside` has moved. None without any."""
+    names = os.listdir(output) if os.path.isdir(output) else []
+    numbers = [int(name.removeprefix(OLDER_RUN)) for name in names if re.fullmatch(rf"{OLDER_RUN}\d{{1,9}}", name)]
+    paths = (os.path.join(output, f"{OLDER_RUN}{number}") for number in sorted(numbers, reverse=True))
+    return next(filter(newest_first, paths), None)
 
 
 def _saved_at(directory: str) -> float:

@@ -110,6 +110,10 @@ def _candidates(resume: Resume) -> list[str]:
     except OSError as error:
         raise UserError(f"--resume {AUTO}: {error.filename}: cannot be read ({error.strerror}); make it readable, or "
                         "give another --output") from None
+    if not found and not os.path.exists(link) and (older := layout.newest_older_run(resume.output)):
+        raise UserError(f"--resume {AUTO}: a fresh run was started in {resume.output} and saved nothing, and an older "
+                        f"run's checkpoints are in {older}; continue that one with --output {older}, or drop --resume "
+                        "to start from scratch")
     return found or [link] * os.path.exists(link)
 
 

@@ -76,8 +76,10 @@ def read_torch_file(path: str) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.load also warns about what it then refuses.
             try:
-                # Mapped into memory, which the old format does not allow: what is not used is not read.
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP_MAGIC))
+                # Mapped into memory: what is not used is not read. The old format does not allow it, and torch's C++
+                # takes names in UTF-8 only.
+                mapped = head.startswith(_ZIP_MAGIC) and os.fsencode(path) == path.encode(errors="replace")
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except Exception as error:  # Damaged bytes can be any pickle instructions, so any exception can come out.
                 code = re.search(r"GLOBAL (\S+)", str(error))
                 cause = (f"holds code ({code[1]}) and was not loaded; give a file of tensors and plain values only. If "

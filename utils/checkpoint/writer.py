@@ -19,12 +19,12 @@ from torch import Tensor
 
 from utils.checkpoint import layout, shards
 from utils.checkpoint.agreement import RankFailed, run_together
-from utils.checkpoint.layout import BEST, LATEST, METADATA_FILE, STATE_FILE
+from utils.checkpoint.layout import LATEST, METADATA_FILE, STATE_FILE
 from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, FORMAT_VERSION, OPTIMIZER
 from utils.checkpoint.transfer import Asking, Exchange, PeerFailed, answer
 from utils.dist.context import DistContext
 from utils.errors import UserError
-from utils.files import flush, move_aside
+from utils.files import flush
 from utils.memory import free_host_bytes
 from utils.training.state import TrainState
 
@@ -52,18 +52,17 @@ class CheckpointWriter:
     Args:
         options: the run's options, saved for people to read.
         say: prints a line on rank 0.
-        fresh: True if the run does not resume: an older run's best checkpoint is then renamed at the first save.
         keep: number of newest checkpoints to keep, beside the best.
         save_freq: steps between saves; None for no periodic saves.
         enabled: False saves nothing.
     """
 
     def __init__(
-        self, context: DistContext, output: str, *, options: dict[str, Any], say: Callable[[str], None], fresh: bool,
+        self, context: DistContext, output: str, *, options: dict[str, Any], say: Callable[[str], None],
         keep: int = KEEP, save_freq: int | None = None, enabled: bool = True,
     ) -> None:
         """Collective. Raises UserError on every rank if rank 0 cannot write in --output."""
-        self._context, self._output, self._options, self._say, self._fresh = context, output, options, say, fresh
+        self._context, self._output, self._options, self._say = context, output, options, say
         self._keep, self._save_freq, self._enabled = keep, save_freq, enabled
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -211,8 +210,6 @@ class CheckpointWriter:
             blocks = [shards.Block(*block) for own, _ in written for block in own]
             shards.write_metadata(directory, tensors, blocks)
             files[METADATA_FILE] = layout.checksum(os.path.join(directory, METADATA_FILE))
-            if self._fresh:
-                move_aside(os.path.join(self._output, BEST))
             layout.commit(self._output, directory, files, links=(LATEST,), keep=self._keep)
 
         try:
@@ -228,9 +225,9 @@ class CheckpointWriter:
                 shutil.rmtree(directory, ignore_errors=True)  # Free the space on a full disk.
             self._failure = str(failure)
             self._say(f"warning: the checkpoint of step {step} could not be written ({failure}); training continues; "
-                      f"the last checkpoint is still {self._last_saved or 'the one from before this run'}")
+                      f"the last checkpoint is still {self._last_saved or 'the one from before this run, if any'}")
             return
-        self._failure, self._fresh = None, False
+        self._failure = None
         self._last_saved = os.path.join(self._output, layout.final_name(directory))
         seconds, mib = time.perf_counter() - started, sum(size for size, _ in files.values()) / 2**20
         self._say(f"saved {self._last_saved}: {mib:,.1f} MiB in {seconds:.2f} s, training blocked for "

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from utils.dist.collectives import all_gather_json
 from utils.errors import UserError
-from utils.signals import StopRequest, handle
+from utils.signals import StopRequest, end_notices, handle
 
 
 T = TypeVar("T")
@@ -94,7 +94,10 @@ class StopSignal:
         return result
 
     def close(self) -> None:
-        """Collective. Stop signals stay without effect: only the orderly end of the process follows."""
+        """Collective, when everything is saved. From now on stop signals have no effect: only an orderly end follows."""
+        self._alone = False
+        for notice in end_notices:
+            notice()
         self._wait()
         if self._group is not None:
             dist.destroy_process_group(self._group)

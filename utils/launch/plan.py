@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -85,6 +86,11 @@ def plan_processes(flags: ProcessFlags) -> ProcessPlan:
     """Decide launcher, processes, device and backend. Raises UserError for flags that conflict with each other or with
     this machine."""
     _check(flags)
+    try:
+        tempfile.gettempdir()  # loading processes and torch need one, but only long after the start
+    except FileNotFoundError as error:
+        raise UserError(f"{error.strerror}: free space there, or name a directory in the environment variable TMPDIR"
+                        ) from None
     device_type = choose_device(flags.device, flags.gpu).type
     backend = flags.dist_backend or ("nccl" if device_type == "cuda" else "gloo")
     if backend == "nccl" and device_type == "cpu":

@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 
 from utils.dist.context import DistContext
-from utils.errors import UserError, escape_output, printable
+from utils.errors import UserError, escape_output, guard_output, printable
 from utils.launch.plan import ProcessPlan
 from utils.launch.secret import private_keys, read_secret
 from utils.memory import keep_freed_memory
-from utils.signals import end_with_parent, handle
+from utils.signals import end_notices, end_with_parent, handle
 
 Work = Callable[..., "int | None"]  # what a rank does: `work(context, *args)` returns its exit status, or None for 0
 
@@ -56,15 +56,17 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
         _kill_loaders()
 
 
-def run_child(local_rank: int, task: bytes, parent: int, report: Connection) -> NoReturn:
+def run_child(local_rank: int, task: bytes, parent: int, report: Connection, saved: Connection) -> NoReturn:
     """Run a rank that the process `parent` has spawned. A failure is sent to `report` as JSON: fields of Cause.
 
-    task: the pickle of (work, plan, args).
+    task: the pickle of (work, plan, args). saved: gets a byte when nothing is left to save.
     """
     end_with_parent(parent)
+    guard_output()
     escape_output()
     handle(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    end_notices.append(lambda: saved.send_bytes(b"saved"))
     try:
         work, plan, args = pickle.loads(task)
         status = _run(local_rank, work, plan, args)

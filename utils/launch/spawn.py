@@ -113,16 +113,19 @@ def _host_store(plan: ProcessPlan) -> dist.TCPStore:
 
 def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeLink | None) -> int | Cause:
     """Start this node's ranks, and wait until all exit or are killed. Returns the exit status, or why they failed."""
-    processes, reports = _start(work, plan, args)
+    saved, saved_writer = mp.get_context("spawn").Pipe(duplex=False)  # `saved` is readable once nothing is left to save
+    processes, reports = _start(work, plan, args, saved_writer)
     request = StopRequest()
 
     def running() -> list[BaseProcess]:
         return [process for process in processes if process.exitcode is None]
 
     def forward(number: int, frame: FrameType | None) -> None:
+        targets = running()
+        if targets and saved.poll():
+            return
         first = request.signal is None
         request.note(number)
-        targets = running()
         for process in targets if first or request.at_once else ():
             assert process.pid is not None  # it was started
             with contextlib.suppress(ProcessLookupError):
@@ -166,7 +169,8 @@ class _Task:
         return bytes, (bytes(ForkingPickler.dumps(self._parts)),)
 
 
-def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[BaseProcess], list[Connection]]:
+def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...], saved: Connection
+           ) -> tuple[list[BaseProcess], list[Connection]]:
     """Start the processes of this node's ranks. Returns them, and the pipes through which they say why they failed."""
     spawning = mp.get_context("spawn")
     processes: list[BaseProcess] = []
@@ -179,7 +183,7 @@ def _start(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> tuple[list[B
         for local_rank in range(plan.processes_per_node):
             reader, writer = spawning.Pipe(duplex=False)
             process = spawning.Process(target=run_child,
-                                       args=(local_rank, _Task(work, plan, args), os.getpid(), writer))
+                                       args=(local_rank, _Task(work, plan, args), os.getpid(), writer, saved))
             process.start()
             writer.close()
             processes.append(process)

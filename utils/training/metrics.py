@@ -7,13 +7,18 @@ evaluation is an object of its own, {"step", "epoch", "val": {set: {name: number
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import json
 import math
 import os
 import resource
+import secrets
+import socket
 import sys
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,10 +28,10 @@ from tqdm import tqdm
 
 from utils.dist.collectives import all_gather_rows
 from utils.dist.context import DistContext
-from utils.files import atomic_write, move_aside
+from utils.files import LogFile, atomic_write, move_aside
 from utils.training.guard import StepLoss
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TENSORBOARD_DIRECTORY = "metrics.jsonl", "tensorboard"
 
 
 class TrainingLog:
@@ -55,11 +60,15 @@ class TrainingLog:
         self._bar: tqdm | None = None
         if context.is_main:
             path = os.path.join(output, METRICS_FILE)
-            move_aside(path) if fresh else _drop_lines_after(path, step)
-            self._file = open(path, "a", encoding="utf-8")
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import, which only rank 0 needs
-
-            self._tensorboard = SummaryWriter(os.path.join(output, "tensorboard"), purge_step=step + 1)
+            try:
+                if fresh or not os.path.isfile(path):
+                    move_aside(path)
+                else:
+                    _drop_lines_after(path, step)
+            except OSError as error:
+                self.say(f"warning: {path}: cannot be replaced ({error.strerror}); new lines are appended to it")
+            self._file = LogFile(path, self.say)
+            self._tensorboard = _TensorBoard(os.path.join(output, TENSORBOARD_DIRECTORY), step + 1, self.say)
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -104,12 +113,10 @@ class TrainingLog:
         if report:
             self._report(lines[-1])
         if self._context.is_main:
-            for line in lines:
-                self._file.write(json.dumps(line, allow_nan=False) + "\n")
-                for name in line.keys() - {"step", "epoch", "nonfinite"}:
-                    if line[name] is not None:
-                        self._tensorboard.add_scalar(name, line[name], line["step"])
-            self._file.flush()
+            self._file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+            self._tensorboard.add(
+                (line["step"], {name: value for name, value in line.items()
+                                if name not in ("step", "epoch", "nonfinite") and value is not None}) for line in lines)
         return steps
 
     def _report(self, line: dict[str, Any]) -> None:
@@ -140,11 +147,9 @@ class TrainingLog:
         """Write {set: {name: number}} as a line of its own, on rank 0. Call `flush` first."""
         if not self._context.is_main:
             return
-        self._file.write(json.dumps({"step": step, "epoch": epoch, "val": metrics}) + "\n")
-        self._file.flush()
-        for name, numbers in metrics.items():
-            for kind, value in numbers.items():
-                self._tensorboard.add_scalar(f"val/{name}/{kind}", value, step)
+        self._file.write(json.dumps({"step": step, "epoch": epoch, "val": metrics}).encode() + b"\n")
+        self._tensorboard.add([(step, {f"val/{name}/{kind}": value for name, numbers in metrics.items()
+                                       for kind, value in numbers.items()})])
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one."""
@@ -171,17 +176,49 @@ class TrainingLog:
                 self._bar.close()
 
 
+class _TensorBoard:
+    """Scalars for TensorBoard. `first_step`: TensorBoard hides what an earlier file says from this step on.
+
+    Not torch's SummaryWriter: it writes in a thread, which prints a traceback and ends the run on a full disk.
+    """
+
+    def __init__(self, directory: str, first_step: int, say: Callable[[str], None]) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import, and only rank 0 needs them
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._file = LogFile(os.path.join(directory, name), say)
+        buffer = io.BytesIO()
+        self._records, self._buffer = RecordWriter(buffer), buffer
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        for event in {"file_version": "brain.Event:2"}, {"session_log": start, "step": first_step}:
+            self._records.write(self._event(wall_time=time.time(), **event).SerializeToString())
+        self.add(())
+
+    def add(self, steps: Iterable[tuple[int, dict[str, float]]]) -> None:
+        """Write (step, {name: value}) for each step."""
+        for step, scalars in steps:
+            # A name may hold bytes of a file name that are no text.
+            values = [self._summary.Value(tag=name.encode(errors="backslashreplace").decode(), simple_value=value)
+                      for name, value in scalars.items()]
+            event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+            self._records.write(event.SerializeToString())
+        self._file.write(self._buffer.getvalue())
+        self._buffer.seek(0)
+        self._buffer.truncate()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def _drop_lines_after(path: str, step: int) -> None:
-    """Remove the lines of later steps and an incomplete last line, so that the line of `step` + 1 can be appended."""
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as file, atomic_write(path) as shortened:
+    """Remove the lines of later steps and damaged ones, so that the line of `step` + 1 can be appended."""
+    with open(path, "rb") as file, atomic_write(path) as shortened:
         for line in file:
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    shortened.write(line.encode())
-            except (json.JSONDecodeError, TypeError, KeyError):
-                continue
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # not a line of ours, or torn
+                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                    shortened.write(line)
 
 
 def _peak_memory_mib(device: torch.device) -> float:
