@@ -42,7 +42,7 @@ from utils.files import OutputLock, lock_output
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes, warn_of_unused_environment
 from utils.launch.spawn import launch
 from utils.options import EMBEDDING_SIZE, Options, parse_options
-from utils.signals import EXIT_SAVED, handle
+from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
@@ -76,9 +76,7 @@ def main() -> None:
     lock = lock_output(options.output) if plan.node_rank == 0 and is_first_process() else None
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the other nodes at {plan.url}", flush=True)
-    status = launch(train, plan, options, dataset, sets, lock)
-    handle(signal.SIG_IGN)  # Python's exit takes a second, and the status is decided
-    sys.exit(status)
+    sys.exit(launch(train, plan, options, dataset, sets, lock))
 
 
 @dataclass

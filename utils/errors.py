@@ -24,13 +24,14 @@ class Parser(argparse.ArgumentParser):
         # No abbreviations: a flag that is added later must not change what an old command means.
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         for kind in (None, str):
-            self.register("type", kind, _not_empty)
+            self.register("type", kind, not_empty)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _not_empty(text: str) -> str:
+def not_empty(text: str) -> str:
+    """The type of an argument that is text. Raises ArgumentTypeError."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a value, or drop it (is a variable of the shell not set?)")
     return text
