@@ -49,7 +49,7 @@ from utils.launch.plan import ProcessPlan, is_first_process, plan_processes, war
 from utils.launch.spawn import launch
 from utils.memory import explain_out_of_memory
 from utils.options import EMBEDDING_SIZE, Options, describe_changes, parse_options
-from utils.signals import EXIT_SAVED, handle
+from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
 from utils.training.metrics import TrainingLog
@@ -90,9 +90,7 @@ def main() -> None:
         lock = lock_output(options.output) if is_first_process() else None
     if plan.nodes > 1:
         print(f"node {plan.node_rank} of {plan.nodes}: meeting the other nodes at {plan.url}", flush=True)
-    status = launch(train, plan, options, dataset, sets, lock)
-    handle(signal.SIG_IGN)  # Python's exit takes a second, and the status is decided
-    sys.exit(status)
+    sys.exit(launch(train, plan, options, dataset, sets, lock))
 
 
 @dataclass

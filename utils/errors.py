@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         # No abbreviations: a flag that is added later must not change what an old command means.
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         for kind in (None, str):
-            self.register("type", kind, _not_empty)
+            self.register("type", kind, not_empty)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's, but the error for what is left over says what may be meant."""
@@ -81,7 +81,8 @@ def escape_output() -> None:
             vars(stream)["write"] = functools.partial(write, stream.write)
 
 
-def _not_empty(text: str) -> str:
+def not_empty(text: str) -> str:
+    """The type of an argument that is text. Raises ArgumentTypeError."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a value, or drop it (is a variable of the shell not set?)")
     return text

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, not_empty
 
 T = TypeVar("T")
 
@@ -110,7 +110,8 @@ class Flag:
             arguments["action"] = "store_true" if self.default is False else argparse.BooleanOptionalAction
         else:
             arguments["metavar"] = self.metavar or (self.choices and f"{{{','.join(self.choices)}}}")
-            arguments["type"] = functools.partial(parse_list, self.type) if self.is_list else self._parse
+            arguments["type"] = functools.partial(parse_list, self.type) if self.is_list else (
+                not_empty if self.type is str else self._parse)
         group.add_argument(*self.names, **arguments)
 
 

@@ -152,9 +152,10 @@ def _supervise(work: Work, plan: ProcessPlan, args: tuple[Any, ...], link: NodeL
         if link is not None:
             cause = link.report(cause)
     finally:
-        # A repeated signal must not end this process in the little time that is left.
+        # A signal must not end this process in the little time that is left, when the status is decided.
+        decided = request.signal is not None or saved.poll()
         for number, handler in handlers.items():
-            signal.signal(number, handler if request.signal is None else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if decided else handler)
     return cause or max(codes)
 
 
