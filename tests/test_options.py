@@ -166,6 +166,7 @@ def test_the_options_cannot_be_changed():
     (["--val-freq", "0", "--val-bin", "lfw.bin"], ["--val-freq 0", "at least 1"]),
     (["--val-bin", "lfw.bin,,"], ["--val-bin", "'lfw.bin,,'", "comma-separated"]),
     (["--val-bin", "lfw.bin", "--imgs-root", "x"], ["--imgs-root"]),
+    (["--skip-missing-pairs"], ["--skip-missing-pairs", "--val-pairs"]),
     (["--val-bin", "lfw.bin", "--evaluate", "--resume", "x", "--imgs-root", "x", "--pair-list", "x"],
      ["--val-bin", "--evaluate"]),
     (["--lr", "-1"], ["--lr -1"]),
