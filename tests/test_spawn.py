@@ -146,7 +146,7 @@ def test_ranks_that_were_started_end_if_another_cannot_be(monkeypatch):
     context = type("Context", (), {"Pipe": lambda self, duplex: mp.Pipe(duplex), "Process": Process})
     monkeypatch.setattr(spawn.mp, "get_context", lambda kind: context())
     with pytest.raises(UserError, match="process 2 of 3 .*Resource temporarily unavailable"):
-        spawn._start(print, ProcessPlan("spawn", 1, 0, 3, "cpu", None, "gloo", "127.0.0.1", 0), ())
+        spawn._start(print, ProcessPlan("spawn", 1, 0, 3, "cpu", None, "gloo", "127.0.0.1", 0), (), mp.Pipe()[1])
     assert [process.killed for process in started] == [True]
 
 
@@ -306,7 +306,7 @@ def test_what_a_rank_cannot_receive_is_one_line():
     task = pickle.loads(pickle.dumps(spawn._Task(print, PLAN, (Changed(),))))
     reader, writer = mp.Pipe(duplex=False)
     process = mp.get_context("fork").Process(
-        target=rank.run_child, args=(0, task, os.getpid(), writer))
+        target=rank.run_child, args=(0, task, os.getpid(), writer, mp.Pipe()[1]))
     process.start()
     process.join(60)
     assert process.exitcode == 1
