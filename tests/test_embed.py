@@ -198,7 +198,7 @@ def test_embed_script_writes_embeddings_and_paths(
         (["{faces}/imgs/0", "--output", "{faces}/e.txt"], "--output .*e.txt: .*.npy"),
         (["{faces}/none", "--output", "{faces}/e.npy"], "none: no such file or directory"),
         (["{empty}", "--output", "{faces}/e.npy"], "no images below it"),
-        (["{faces}/imgs", "--output", "{faces}/e.npy", "--resume", ""], "--resume is missing"),
+        (["{faces}/imgs", "--output", "{faces}/e.npy", "--resume", ""], "--resume: is empty"),
         (["{faces}/imgs", "--output", "{faces}/e.npy", "--resume", "none"], "--resume none: no such file"),
         (["{faces}/imgs", "--output", "{faces}/old.npy"], "--output .*old.txt: exists; .*--force"),
         (["{faces}/imgs", "--output", "{faces}/e.npy", "-a", "vgg"], "--arch vgg"),

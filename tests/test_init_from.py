@@ -154,7 +154,7 @@ def test_a_run_starts_from_another_run(pools, faces, tmp_path):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--init-from", "a", "--resume", "b"], "--init-from a with --resume b"),
-    (["--init-from", "a", "--evaluate", "--resume", ""], "--evaluate"),
+    (["--init-from", "a", "--evaluate"], "--evaluate"),
 ])
 def test_flags_that_do_not_go_together(flags, words):
     with pytest.raises(UserError, match=words):

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -16,8 +16,8 @@ PACKAGES = ("torch", "torchvision", "torchshard", "numpy", "PIL", "tqdm")  # wha
 TORCH = (2, 11)  # as in requirements.txt
 
 
-def require_packages(packages: Iterable[str] = PACKAGES) -> None:
-    """End the program with one line and status 2 if Python or torch is too old, or a package is missing or broken.
+def require_packages(packages: Collection[str] = PACKAGES) -> None:
+    """End the program with one line and status 2 if a package is missing, torch is broken, or it or Python is too old.
 
     Programs call this before they import a package.
     """
@@ -28,18 +28,15 @@ def require_packages(packages: Iterable[str] = PACKAGES) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         _end(f"{sys.executable} has no {', '.join(missing)}; {_other_interpreter() or 'install them: ' + install}")
-    for name in packages:
-        if name == "torchvision":  # it takes a second to import, and not every program does
-            continue
+    if "torch" in packages:  # Every program that lists it imports it. The others may not be needed.
         try:
-            module = importlib.import_module(name)
-            old = name == "torch" and tuple(map(int, module.__version__.split(".")[:2])) < TORCH
+            version = importlib.import_module("torch").__version__
+            old = tuple(map(int, version.split(".")[:2])) < TORCH
         except Exception as error:  # ImportError, OSError for a missing library, or what a damaged file raises
-            _end(f"{name} of {sys.executable} cannot be imported ({' '.join(str(error).split())[:200]}); "
+            _end(f"torch of {sys.executable} cannot be imported ({' '.join(str(error).split())[:200]}); "
                  f"{_other_interpreter() or 'install it again: ' + install}")
         if old:
-            _end(f"{sys.executable} has torch {module.__version__}; "
-                 f"{_other_interpreter() or 'install a newer one: ' + install}")
+            _end(f"{sys.executable} has torch {version}; {_other_interpreter() or 'install a newer one: ' + install}")
 
 
 def _other_interpreter() -> str | None:

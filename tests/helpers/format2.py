@@ -58,6 +58,9 @@ class Drawn(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
 
+    def fingerprint(self) -> str:
+        return ""
+
 
 def train(rank: int, world_size: int, argv: list[str], nodes: int = 1) -> int:
     options = parse_options(["drawn", *FLAGS, *argv])

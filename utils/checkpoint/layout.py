@@ -216,7 +216,8 @@ def _saved_at(directory: str) -> float:
 def _load_manifest(directory: str) -> Any:
     """The JSON in a manifest. Raises OSError, ValueError or RecursionError."""
     with open_regular(os.path.join(directory, MANIFEST_FILE)) as file:
-        return json.loads(file.read(_MANIFEST_LIMIT))
+        # Never more than there is: `read` allocates what it is asked for.
+        return json.loads(file.read(min(os.fstat(file.fileno()).st_size, _MANIFEST_LIMIT)))
 
 
 def step_directory(path: str, contents: dict) -> str:
