@@ -134,9 +134,9 @@ class FaceFolder(TrainingSet):
             parts.append(f"files of other kinds: {describe_files(files)}")
         if deeper:
             first = next(self._directories[d] for d, counts in unused.items() if _DEEPER in counts)
-            parts.append(f"{deeper} images one directory deeper, such as those below {self.root}/{first}")
+            parts.append(f"{deeper} image{'s' * (deeper > 1)} one directory deeper, such as below {self.root}/{first}")
         if in_root:
-            parts.append(f"{in_root} images in {self.root} itself")
+            parts.append(f"{in_root} image{'s' * (in_root > 1)} in {self.root} itself")
         empty = [name for name, count in zip(self._directories, np.diff(self._cache["first_image"])) if not count]
         if empty:
             names = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")

@@ -291,7 +291,7 @@ def test_what_is_not_used_is_told_at_every_start(tmp_path, capsys, index):
         assert folder.identities == ["b", "d"] and len(folder) == 2
         told.add(capsys.readouterr().err)
     assert told == {f"warning: {tmp_path}: not used: files of other kinds: 2 .heic, 1 without extension; 2 images one "
-                    f"directory deeper, such as those below {tmp_path}/b; 2 images in {tmp_path} itself; 2 "
+                    f"directory deeper, such as below {tmp_path}/b; 2 images in {tmp_path} itself; 2 "
                     "sub-directories without an image, which get no label: a, c\n"}
     with pytest.raises(UserError, match="no images in its 1 sub-dir.*; found: files of other kinds: 1 .heic; 1"):
         touch(tmp_path / "other" / "a" / "1.heic")
