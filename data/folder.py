@@ -161,7 +161,11 @@ class FaceFolder(TrainingSet):
         return read_bytes(path), path
 
     def _directory(self, position: int) -> int:
-        return bisect.bisect_right(self._first_image, position) - 1
+        d = bisect.bisect_right(self._first_image, position) - 1
+        if not 0 <= d < len(self._directories):  # the mapped file was truncated, and its last page reads as zeros
+            raise UserError(f"{self.root}: the list of its images, in a file that this run reads, was truncated; start "
+                            "the run again with --resume auto")
+        return d
 
     def _path(self, position: int) -> str:
         d = self._directory(position)
