@@ -134,9 +134,9 @@ class FaceFolder(TrainingSet):
             parts.append(f"files of other kinds: {describe_files(files)}")
         if deeper:
             first = next(self._directories[d] for d, counts in unused.items() if _DEEPER in counts)
-            parts.append(f"{deeper} images one directory deeper, such as those below {self.root}/{first}")
+            parts.append(f"{deeper} image{'s' * (deeper > 1)} one directory deeper, such as below {self.root}/{first}")
         if in_root:
-            parts.append(f"{in_root} images in {self.root} itself")
+            parts.append(f"{in_root} image{'s' * (in_root > 1)} in {self.root} itself")
         empty = [name for name, count in zip(self._directories, np.diff(self._cache["first_image"])) if not count]
         if empty:
             names = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
@@ -161,7 +161,11 @@ class FaceFolder(TrainingSet):
         return read_bytes(path), path
 
     def _directory(self, position: int) -> int:
-        return bisect.bisect_right(self._first_image, position) - 1
+        d = bisect.bisect_right(self._first_image, position) - 1
+        if not 0 <= d < len(self._directories):  # the mapped file was truncated, and its last page reads as zeros
+            raise UserError(f"{self.root}: the list of its images, in a file that this run reads, was truncated; start "
+                            "the run again with --resume auto")
+        return d
 
     def _path(self, position: int) -> str:
         d = self._directory(position)

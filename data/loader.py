@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.decode import IMAGE_SIZE, codec_messages, decode_into, jpeg_operator
 from utils.errors import UserError, printable
-from utils.signals import STOP_SIGNALS
+from utils.signals import STOP_SIGNALS, describe_death
 
 # This many unreadable images in a row are not a few bad files: the disk is gone.
 _MAX_BAD_IN_A_ROW = 100
@@ -286,9 +286,8 @@ class _BatchLoader(DataLoader):
                 waited = time.monotonic() - started
                 if dead:
                     codes = sorted({worker.exitcode or 0 for worker in dead})
-                    how = ", ".join(signal.Signals(-code).name if code < 0 else f"status {code}" for code in codes)
-                    return (f"{len(dead)} of {self.num_workers} data loading processes ended by {how}"
-                            + (" (out of memory? see dmesg)" if -signal.SIGKILL in codes else ""))
+                    how = ", ".join(describe_death(-code) if code < 0 else f"status {code}" for code in codes)
+                    return f"{len(dead)} of {self.num_workers} data loading processes ended by {how}"
                 if waited > (STUCK_SECONDS_STOPPING if self._stopping() else self._patience):
                     return f"the data loading processes have given no batch for {waited:.0f} s"
 

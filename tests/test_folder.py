@@ -291,7 +291,7 @@ def test_what_is_not_used_is_told_at_every_start(tmp_path, capsys, index):
         assert folder.identities == ["b", "d"] and len(folder) == 2
         told.add(capsys.readouterr().err)
     assert told == {f"warning: {tmp_path}: not used: files of other kinds: 2 .heic, 1 without extension; 2 images one "
-                    f"directory deeper, such as those below {tmp_path}/b; 2 images in {tmp_path} itself; 2 "
+                    f"directory deeper, such as below {tmp_path}/b; 2 images in {tmp_path} itself; 2 "
                     "sub-directories without an image, which get no label: a, c\n"}
     with pytest.raises(UserError, match="no images in its 1 sub-dir.*; found: files of other kinds: 1 .heic; 1"):
         touch(tmp_path / "other" / "a" / "1.heic")
@@ -470,3 +470,13 @@ def test_real_faces_are_checked_fast_and_decode_as_pillow_does():
     print(f"{len(images) / (time.perf_counter() - started):,.0f} images/s decoded")
     for i, image in zip(sample, images):
         assert np.array_equal(image.permute(1, 2, 0), np.asarray(Image.open(folder.path(i)).convert("RGB")))
+
+
+def test_a_list_of_images_that_is_truncated_in_use_is_an_error(tmp_path):
+    make_folder(tmp_path / "data", {"a": 2, "b": 2})
+    index = tmp_path / "index"
+    FaceFolder(tmp_path / "data", index=index)
+    folder = FaceFolder(tmp_path / "data", index=index)
+    os.truncate(index, 100)  # what is left of the page that is mapped reads as zeros
+    with pytest.raises(UserError, match="was truncated; start the run again"):
+        folder.path(0)

@@ -285,6 +285,14 @@ def test_a_report_fits_into_a_pipe(kind, letter):
     assert len(report) < 2**16 and json.loads(report)["message"]
 
 
+def test_a_rank_that_waits_in_vain_says_so_in_plain_words():
+    error = RuntimeError("[/src/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 12000ms for recv operation "
+                         "to complete")
+    report = json.loads(rank._describe_failure(error))
+    assert report["message"].startswith("another rank did not answer within 12 s (see --dist-timeout)")
+    assert report["kind"] == "lost" and "unbound_buffer" in report["traceback"]
+
+
 def test_a_rank_that_touches_a_truncated_file_is_explained():
     reader, writer = mp.Pipe(duplex=False)
     writer.close()

@@ -265,6 +265,12 @@ def test_no_state_dict(tmp_path, content):
     assert "holds no state_dict" in refusal(path)
 
 
+def test_no_state_dict_says_what_there_is(tmp_path):
+    path = tmp_path / "file.pth"
+    torch.save({"epoch": 3, "student": {"conv1.weight": torch.zeros(2)}}, path)
+    assert "holds no state_dict, but epoch, student;" in refusal(path)
+
+
 def test_other_networks(tmp_path, published):
     path = tmp_path / "file.pth"
     torch.save({"blocks.0.weight": torch.zeros(2), "epoch": 3}, path)

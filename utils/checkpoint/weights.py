@@ -72,7 +72,9 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     entries = _unwrap(content)
     if (not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries)
             or not any(isinstance(value, Tensor) for value in entries.values())):
-        raise UserError(f"{path}: holds no state_dict; give a checkpoint, or the state dict of a published backbone")
+        entries = ", ".join(f"{str(name):.40}" for name in list(content)[:5]) if isinstance(content, Mapping) else ""
+        raise UserError(f"{path}: holds no state_dict{entries and f', but {entries}'}; give a checkpoint, or the state "
+                        "dict of a published backbone")
     backbone, found = _build(path, content, entries)
     if arch not in (found, None):
         raise UserError(f"{path}: holds {found}, but --arch says {arch}; give {found}, or leave --arch out")

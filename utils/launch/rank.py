@@ -84,9 +84,13 @@ def _describe_failure(error: BaseException) -> bytes:
     # The connection to another rank or to the store broke. gloo raises a plain RuntimeError.
     lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(
         "gloo|Connection closed by peer", str(error))
+    message = traceback.format_exception_only(error)[-1].splitlines()[0][:_MESSAGE_CHARACTERS]
+    if lost and (waited := re.search(r"Timed out waiting (\d+)ms", message)):  # gloo adds a path of its code
+        message = (f"another rank did not answer within {int(waited[1]) / 1000:g} s (see --dist-timeout); was its "
+                   "process stopped, or does it wait for a disk?")
     failure = {"kind": "user", "message": str(error)[:_MESSAGE_CHARACTERS]} if isinstance(error, UserError) else {
         "kind": "lost" if lost else "error",
-        "message": traceback.format_exception_only(error)[-1].splitlines()[0][:_MESSAGE_CHARACTERS],
+        "message": message,
         "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:],
     }
     text = json.dumps({**failure, "time": time.time()}, ensure_ascii=False)
