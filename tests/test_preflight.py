@@ -96,7 +96,7 @@ def test_the_number_of_classes_from_the_training_set(answer, monkeypatch, capsys
     assert "'many'" in answer(faces, "--num-classes", "many")
     launched = []
     monkeypatch.setattr(main, "launch", lambda work, plan, options, *rest: launched.append(options.num_classes) or 0)
-    for given, row in (("auto", "8 classes, "), ("11", "11 classes (3 of them without images), ")):
+    for given, row in (("auto", "8 classes, "), ("11", "11 classes (3 of them without images")):
         monkeypatch.setattr(sys, "argv", ["main.py", str(faces), "-b", "8", "--num-classes", given, "--output",
                                           str(tmp_path)])
         with pytest.raises(SystemExit):

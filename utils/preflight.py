@@ -203,7 +203,7 @@ def run_table(
         precision = f"mixed: backbone {low}, classifier " + (
             f"{low} products summed in float32" if plan.device_type == "cuda" else "float32")
     spare = options.num_classes - len(dataset.identities)
-    without = f" ({spare:,} of them without images)" if spare else ""
+    without = f" ({spare:,} of them without images; none with --num-classes auto)" if spare else ""
     rows = {
         "device": f"{device}, {plan.backend}",
         "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "

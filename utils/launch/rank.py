@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import json
 import multiprocessing
@@ -43,6 +44,8 @@ def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
     if plan.launcher == "torchrun":
         end_with_parent(os.getppid())
         local_rank = int(os.environ["LOCAL_RANK"])
+    with contextlib.suppress(ValueError, OSError):  # stderr is no file
+        faulthandler.enable(all_threads=False)  # nobody else explains a SIGBUS, of a mapped file that was truncated
     try:
         return _run(local_rank, work, plan, args)
     except Exception as error:
