@@ -6,7 +6,7 @@ With c_ij = x_i . w_j / |w_j| the cosine of row i and class j, y_i the target, p
 its map of the other cosines (the identity for most losses), the sums over all classes of all ranks:
 
     l_ij = s * g(c_ij)  for j != y_i,   l_iy = s * phi(c_iy)
-    loss = 1/N * sum_i [ log sum_j exp(l_ij) - l_iy ]
+    loss = 1/N * sum_i [ log sum_j exp(l_ij) - l_iy + the margin's penalty of |x_i|, which most losses do not have ]
 
 The (N, R) logits never exist. losses/README.md describes the walk.
 """
@@ -30,7 +30,7 @@ from utils.dist.collectives import all_gather_rows, all_reduce_sum
 RowUpdate = Callable[[slice, Tensor, Tensor], None]
 
 # Logit of a column that is left out: exp(this - any logit) is 0, and this - this is no NaN, as it would be of -inf.
-_LEFT_OUT = -1e30
+LEFT_OUT = -1e30
 
 # Columns of a chunk's buffer beside its K classes. The first takes the writes for targets of other chunks; 16 of them
 # (64 bytes, a cache line, in float32) keep the rows aligned.
@@ -46,8 +46,9 @@ _FP16_GAIN = 2.0**13
 
 def margin_softmax(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float,
-    group: dist.ProcessGroup | None, norm: Tensor | None = None, saved_probs_mib: float = 0.0,
-    matmul_dtype: torch.dtype | None = None, update: RowUpdate | None = None, chunk: int | None = None,
+    group: dist.ProcessGroup | None, norm: Tensor | None = None, filter_above: float | None = None,
+    saved_probs_mib: float = 0.0, matmul_dtype: torch.dtype | None = None, update: RowUpdate | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. The loss of the module's docstring, and how many classes are closer than the target.
 
@@ -59,6 +60,8 @@ def margin_softmax(
         scale: s.
         group: the ranks that share the classes; None if this process has all of them.
         norm: norms of the embeddings (N,) before they were normalised, the same on every rank; for margin.uses_norm.
+        filter_above: a class other than the target with a cosine above this takes no part in the row's loss. It is
+            probably the same person under another label (An et al., "Killing Two Birds with One Stone", CVPR 2022).
         saved_probs_mib: memory for probabilities saved for the backward pass, which recomputes those that do not fit.
             All saved: 6 N R d operations and 4 N bytes a class (2 N with bf16 products); none: 8 N R d.
         matmul_dtype: torch.bfloat16 or torch.float16, to which the matrix products round their operands; they sum and
@@ -76,7 +79,7 @@ def margin_softmax(
     backward_follows = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (embedding, centers, norm))
     walk = _Walk(
-        margin=margin, scale=scale, group=group, size=len(centers),
+        margin=margin, scale=scale, filter_above=filter_above, group=group, size=len(centers),
         chunk=max(1, min(chunk or _chunk_size(embedding), len(centers))),
         saved_bytes=int(saved_probs_mib * 2**20) if backward_follows else 0,
         matmul_dtype=matmul_dtype if matmul_dtype != centers.dtype else None, update=update,
@@ -96,6 +99,7 @@ class _Walk:
 
     margin: Margin
     scale: float
+    filter_above: float | None
     group: dist.ProcessGroup | None
     size: int
     chunk: int
@@ -129,14 +133,19 @@ class _Walk:
             out.mul_(factor)
 
     def map_negatives(self, logits: Tensor, cosine: Tensor, phi: Tensor) -> Tensor | None:
-        """Apply the margin's g, if it has one, to `logits`, s * cosine (N, K), in place. Returns g's slope, (N, K).
+        """Apply the filter and the margin's g, where given, to `logits`, s * cosine (N, K), in place.
+
+        Returns g's slope, (N, K), or None for a slope of 1. A filtered class needs none: its probability is 0.
 
         cosine, phi: (N,), of the targets.
         """
-        if self.margin.negatives is None:
-            return None
-        mapped, slope = self.margin.negatives(logits / self.scale, cosine.unsqueeze(1), phi.unsqueeze(1))
-        torch.mul(mapped, self.scale, out=logits)
+        filtered = None if self.filter_above is None else logits > self.filter_above * self.scale
+        slope = None
+        if self.margin.negatives is not None:
+            mapped, slope = self.margin.negatives(logits / self.scale, cosine.unsqueeze(1), phi.unsqueeze(1))
+            torch.mul(mapped, self.scale, out=logits)
+        if filtered is not None:
+            logits.masked_fill_(filtered, LEFT_OUT)
         return slope
 
 
@@ -162,7 +171,7 @@ class _MarginSoftmax(torch.autograd.Function):
         rows, chunks, margin, dtype = embedding.shape[0], walk.chunks(), walk.margin, embedding.dtype
         cosine = all_reduce_sum(_target_cosine(embedding, target, centers), walk.group)
         margin.observe(cosine, norm)
-        phi, slope, norm_slope = margin.target(cosine, norm)
+        phi, slope, norm_slope = margin.with_slopes(cosine, norm)
         bar = (walk.scale * cosine).unsqueeze(1)
 
         buffer = embedding.new_empty(rows, walk.chunk + SPARE_COLUMNS)
@@ -173,7 +182,7 @@ class _MarginSoftmax(torch.autograd.Function):
         columns = walk.columns(target)
         factor = centers.new_empty(centers.shape[0])
         running_max = embedding.new_empty(len(chunks), rows)  # after each chunk
-        maximum = embedding.new_full((rows,), _LEFT_OUT)
+        maximum = embedding.new_full((rows,), LEFT_OUT)
         sum_exp = embedding.new_zeros(rows)
         not_closer = embedding.new_zeros(rows, dtype=torch.float64)
         operand = walk.rounded(embedding)
@@ -183,12 +192,12 @@ class _MarginSoftmax(torch.autograd.Function):
             block = saved_probs[number] if save and saved_dtype == dtype else buffer
             logits = block[:, :len(here)]
             walk.scaled_cosines(operand, walk.operand(here, chunk_factor), chunk_factor, logits)
-            block.scatter_(1, columns[number].unsqueeze(1), _LEFT_OUT)
+            block.scatter_(1, columns[number].unsqueeze(1), LEFT_OUT)
             # "<=" and not ">": a NaN on either side must count against the hit.
             not_closer += torch.le(logits, bar, out=compared[:, :len(here)]).sum(dim=1)
             negative_slope = walk.map_negatives(logits, cosine, phi)
             if negative_slope is not None:
-                block.scatter_(1, columns[number].unsqueeze(1), _LEFT_OUT)
+                block.scatter_(1, columns[number].unsqueeze(1), LEFT_OUT)
             previous, maximum = maximum, torch.maximum(maximum, logits.amax(dim=1), out=running_max[number])
             logits.sub_(maximum.unsqueeze(1)).exp_()
             sum_exp.mul_((previous - maximum).exp_()).add_(logits.sum(dim=1))
@@ -197,7 +206,7 @@ class _MarginSoftmax(torch.autograd.Function):
             if save and block is buffer:
                 saved_probs[number, :, :len(here)] = logits
 
-        # Merge the ranks' partial sums in float64. A rank without classes adds 0 * exp(_LEFT_OUT - maximum) = 0.
+        # Merge the ranks' partial sums in float64. A rank without classes adds 0 * exp(LEFT_OUT - maximum) = 0.
         part = torch.stack([maximum.double(), sum_exp.double(), walk.size - not_closer])
         parts = part.unsqueeze(0) if walk.group is None else all_gather_rows(part, walk.group).view(-1, *part.shape)
         maximum = parts[:, 0].amax(dim=0)
@@ -205,13 +214,18 @@ class _MarginSoftmax(torch.autograd.Function):
         target_logit = walk.scale * phi.double()
         row_loss = torch.logaddexp(log_others - target_logit, torch.zeros_like(target_logit))
         logit_grad = -torch.sigmoid(log_others - target_logit)
-        loss, num_closer = row_loss.mean().to(dtype), parts[:, 2].sum(dim=0).long()
-
-        # Each rank knows the gradient of every norm: the owner of the target gives it, so that the sum has it once.
-        norm_grad = None if norm_slope is None else torch.where(
-            target >= 0, logit_grad * norm_slope * (walk.scale / rows), 0.0).to(dtype)
+        norm_grad = None if norm_slope is None else walk.scale * logit_grad * norm_slope
+        loss, num_closer = row_loss.mean(), parts[:, 2].sum(dim=0).long()
+        if margin.penalty is not None:
+            penalty, penalty_slope = margin.penalty(norm)
+            loss = loss + penalty.mean()
+            norm_grad = penalty_slope if norm_grad is None else norm_grad + penalty_slope
+        if norm_grad is not None:
+            # Each rank knows the gradient of every norm: the owner of the target gives it, so that the sum has it once.
+            norm_grad = torch.where(target >= 0, norm_grad / rows, 0.0).to(dtype)
         ctx.save_for_backward(embedding, centers, factor, columns, (target_logit + row_loss).to(dtype),
                               (logit_grad * slope).to(dtype), running_max, saved_probs, cosine, phi, norm_grad)
+        loss = loss.to(dtype)
         ctx.walk, ctx.finite = walk, loss.isfinite()
         ctx.mark_non_differentiable(num_closer)
         return loss, num_closer

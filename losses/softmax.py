@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.fused import LEFT_OUT
 from losses.margins import Margin, WithSlopes
 from utils.dist.collectives import all_reduce_sum
 from utils.dist.sharding import parallel_cross_entropy
@@ -18,16 +19,16 @@ from utils.dist.sharding import parallel_cross_entropy
 
 def margin_softmax_plain(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float, group: None = None,
-    norm: Tensor | None = None,
+    norm: Tensor | None = None, filter_above: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`margin_softmax` by its equation, in one process that has all classes."""
-    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm)
-    return F.cross_entropy(logits, target), num_closer
+    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm, filter_above)
+    return F.cross_entropy(logits, target) + _penalty(margin, norm, target), num_closer
 
 
 def margin_softmax_torchshard(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float,
-    group: dist.ProcessGroup | None, norm: Tensor | None = None,
+    group: dist.ProcessGroup | None, norm: Tensor | None = None, filter_above: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. `margin_softmax` through torchshard's parallel_cross_entropy.
 
@@ -35,18 +36,20 @@ def margin_softmax_torchshard(
     are padded here, with a logit whose exp is 0 but which is finite, so that it leaves no NaN.
     """
     if group is None:
-        return margin_softmax_plain(embedding, target, centers, margin, scale=scale, norm=norm)
-    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm)
+        return margin_softmax_plain(embedding, target, centers, margin, scale=scale, norm=norm,
+                                    filter_above=filter_above)
+    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm, filter_above)
     width = torch.tensor(len(centers), device=target.device)
     dist.all_reduce(width, op=dist.ReduceOp.MAX, group=group)
     column = torch.where(target >= 0, target + dist.get_rank(group) * width, 0)
     padded = F.pad(logits, (0, int(width) - len(centers)), value=-1e4 * scale)
-    return parallel_cross_entropy(padded, all_reduce_sum(column, group)), num_closer
+    loss = parallel_cross_entropy(padded, all_reduce_sum(column, group))
+    return loss + _penalty(margin, norm, target), num_closer
 
 
 def _shard_logits(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, scale: float, group: dist.ProcessGroup | None,
-    norm: Tensor | None,
+    norm: Tensor | None, filter_above: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. This rank's logits (N, R), and num_closer (N,), without host synchronisation."""
     cosine = embedding @ F.normalize(centers).t()
@@ -61,9 +64,19 @@ def _shard_logits(
         return scale * cosine, closer
     phi, others = margin(target_cosine, norm), cosine
     if margin.negatives is not None:
-        constants = bar.unsqueeze(1), margin.target(bar, None if norm is None else norm.detach())[0].unsqueeze(1)
+        constants = bar.unsqueeze(1), margin.with_slopes(bar, None if norm is None else norm.detach())[0].unsqueeze(1)
         mapped, slope = margin.negatives(cosine.detach(), *constants)
         others = WithSlopes.apply(mapped, slope, None, cosine, None)
+    if filter_above is not None:
+        others = others.masked_fill(cosine.detach() > filter_above, LEFT_OUT / scale)
     # Rows whose target is elsewhere write back the value that is there already.
     patch = torch.where(owned, phi, others.gather(1, column).squeeze(1))
     return scale * others.scatter(1, column, patch.unsqueeze(1)), closer
+
+
+def _penalty(margin: Margin, norm: Tensor | None, target: Tensor) -> Tensor | float:
+    """The mean of the margin's penalty. Its gradient is on the rank of the target alone: the ranks' are summed."""
+    if margin.penalty is None or norm is None:
+        return 0.0
+    value, slope = margin.penalty(norm.detach())
+    return WithSlopes.apply(value, torch.where(target >= 0, slope, 0.0), None, norm, None).mean()

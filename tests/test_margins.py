@@ -6,13 +6,14 @@ A new margin needs an entry in MARGINS and one here.
 from __future__ import annotations
 
 import inspect
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.margins import true_arcface, true_gradients
+from helpers.margins import TrueLoss, true_arcface, true_gradients
 from helpers.parity import assert_equal, run_training, true_training
 
 from losses.fused import margin_softmax
@@ -22,16 +23,83 @@ from utils.dist.sharding import ClassShard, init_model_parallel
 from utils.flags import check_values, flags_of
 
 
-def true_cosface(cosine: torch.Tensor, norm: torch.Tensor | None = None, margin: float = 0.35) -> torch.Tensor:
+def true_cosface(cosine, norm=None, margin=0.35):
     return cosine - margin
 
 
-# name -> (phi(cosine, norm, **settings) by its definition, differentiable by autograd; settings to try)
+def true_combined(cosine, norm=None, m1=1.0, m2=0.3, m3=0.2):
+    angle = m1 * cosine.acos() + m2
+    beyond = cosine - math.cos(min((math.pi - m2) / m1, math.pi)) - 1  # continuous: phi is -1 - m3 where it begins
+    return torch.where(angle <= math.pi, angle.cos(), beyond) - m3
+
+
+def true_sphereface(cosine, norm=None, margin=1.7):
+    angle = margin * cosine.acos()
+    k = (angle / math.pi).floor()
+    return (-1.0) ** k * angle.cos() - 2 * k
+
+
+def true_adaface(cosine, norm=None, margin=0.4, concentration=0.333, norm_momentum=0.01, norm_mean=20.0,
+                 norm_std=100.0):
+    quality = (concentration * (norm.detach().clip(0.001, 100) - norm_mean) / (norm_std + 0.001)).clip(-1, 1)
+    angle = (cosine.acos() - margin * quality).clip(0.001, math.pi - 0.001)
+    return angle.cos() - (margin + margin * quality)
+
+
+def next_adaface(cosine, norm, norm_mean, norm_std, norm_momentum=0.01):
+    norm = norm.clip(0.001, 100)
+    return dict(norm_mean=norm_momentum * norm.mean() + (1 - norm_momentum) * norm_mean,
+                norm_std=norm_momentum * norm.std() + (1 - norm_momentum) * norm_std)
+
+
+def true_curricular(cosine, norm=None, margin=0.5, curriculum_momentum=0.01, t=0.0):
+    return true_arcface(cosine, norm, margin, easy_margin=False)
+
+
+def harder_curricular(cosine, target, phi, margin=0.5, curriculum_momentum=0.01, t=0.0):
+    return torch.where(cosine > (target.acos() + margin).cos(), cosine * (t + cosine), cosine)
+
+
+def true_mv_softmax(cosine, norm=None, margin=0.35, mv_target="am", mv_weight=1.12, easy_margin=True):
+    if mv_target == "arc":
+        return true_arcface(cosine, norm, margin, easy_margin)
+    return torch.where(cosine > 0, cosine - margin, cosine) if easy_margin else cosine - margin
+
+
+def harder_mv_softmax(cosine, target, phi, mv_weight=1.12, **_):
+    return torch.where(cosine > phi, mv_weight * cosine + mv_weight - 1, cosine)
+
+
+def true_magface(cosine, norm=None, low_norm=10.0, high_norm=110.0, low_margin=0.45, high_margin=0.8, norm_weight=35.0,
+                 easy_margin=True):
+    norm = norm.clip(low_norm, high_norm)
+    margin = low_margin + (high_margin - low_margin) * (norm - low_norm) / (high_norm - low_norm)
+    theta = cosine.acos()
+    inside = cosine > 0 if easy_margin else theta < math.pi - margin
+    return torch.where(inside, (theta + margin).cos(), cosine if easy_margin else cosine - margin * margin.sin())
+
+
+def penalty_magface(norm, low_norm=10.0, high_norm=110.0, norm_weight=35.0, **_):
+    norm = norm.clip(low_norm, high_norm)
+    return norm_weight * (norm / high_norm**2 + 1 / norm)
+
+
 TRUTH = {
-    "arcface": (true_arcface, [dict(margin=m, easy_margin=e) for m in (0.0, 0.1, 0.5, 1.2) for e in (True, False)]),
-    "cosface": (true_cosface, [dict(margin=m) for m in (0.0, 0.35, 0.8)]),
+    "arcface": TrueLoss(true_arcface, [dict(margin=m, easy_margin=e) for m in (0.0, 0.1, 0.5, 1.2)
+                                       for e in (True, False)]),
+    "cosface": TrueLoss(true_cosface, [dict(margin=m) for m in (0.0, 0.35, 0.8)]),
+    "combined": TrueLoss(true_combined, [dict(), dict(m1=0.9, m2=0.4, m3=0.15), dict(m1=1.35, m2=0.0, m3=0.0)]),
+    "sphereface": TrueLoss(true_sphereface, [dict(margin=m) for m in (1.0, 1.7, 4.0)]),
+    "adaface": TrueLoss(true_adaface, [dict(), dict(margin=0.7, concentration=2.0)],
+                        statistics=dict(norm_mean=20.0, norm_std=100.0), update=next_adaface),
+    "curricularface": TrueLoss(
+        true_curricular, [dict(), dict(margin=0.3)], harder_curricular, statistics=dict(t=0.0),
+        update=lambda cosine, norm, t: dict(t=0.01 * cosine.mean() + 0.99 * t)),
+    "mv-softmax": TrueLoss(true_mv_softmax, [dict(), dict(mv_target="arc", margin=0.5), dict(easy_margin=False)],
+                           harder_mv_softmax),
+    "magface": TrueLoss(true_magface, [dict(), dict(easy_margin=False)], penalty=penalty_magface),
 }
-CASES = [(name, settings) for name, (_, tried) in TRUTH.items() for settings in tried]
+CASES = [(name, settings) for name, true in TRUTH.items() for settings in true.tried]
 FORMS = {"fused": margin_softmax, "torchshard": margin_softmax_torchshard}
 GRID = torch.linspace(-0.999, 0.999, 1001, dtype=torch.float64)
 
@@ -46,17 +114,17 @@ def test_flags_and_description(name):
     check_values(margin)
     flags = flags_of(MARGINS[name])
     assert all(definition.help and definition.section == "loss" for definition in flags.values())
-    parameters = inspect.signature(TRUTH[name][0]).parameters
+    parameters = inspect.signature(TRUTH[name].phi).parameters
     assert {field: parameters[field].default for field in flags} == {field: getattr(margin, field) for field in flags}
     assert margin.describe() and margin.describe() in str(margin)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_value_and_slopes_match_the_definition(name, settings):
-    margin = MARGINS[name](**settings)
+    margin = MARGINS[name](**settings).double()
     cosine = GRID.clone().requires_grad_()
     norm = torch.linspace(1, 120, len(GRID), dtype=torch.float64).requires_grad_() if margin.uses_norm else None
-    true = TRUTH[name][0](cosine, norm, **settings)
+    true = TRUTH[name].phi(cosine, norm, **settings)
     (slope,) = torch.autograd.grad(true.sum(), cosine, retain_graph=True)
     phi, got_slope, norm_slope = margin.target(GRID, None if norm is None else norm.detach())
     torch.testing.assert_close(phi, true.detach(), rtol=1e-12, atol=1e-12)
@@ -67,7 +135,7 @@ def test_value_and_slopes_match_the_definition(name, settings):
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_slope_is_the_numerical_derivative(name, settings):
-    margin, step = MARGINS[name](**settings), 1e-6
+    margin, step = MARGINS[name](**settings).double(), 1e-6
     cosine = torch.linspace(-0.93, 0.97, 38, dtype=torch.float64)  # no point within `step` of a kink
     norm = torch.full_like(cosine, 30.0) if margin.uses_norm else None
     above, below = (margin.target(cosine + sign * step, norm)[0] for sign in (1, -1))
@@ -77,12 +145,12 @@ def test_slope_is_the_numerical_derivative(name, settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_finite_at_and_slightly_outside_one(name, settings, dtype):
-    eps, margin = torch.finfo(dtype).eps, MARGINS[name](**settings)
+    eps, margin = torch.finfo(dtype).eps, MARGINS[name](**settings).to(dtype)
     cosine = torch.tensor([1.0, -1.0, 1 + eps, -1 - eps, 1 - eps, 0.0], dtype=dtype)
     norm = torch.ones_like(cosine) if margin.uses_norm else None
     results = [value for value in margin.target(cosine, norm) if value is not None]
     assert all(value.isfinite().all() and value.dtype == dtype for value in results)
-    true = TRUTH[name][0](torch.ones(1, dtype=torch.float64), None if norm is None else norm[:1].double(), **settings)
+    true = TRUTH[name].phi(torch.ones(1, dtype=torch.float64), None if norm is None else norm[:1].double(), **settings)
     assert results[0][0].item() == pytest.approx(true.item(), abs=1e-3)
 
 
@@ -117,10 +185,12 @@ def run_form(rank: int, world_size: int, form: str, name: str, num_classes: int)
     centers = centers[shard.start:shard.stop].clone().requires_grad_()
     leaves = [embedding.requires_grad_()] + ([] if norm is None else [norm.requires_grad_()])
     target = torch.where(owned, label - shard.start, -1)
-    loss, closer = FORMS[form](embedding, target, centers, MARGINS[name](), scale=16.0, norm=norm,
+    loss, closer = FORMS[form](embedding, target, centers, MARGINS[name]().double(), scale=16.0, norm=norm,
                                group=init_model_parallel(world_size))
     loss.backward()
     for leaf in leaves:
+        if leaf.grad is None:  # the norm's, where the margin takes it as a constant
+            leaf.grad = torch.zeros_like(leaf)
         dist.all_reduce(leaf.grad)
     return loss.detach().numpy(), closer.numpy(), centers.grad.numpy(), *(leaf.grad.numpy() for leaf in leaves)
 
@@ -135,8 +205,8 @@ def assert_near(mine: np.ndarray, true: torch.Tensor) -> None:
 def test_loss_and_gradients(pools, name, form, world_size):
     for num_classes in (2, 11):
         tensors, label = inputs(num_classes, name)
-        loss, (embedding_grad, centers_grad, *norm_grad), num_closer = true_gradients(tensors, label, 16.0,
-                                                                                      TRUTH[name][0])
+        loss, (embedding_grad, centers_grad, *norm_grad), num_closer = true_gradients(
+            tensors, label, 16.0, *TRUTH[name].parts())
         results = pools(world_size).run(run_form, form, name, num_classes)
         for got_loss, got_closer, _, *grads in results:
             assert_near(got_loss, loss)
@@ -149,12 +219,12 @@ def test_loss_and_gradients(pools, name, form, world_size):
 @pytest.mark.parametrize("name", TRUTH)
 def test_plain_form(name):
     (embedding, centers, norm), label = inputs(11, name)
-    loss, grads, num_closer = true_gradients([embedding, centers, norm], label, 16.0, TRUTH[name][0])
+    loss, grads, num_closer = true_gradients([embedding, centers, norm], label, 16.0, *TRUTH[name].parts())
     leaves = [tensor.requires_grad_() for tensor in (embedding, centers, norm) if tensor is not None]
-    got, got_closer = margin_softmax_plain(embedding, label, centers, MARGINS[name](), scale=16.0, norm=norm)
+    got, got_closer = margin_softmax_plain(embedding, label, centers, MARGINS[name]().double(), scale=16.0, norm=norm)
     assert_near(got.detach().numpy(), loss)
     assert torch.equal(got_closer, num_closer)
-    for mine, true in zip(torch.autograd.grad(got, leaves), grads):
+    for mine, true in zip(torch.autograd.grad(got, leaves, materialize_grads=True), grads):
         assert_near(mine.numpy(), true)
 
 
@@ -172,5 +242,5 @@ TRAINING = {
 def test_training_equals_a_single_process(pools, name, mode):
     world_size, flags = TRAINING[mode]
     outcomes = pools(world_size).run(run_training, 5, False, [*flags, "--precision", "float64"], name)
-    truth = true_training(5, False, TRUTH[name][0])
+    truth = true_training(5, False, TRUTH[name])
     assert_equal(outcomes, truth, "--enable-model-parallel" in flags, 1e-9, 5)

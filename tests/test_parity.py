@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers.margins import true_arcface
+from helpers.margins import TrueLoss, true_arcface
 from helpers.parity import BATCH, SEED, Outcome, assert_equal, run_training, true_training
 from helpers.tiny import TinyBackbone
 from helpers.training import IMAGES
@@ -50,7 +50,7 @@ def truth_for(num_classes: int, batch_norm: bool, flags: list[str]) -> Outcome:
     easy = "--no-easy-margin" not in flags
     key = (num_classes, batch_norm, easy, micro_batches if batch_norm else 1)
     if key not in _truths:
-        _truths[key] = true_training(num_classes, batch_norm, partial(true_arcface, easy_margin=easy),
+        _truths[key] = true_training(num_classes, batch_norm, TrueLoss(partial(true_arcface, easy_margin=easy), []),
                                      micro_batches=key[-1])
     return _truths[key]
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from losses.fused import margin_softmax
-from losses.margins import MARGINS
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone
 from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
@@ -71,16 +70,18 @@ def build_training(
     sgd = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     skip_nonfinite = options.on_nonfinite == "skip"
     row_sgd = RowSGD(weight, skip_nonfinite=skip_nonfinite, **sgd) if options.fuse_classifier_update else None
-    margin = MARGINS[options.loss](**options.loss_settings)
-    loss: Callable[..., tuple[Tensor, Tensor]] = margin_softmax_torchshard
+    margin = options.build_margin()
+    loss: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
+        margin_softmax_torchshard, filter_above=options.inter_class_filter)
     if options.classifier == "fused":
         saved_probs_mib: float | None = options.classifier_memory_mib
         if saved_probs_mib is None:
             saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update)
         loss = functools.partial(
-            margin_softmax, saved_probs_mib=saved_probs_mib, update=row_sgd.update_rows if row_sgd else None,
+            margin_softmax, filter_above=options.inter_class_filter, saved_probs_mib=saved_probs_mib,
+            update=row_sgd.update_rows if row_sgd else None,
             matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU
-    classifier = MarginClassifier(weight, shard, margin, scale=options.scale, group=group, loss=loss)
+    classifier = MarginClassifier(weight, shard, margin, scale=options.loss_scale, group=group, loss=loss)
 
     model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, dtype)
     let_ddp_ignore_shards(model)
@@ -94,7 +95,7 @@ def build_training(
     state = TrainState(
         backbone=backbone, classifier=classifier, optimizers=optimizers, scaler=scaler, position=Position(),
         arch=options.training_arch, seed=seed, num_images=num_images, global_batch=global_batch,
-        identities=list(identities), loss=options.loss, loss_settings={"scale": options.scale, **options.loss_settings},
-        margin=margin, images=images,
+        identities=list(identities), loss=options.loss,
+        loss_settings={"scale": options.loss_scale, **options.loss_settings}, margin=margin, images=images,
     )
     return state, wrapped

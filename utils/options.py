@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from losses.margins import MARGINS
+from losses.margins import MARGINS, Margin
 from models import BACKBONES
 from utils.checkpoint.reader import AUTO
 from utils.errors import Parser, UserError
@@ -52,7 +52,17 @@ class Options(ProcessFlags, ScheduleFlags):
 
     loss: str = flag("--loss", default="arcface", metavar="NAME", choices=MARGINS, section="loss",
                      help="margin of the softmax loss")
-    scale: float = flag("--scale", default=64.0, metavar="S", above=0, section="loss", help="scale of the cosines")
+    scale: float | None = flag(
+        "--scale", metavar="S", above=0, section="loss", help="scale of the cosines", default_text=", ".join(
+            f"{scale:g} for {' and '.join(name for name, margin in MARGINS.items() if margin.default_scale == scale)}"
+            if scale != Margin.default_scale else f"{scale:g}"
+            for scale in sorted({margin.default_scale for margin in MARGINS.values()}, reverse=True)))
+    margin_gradient: str = flag(
+        "--margin-gradient", default="exact", choices=("exact", "unit"), section="loss",
+        help="slope of the target logit by the cosine; unit: 1, as in insightface, which changes the logit in place")
+    inter_class_filter: float | None = flag(
+        "--inter-class-filter", metavar="T", at_least=-1, at_most=1, section="loss",
+        help="leave out, for each image, other classes with a cosine above T: probably the same person again")
 
     epochs: int = flag("--epochs", default=35, metavar="N", at_least=1, section="training", help="number of epochs")
     start_epoch: int | None = flag("--start-epoch", metavar="N", at_least=0, default_text="0", section="training",
@@ -154,6 +164,17 @@ class Options(ProcessFlags, ScheduleFlags):
         """The backbone to train. (--evaluate without --arch takes the checkpoint's.)"""
         return self.arch or "iresnet50"
 
+    @property
+    def loss_scale(self) -> float:
+        """--scale, or the scale of the loss's publication."""
+        return MARGINS[self.loss].default_scale if self.scale is None else self.scale
+
+    def build_margin(self) -> Margin:
+        """The margin of --loss, with its settings."""
+        margin = MARGINS[self.loss](**self.loss_settings)
+        margin.unit_gradient = self.margin_gradient == "unit"
+        return margin
+
 
 def main_flags() -> dict[str, Flag]:
     """All flags of main.py: those of Options and those of the losses."""
@@ -208,7 +229,9 @@ def check_options(options: Options) -> Options:
     for conflict, message in _conflicts(options):
         if conflict:
             raise UserError(message)
-    return dataclasses.replace(options, loss_settings=complete_loss_settings(options.loss, options.loss_settings))
+    options = dataclasses.replace(options, loss_settings=complete_loss_settings(options.loss, options.loss_settings))
+    options.build_margin()  # Its settings may contradict each other.
+    return options
 
 
 # What a resumed run may change on its way, and where that shows in the results.

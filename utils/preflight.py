@@ -12,7 +12,6 @@ import torch
 
 from data.formats import open_training_set
 from data.training_set import TrainingSet
-from losses.margins import MARGINS
 from models import build_backbone
 from utils.checkpoint.layout import BEST, LATEST, STEPS_DIRECTORY
 from utils.checkpoint.reader import AUTO, Checkpoint
@@ -215,7 +214,10 @@ def run_table(
         "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
                          + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update
                             else f"{3 * center_mib:,.0f} MiB with gradient and momentum"),
-        "loss": f"{MARGINS[options.loss](**options.loss_settings).describe()}, scale {options.scale:g}",
+        "loss": f"{options.build_margin().describe()}, scale {options.loss_scale:g}"
+                + (", slope 1" if options.margin_gradient == "unit" else "")
+                + (f", classes above {options.inter_class_filter:g} left out"
+                   if options.inter_class_filter is not None else ""),
         "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",
         "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
                  f"{micro_batch}",

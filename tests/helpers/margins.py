@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +23,36 @@ def true_arcface(cosine: Tensor, norm: Tensor | None = None, margin: float = 0.5
     return torch.where(inside, (theta + margin).cos(), cosine if easy_margin else cosine - margin * math.sin(margin))
 
 
+@dataclass(frozen=True)
+class TrueLoss:
+    """A loss by its definition: functions that autograd can differentiate.
+
+    phi(cosine, norm, **settings), negatives(cosine, target, phi, **settings), penalty(norm, **settings), where the
+    settings include the running statistics; update(cosine, norm, **settings) returns these after a step.
+    """
+
+    phi: Callable[..., Tensor]
+    tried: list[dict[str, Any]]
+    negatives: Callable[..., Tensor] | None = None
+    penalty: Callable[..., Tensor] | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
+    update: Callable[..., dict[str, Any]] | None = None
+
+    def parts(self, **settings: Any) -> list[Callable[..., Tensor] | None]:
+        """phi, negatives and penalty with these settings and statistics."""
+        return [None if part is None else functools.partial(part, **settings)
+                for part in (self.phi, self.negatives, self.penalty)]
+
+
 def true_softmax(
     embedding: Tensor, label: Tensor, centers: Tensor, scale: float, phi: Callable[..., Tensor],
     negatives: Callable[..., Tensor] | None = None, norm: Tensor | None = None,
+    penalty: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and num_closer by the equation. phi(cosine, norm) and negatives(cosine, target, phi) are differentiable."""
+    """Loss and num_closer by the equation.
+
+    phi(cosine, norm), negatives(cosine, target, phi) and penalty(norm) are differentiable.
+    """
     cosine = embedding @ F.normalize(centers).t()
     rows = torch.arange(len(label))
     target = cosine[rows, label]
@@ -33,16 +61,19 @@ def true_softmax(
     # Written as cross_entropy would be, but with the target left out of the sum, which float64 needs near p = 1.
     others = (scale * others).masked_fill(F.one_hot(label, len(centers)).bool(), -torch.inf).logsumexp(1)
     loss = torch.logaddexp(others - scale * value, torch.zeros((), dtype=value.dtype)).mean()
+    if penalty is not None:
+        loss = loss + penalty(norm).mean()
     return loss, (cosine > target[:, None]).sum(1)
 
 
 def true_gradients(inputs: list[Tensor | None], label: Tensor, scale: float, phi: Callable[..., Tensor],
-                   negatives: Callable[..., Tensor] | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+                   negatives: Callable[..., Tensor] | None = None,
+                   penalty: Callable[..., Tensor] | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
     """Loss, gradients of embeddings, centers (and norms), and num_closer."""
     embedding, centers, norm = (None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs)
-    loss, closer = true_softmax(embedding, label, centers, scale, phi, negatives, norm)
+    loss, closer = true_softmax(embedding, label, centers, scale, phi, negatives, norm, penalty)
     leaves = [embedding, centers] if norm is None else [embedding, centers, norm]
-    return loss.detach(), list(torch.autograd.grad(loss, leaves)), closer
+    return loss.detach(), list(torch.autograd.grad(loss, leaves, materialize_grads=True)), closer
 
 
 def random_case(generator: np.random.Generator) -> dict:

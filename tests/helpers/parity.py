@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import main
 from data.augment import prepare_batch
 from data.loader import GlobalBatchSampler, build_train_loader
-from helpers.margins import true_softmax
+from helpers.margins import TrueLoss, true_softmax
 from helpers.tiny import TinyBackbone
 from helpers.training import RandomFaces, RecordingLog, make_run
 from models.classifier import initial_centers
@@ -81,11 +81,9 @@ def mean_over_ranks(loss: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
-def true_training(
-    num_classes: int, batch_norm: bool, phi: Callable[..., Tensor], negatives: Callable[..., Tensor] | None = None,
-    micro_batches: int = 1,
-) -> Outcome:
+def true_training(num_classes: int, batch_norm: bool, true: TrueLoss, micro_batches: int = 1) -> Outcome:
     """The same steps with plain PyTorch in one process."""
+    statistics: dict[str, Any] = dict(true.statistics)
     torch.manual_seed(SEED)
     backbone = TinyBackbone(batch_norm).double()
     centers = nn.Parameter(initial_centers(ClassShard(num_classes, 0, 1), 512, SEED).double())
@@ -98,23 +96,30 @@ def true_training(
     outcome = Outcome([], [], {}, [])
     for step in range(STEPS):
         optimizer.zero_grad()
-        losses, closer = [], []
+        losses, closer, cosines, norms = [], [], [], []
+        phi, negatives, penalty = true.parts(**statistics)
         for indices in torch.tensor(order[step * BATCH:(step + 1) * BATCH]).chunk(micro_batches):
             images = prepare_batch(dataset.images[indices], torch.float64, augment="none", seed=0, epoch=0,
                                    indices=indices)
             label = torch.from_numpy(dataset.labels[indices.numpy()])
             embedding = backbone(images)
+            norm = embedding.norm(dim=1)
             loss, num_closer = true_softmax(F.normalize(embedding), label, centers, SETTINGS["scale"], phi, negatives,
-                                            embedding.norm(dim=1))
+                                            norm, penalty)
+            cosines.append((F.normalize(embedding) * F.normalize(centers)[label]).sum(1).detach())
+            norms.append(norm.detach())
             (loss / micro_batches).backward()
             losses.append(loss.item())
             closer.append(num_closer)
         outcome.gradients.append({name: parameter.grad.numpy().copy() for name, parameter in named.items()})
         optimizer.step()
+        if true.update is not None:
+            statistics = true.update(torch.cat(cosines), torch.cat(norms), **statistics)
         outcome.losses.append(sum(losses) / micro_batches)
         outcome.num_closer.append(torch.cat(closer).numpy())
     outcome.weights = {f"backbone.{name}": tensor.numpy().copy() for name, tensor in backbone.state_dict().items()}
     outcome.weights["classifier.weight"] = centers.detach().numpy()
+    outcome.weights |= {f"classifier.margin.{name}": np.float64(value) for name, value in statistics.items()}
     return outcome
 
 
