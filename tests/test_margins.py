@@ -228,6 +228,54 @@ def test_plain_form(name):
         assert_near(mine.numpy(), true)
 
 
+def test_unit_gradient_is_that_of_programs_which_change_the_logit_in_place():
+    """As insightface: logits[rows, label] = phi under no_grad, so that the slope by the cosine is 1."""
+    tensors, label = inputs(11, "arcface")
+    embedding, centers = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+    logits = embedding @ F.normalize(centers).t()
+    with torch.no_grad():
+        logits[torch.arange(30), label] = true_arcface(logits[torch.arange(30), label])
+    true = torch.autograd.grad(F.cross_entropy(16 * logits, label), [embedding, centers])
+    margin = MARGINS["arcface"]()
+    margin.unit_gradient = True
+    for form in (margin_softmax, margin_softmax_plain):
+        loss, _ = form(embedding, label, centers, margin, scale=16.0, group=None)
+        for mine, expected in zip(torch.autograd.grad(loss, [embedding, centers]), true):
+            assert_near(mine.numpy(), expected)
+
+
+def run_filtered(rank: int, world_size: int, form: str, name: str, saved: float) -> tuple[np.ndarray, ...]:
+    (embedding, centers, norm), label = inputs(11, name)
+    shard = ClassShard(11, rank, world_size)
+    centers = centers[shard.start:shard.stop].clone().requires_grad_()
+    target = torch.where((label >= shard.start) & (label < shard.stop), label - shard.start, -1)
+    more = dict(saved_probs_mib=saved, chunk=4) if form == "fused" else {}
+    loss, closer = FORMS[form](embedding.requires_grad_(), target, centers, MARGINS[name]().double(), scale=16.0,
+                               norm=norm, filter_above=0.2, group=init_model_parallel(world_size), **more)
+    loss.backward()
+    dist.all_reduce(embedding.grad)
+    return loss.detach().numpy(), closer.numpy(), embedding.grad.numpy(), centers.grad.numpy()
+
+
+@pytest.mark.parametrize(("form", "saved"), [("fused", 0), ("fused", 1e9), ("torchshard", 0)])
+@pytest.mark.parametrize("name", ["arcface", "mv-softmax"])
+def test_inter_class_filter(pools, name, form, saved):
+    tensors, label = inputs(11, name)
+    phi, negatives, _ = TRUTH[name].parts()
+
+    def filtered(cosine, target, value):
+        others = cosine if negatives is None else negatives(cosine, target, value)
+        return others.masked_fill(cosine > 0.2, -1e9)
+
+    loss, (embedding_grad, centers_grad), closer = true_gradients(tensors, label, 16.0, phi, filtered)
+    results = pools(2).run(run_filtered, form, name, saved)
+    for got_loss, got_closer, got, _ in results:
+        assert_near(got_loss, loss)
+        np.testing.assert_array_equal(got_closer, closer.numpy())
+        assert_near(got, embedding_grad)
+    assert_near(np.concatenate([result[3] for result in results]), centers_grad)
+
+
 TRAINING = {
     "base": (2, []),
     "sharded": (1, ["--enable-model-parallel"]),
