@@ -32,7 +32,9 @@ PUBLISHED = {
     "--num-classes": (1000, "C"),
     "--sync-bn": (False, None),
     "--loss": ("arcface", "NAME"),
-    "--scale": (64.0, "S"),
+    "--scale": (None, "S"),
+    "--margin-gradient": ("exact", "exact|unit"),
+    "--inter-class-filter": (None, "T"),
     "--epochs": (35, "N"),
     "--start-epoch": (None, "N"),
     "--max-steps": (None, "N"),
@@ -92,7 +94,7 @@ def test_the_published_flags():
             for one in flags.values()} == PUBLISHED
     parsed = parse_options(["some/dir"])
     for field, one in flags.items():
-        assert getattr(parsed, field) == ("some/dir" if field == "data" else one.default), one.name
+        assert getattr(parsed, field) == {"data": "some/dir", "scale": 64.0}.get(field, one.default), one.name
     assert parsed.training_arch == "iresnet50"
     iresnets = {f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)}
     assert set(flags["arch"].choices) >= iresnets | {"mobilefacenet"}

@@ -229,7 +229,8 @@ def check_options(options: Options) -> Options:
     for conflict, message in _conflicts(options):
         if conflict:
             raise UserError(message)
-    options = dataclasses.replace(options, loss_settings=complete_loss_settings(options.loss, options.loss_settings))
+    options = dataclasses.replace(options, scale=options.loss_scale,
+                                  loss_settings=complete_loss_settings(options.loss, options.loss_settings))
     options.build_margin()  # Its settings may contradict each other.
     return options
 
