@@ -20,9 +20,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Until training begins, Ctrl-C ends the program at once, without a traceback of the imports below.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 if __name__ == "__main__":
-    from utils.packages import require_packages
+    from utils.packages import PACKAGES, require_packages
 
-    require_packages()
+    require_packages([*PACKAGES, "tensorboard"])
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -75,7 +75,7 @@ def main() -> None:
         check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
-    options = preflight.count_classes(options, dataset)
+    options = preflight.count_classes(options, dataset, resumed)
     memory = preflight.check_memory(options, plan)
     if is_first_process():
         print(preflight.run_table(options, plan, dataset, sets, resumed), f"memory         {memory}", sep="\n",
@@ -144,8 +144,11 @@ def run_training(
     steps_per_epoch = sampler.steps_per_epoch
     origin = set_starting_point(state, options, checkpoint, steps_per_epoch)
     position, fresh = state.position, checkpoint is None
+    # With --resume PATH, the run in --output may be another one than that of the checkpoint.
+    starts_here = checkpoint is None or options.resume != AUTO and not checkpoint.is_of_run_in(options.output)
     del checkpoint  # its tensors are mapped from a file that a later save may remove
-    if fresh and context.is_main and (aside := move_older_run_aside(options.output, checkpoints=not options.no_save)):
+    if starts_here and context.is_main and (
+            aside := move_older_run_aside(options.output, checkpoints=not options.no_save)):
         print(f"an older run was in {options.output}: moved to {aside}", flush=True)
     end = position.step - position.step_in_epoch + (options.epochs - position.epoch) * steps_per_epoch
     last_step = end if options.max_steps is None else min(end, options.max_steps)

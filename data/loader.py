@@ -255,13 +255,13 @@ class _BatchLoader(DataLoader):
             self._iterator._timeout = STUCK_SECONDS_STOPPING
         try:
             iterator = super().__iter__()
-        except RuntimeError:  # they do not answer
-            _kill_workers(self._iterator)
+        except (RuntimeError, OSError) as error:
+            if self._iterator is None:  # of a limit on processes or threads
+                raise UserError(f"--workers: {self.num_workers} data loading processes cannot be started "
+                                f"({getattr(error, 'strerror', None) or error}); use fewer, or -j 0") from None
+            _kill_workers(self._iterator)  # they do not answer
             self._iterator = None
             return self._start()
-        except OSError as error:  # of a limit
-            raise UserError(f"--workers: {self.num_workers} data loading processes cannot be started "
-                            f"({error.strerror}); use fewer, or -j 0") from None
         iterator._timeout = self.timeout
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # DataLoader's handler raises an error wherever the program is when a worker dies, even between two

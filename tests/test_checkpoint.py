@@ -324,6 +324,26 @@ def test_a_fresh_run_moves_an_older_one_aside(pools, faces, tmp_path):
     assert names(aside) == ["step-00000003"] and names(tmp_path) == ["step-00000001"]
 
 
+def test_a_run_that_resumes_elsewhere_moves_aside_what_it_finds(pools, faces, tmp_path):
+    """--resume FIRST/checkpoint.pth.tar --output SECOND: the run that is in SECOND is another one."""
+    flags = [str(faces), *SHORT, "--num-classes", "11", "--seed", "1", "--save-freq", "1", "--keep", "1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    pools(1).run(train, [*flags, "--output", str(first), "--max-steps", "1"])
+    pools(1).run(train, [*flags, "--output", str(second), "--max-steps", "3"])
+    before = saved_training(second)
+    flags += ["--output", str(second)]
+    pools(1).run(train, [*flags, "--max-steps", "2", "--resume", str(first / "checkpoint.pth.tar")])
+    assert names(second) == ["step-00000002"] and [line["step"] for line in read_metrics(second)] == [2]
+    aside = second / "previous-run.1"
+    assert names(aside) == ["step-00000003"] and len(read_metrics(aside)) == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in saved_training(aside).items())
+    for number, path in enumerate(("checkpoint.pth.tar", "checkpoints/step-00000003/state.pth.tar"), start=3):
+        pools(1).run(train, [*flags, "--max-steps", str(number), "--resume", str(second / path)])
+        assert names(second) == [f"step-{number:08d}"] and len(read_metrics(second)) == number - 1
+    pools(1).run(train, [*flags, "--max-steps", "4", "--resume", str(aside / "checkpoint.pth.tar")])
+    assert names(second) == names(second / "previous-run.2") == ["step-00000004"] and names(aside) == ["step-00000003"]
+
+
 def test_resume_auto_after_a_fresh_run_that_saved_nothing(tmp_path):
     """Which of the two runs to continue is for the user to say."""
     asked = Resume("auto", str(tmp_path), arch="mobilefacenet", num_classes=11)

@@ -452,6 +452,20 @@ def test_batches_are_pinned(workers):
         assert isinstance(batch, TrainBatch) and batch.images.is_pinned() and batch.skipped == 0
 
 
+def test_a_limit_on_threads_is_one_line(monkeypatch):
+    started = []
+
+    def refuse(*arguments: object) -> None:
+        started.append(arguments)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__", refuse)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__", lambda self: None)
+    with pytest.raises(UserError, match="--workers: 1 .*can't start new thread.*-j 0"):
+        next(read_images(range(4), [0, 1], batch_size=1, workers=1))
+    assert len(started) == 1
+
+
 def test_without_room_for_semaphores_the_loader_says_what_to_do(monkeypatch):
     """As with a /dev/shm of 4 KiB."""
     def full(*arguments: object) -> None:

@@ -50,7 +50,7 @@ def test_another_interpreter_that_has_the_packages_is_named(bare, tmp_path):
 
 
 def test_a_torch_that_is_old_or_broken(bare, tmp_path):
-    for name in packages.PACKAGES:
+    for name in [*packages.PACKAGES, "tensorboard"]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise OSError('libcudart.so: no such file')")
     line = answer(bare, PYTHONPATH=str(tmp_path))

@@ -15,7 +15,7 @@ import main
 from data.folder import FaceFolder
 from utils import preflight
 from utils.checkpoint.reader import Checkpoint
-from utils.errors import exit_on_user_error
+from utils.errors import UserError, exit_on_user_error
 from utils.launch.plan import plan_processes
 from utils.options import parse_options
 from utils.preflight import run_table, shared_facts
@@ -96,6 +96,7 @@ def test_the_number_of_classes_from_the_training_set(answer, monkeypatch, capsys
     assert "'many'" in answer(faces, "--num-classes", "many")
     launched = []
     monkeypatch.setattr(main, "launch", lambda work, plan, options, *rest: launched.append(options.num_classes) or 0)
+    assert "--num-classes: '0'" in answer(faces, "-b", 8, "--num-classes", 0)
     for given, row in (("auto", "8 classes, "), ("11", "11 classes (3 of them without images")):
         monkeypatch.setattr(sys, "argv", ["main.py", str(faces), "-b", "8", "--num-classes", given, "--output",
                                           str(tmp_path)])
@@ -107,6 +108,10 @@ def test_the_number_of_classes_from_the_training_set(answer, monkeypatch, capsys
     for number in range(2):
         shutil.copy(next((faces / "train").glob("*/*.jpg")), tmp_path / "one" / "someone" / f"{number}.jpg")
     assert "--num-classes auto" in answer(tmp_path / "one", "-b", 2, "--num-classes", "auto")
+    options, dataset = parse_options([str(faces), "--num-classes", "auto"]), FaceFolder(faces)
+    for classes, words in ((9, "trained with 9 classes; give --num-classes 9"), (7, "--init-from PATH")):
+        with pytest.raises(UserError, match=words):
+            preflight.count_classes(options, dataset, Checkpoint("PATH", "", {"num_classes": classes}, {}))
 
 
 def test_a_run_that_cannot_fit_into_memory_is_answered(answer, faces, monkeypatch):
@@ -119,7 +124,9 @@ def test_a_run_that_cannot_fit_into_memory_is_answered(answer, faces, monkeypatc
     monkeypatch.setattr(sys, "argv", list(map(str, ["main.py", *flags, *two, "--num-classes", 1_000_000,
                                                     "--enable-model-parallel"])))
     main.main()
-    assert "--fuse-classifier-update" in answer(*flags, "--num-classes", 1_500_000)
+    assert "--fuse-classifier-update" in answer(*flags, "--num-classes", 1_200_000)
+    monkeypatch.setattr(sys, "argv", list(map(str, ["main.py", *flags, "--num-classes", 1_200_000, "--momentum", 0])))
+    main.main()
 
 
 def test_a_tiny_dev_shm_is_answered(answer, faces, monkeypatch):

@@ -76,6 +76,7 @@ def escape_output() -> None:
         original(printable(text, _IN_STREAM))
         return len(text)
 
+    os.environ["PYTHON_COLORS"] = "0"  # else the colors of tracebacks and --help (Python 3.13, 3.14) would be escapes
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and "write" not in vars(stream):
             vars(stream)["write"] = functools.partial(write, stream.write)

@@ -90,10 +90,13 @@ class Flag:
         if text in self.words:
             return self.words[text]
         try:
-            return self.type(text)
+            value = self.type(text)
+            if value not in self.words.values():
+                return value
+            what = "another number"  # only the word stands for this one
         except ValueError:
             what = {int: "a whole number", float: "a number"}[self.type]
-            raise argparse.ArgumentTypeError(" or ".join([f"{text!r}: give {what}", *self.words])) from None
+        raise argparse.ArgumentTypeError(" or ".join([f"{text!r}: give {what}", *self.words]))
 
     def add_to(self, group: Any, field: str) -> None:
         """Add the flag to an argparse parser or group. `field` is the attribute that gets the value."""

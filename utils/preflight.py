@@ -70,6 +70,8 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
         fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib or 0,
         device_type="cpu"))
     parts["optimizer, beyond activations"] = 0  # depends on the activations
+    if not options.momentum:
+        parts |= {name: 0 for name in parts if name.endswith("momentum")}
     need = sum(parts.values()) * (2 if options.precision == "float64" else 1)
     text = (f"at least {_size(need)} per process, without activations; "
             + ("a GPU" if gpu else "this machine" if sharing == 1 else f"{sharing} processes share a machine that")
@@ -141,14 +143,23 @@ def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
     return dataset
 
 
-def count_classes(options: Options, dataset: TrainingSet) -> Options:
-    """The options with the number of identities in place of --num-classes auto."""
+def count_classes(options: Options, dataset: TrainingSet, resumed: Checkpoint | None = None) -> Options:
+    """The options with the number of identities in place of --num-classes auto. Raises UserError.
+
+    resumed: the checkpoint that the run is likely to continue, which must have as many classes.
+    """
     if options.num_classes != AUTO_CLASSES:
         return options
-    if len(dataset.identities) < 2:
-        raise UserError(f"--num-classes auto: {dataset.root} has {len(dataset.identities)} identity, and a classifier "
-                        "needs at least 2; give another DIR")
-    return dataclasses.replace(options, num_classes=len(dataset.identities))
+    identities = len(dataset.identities)
+    if identities < 2:
+        raise UserError(f"--num-classes auto: {dataset.root} has {identities} identity, and a classifier needs at "
+                        "least 2; give another DIR")
+    if resumed is not None and (classes := resumed.contents["num_classes"]) != identities:
+        remedy = (f"give --num-classes {classes}" if classes > identities else "start a run in another --output with "
+                  f"--init-from {resumed.path}, which takes class centers by name")
+        raise UserError(f"--num-classes auto: {dataset.root} has {identities} identities, and {resumed.path} was "
+                        f"trained with {classes} classes; {remedy}")
+    return dataclasses.replace(options, num_classes=identities)
 
 
 def make_output(options: Options) -> None:

@@ -28,7 +28,7 @@ STEPS_DIRECTORY = "checkpoints"
 STATE_FILE, SHARDS_DIRECTORY, MANIFEST_FILE = "state.pth.tar", "shards", "manifest.json"
 METADATA_FILE = f"{SHARDS_DIRECTORY}/.metadata"
 EVALUATION_FILE = "evaluation.json"  # comes after the commit, so the manifest does not list it
-OLDER_RUN = "previous-run."  # with a number: what a fresh run found in its --output, a run's directory as before
+OLDER_RUN = "previous-run."  # with a number: what a new run found in its --output, a run's directory as before
 
 # step-00000010.1 is a second save of step 10, after the first was damaged or belonged to an older run.
 _STEP_NAME = re.compile(r"step-\d{8,}(\.\d+)?")

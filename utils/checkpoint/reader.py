@@ -70,6 +70,12 @@ class Checkpoint:
     files: layout.Files
     exchange: Exchange | None = None
 
+    def is_of_run_in(self, output: str) -> bool:
+        """Whether it is in this directory, or a link there leads to it: then the directory's own run goes on."""
+        steps = os.path.realpath(os.path.join(output, layout.STEPS_DIRECTORY))
+        return (os.path.realpath(os.path.dirname(self.directory)) == steps
+                or os.path.realpath(os.path.dirname(self.path)) == os.path.realpath(output))
+
 
 def read_resumable(resume: Resume) -> Checkpoint | None:
     """Check --resume before the processes start, on node 0: read the state, and look at the sizes of the other files.
@@ -111,7 +117,7 @@ def _candidates(resume: Resume) -> list[str]:
         raise UserError(f"--resume {AUTO}: {error.filename}: cannot be read ({error.strerror}); make it readable, or "
                         "give another --output") from None
     if not found and not os.path.exists(link) and (older := layout.newest_older_run(resume.output)):
-        raise UserError(f"--resume {AUTO}: a fresh run was started in {resume.output} and saved nothing, and an older "
+        raise UserError(f"--resume {AUTO}: a new run was started in {resume.output} and saved nothing, and an older "
                         f"run's checkpoints are in {older}; continue that one with --output {older}, or drop --resume "
                         "to start from scratch")
     return found or [link] * os.path.exists(link)

@@ -131,7 +131,8 @@ def _reason_not_to_load(file: BinaryIO) -> str | None:
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
-                if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                names = [entry.filename.lower() for entry in entries]  # torch does not distinguish case in them
+                if any(name.endswith("/constants.pkl") for name in names):
                     return ("is a TorchScript file; save its weights in Python: torch.save(torch.jit.load(FILE)."
                             "state_dict(), 'weights.pth')")
                 stored = sum(entry.compress_size for entry in entries)
@@ -139,8 +140,8 @@ def _reason_not_to_load(file: BinaryIO) -> str | None:
                         for entry in entries) or stored > file.seek(0, io.SEEK_END)):
                     return ("is compressed, which torch.save never does, and was not loaded; unzip it and zip it with "
                             "compression level 0")
-                unsafe = any(_BYTEARRAY in archive.read(entry) for entry in entries
-                             if entry.filename.endswith("/data.pkl"))
+                unsafe = any(_BYTEARRAY in archive.read(entry) for entry, name in zip(entries, names)
+                             if name.endswith("/data.pkl"))
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
             return _DAMAGED
     return "holds code (bytearray) and was not loaded; give a file of tensors and plain values only" if unsafe else None
