@@ -240,9 +240,11 @@ def test_changed_flags():
     saved = dataclasses.asdict(options("--lr", "0.2", "--sync-bn", "--max-steps", "3", "--margin", "0.4", "-j", "7"))
     assert describe_changes(saved, options("--lr", "0.2", "--sync-bn", "--margin", "0.4", "--output", "x")) == ""
     assert describe_changes(saved, options("--lr-milestones", "1,2", "--margin", "0.4")) == (
-        "--lr 0.1 (was 0.2), --lr-milestones 1,2 (was 10,16,21), --no-sync-bn (was --sync-bn)")
+        "--lr 0.1 (was 0.2), --lr-milestones 1,2 (was 10,16,21), no --sync-bn (was --sync-bn)")
     assert describe_changes(saved, options("--lr", "0.2", "--sync-bn")) == "--margin 0.5 (was 0.4)"
     assert describe_changes({"lr": 0.2}, options()) == "--lr 0.1 (was 0.2)"
+    assert describe_changes({"inter_class_filter": None}, options("--inter-class-filter", "0.4")) == (
+        "--inter-class-filter 0.4 (was off)")
 
 
 def test_the_directory_is_required():

@@ -65,9 +65,9 @@ class Flag:
         return f"{self.help}: {', '.join(self.choices)}" if self.choices and self.metavar else self.help
 
     def describe(self, value: Any) -> str:
-        """Name and value as on the command line: "--lr 0.1", "--compile", "--no-easy-margin"."""
+        """Name and value as on the command line: "--lr 0.1", "--compile", "--no-easy-margin"; or "no --compile"."""
         if self.type is bool:
-            return self.name if value else f"--no-{self.name[2:]}"
+            return self.name if value else f"no {self.name}" if self.default is False else f"--no-{self.name[2:]}"
         return f"{self.name} {_text(value)}"
 
     def check(self, value: Any) -> None:

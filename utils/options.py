@@ -240,7 +240,7 @@ _CHANGEABLE = ("loss", "training", "schedule", "optimizer", "parallelism and pre
 
 
 def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
-    """The flags that differ from those that a checkpoint saved: "--lr 0.05 (was 0.1), --no-sync-bn (was --sync-bn)".
+    """The flags that differ from those that a checkpoint saved: "--lr 0.05 (was 0.1), no --sync-bn (was --sync-bn)".
 
     saved: its entry "options". Flags that it does not have, of an older version, are left out.
     """
@@ -250,7 +250,7 @@ def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
     for field, definition in main_flags().items():
         shows = definition.section in _CHANGEABLE or field in ("augment", "sync_bn")
         if shows and field in before and field not in ("seed", "start_epoch", "max_steps"):
-            new, old = (definition.describe(definition.default_text if value is None else value)
+            new, old = (definition.describe(definition.default_text or "off" if value is None else value)
                         for value in (now.get(field), before[field]))
             if new != old:
                 changes.append(f"{new} (was {old.removeprefix(definition.name + ' ')})")
