@@ -112,18 +112,21 @@ def test_the_local_rank_of_torch_distributed_launch(gpus, monkeypatch):
 
 
 @pytest.mark.parametrize(("variables", "warns"), [
-    ({"WORLD_SIZE": "8", "RANK": "3"}, "WORLD_SIZE=8"),
+    ({"WORLD_SIZE": "8", "RANK": "3"}, "WORLD_SIZE=8, RANK=3"),
+    ({"RANK": "1"}, "RANK=1"),
     ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4"),
     ({"SLURM_NTASKS": "2"}, ""),  # scripts/slurm.sh: a task per node
+    ({"SLURM_NTASKS": "6"}, ""),  # a task per process
     ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "10.0.0.1"}, ""),
     (TORCHRUN, ""),
 ])
 def test_variables_of_launchers_that_are_not_used(gpus, monkeypatch, capsys, variables, warns):
-    for name in LAUNCHER_VARIABLES:
+    for name in (*LAUNCHER_VARIABLES, "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    flags = ProcessFlags() if variables == TORCHRUN else ProcessFlags(world_size=2, dist_url="tcp://10.0.0.1:80")
+    flags = ProcessFlags() if variables == TORCHRUN else ProcessFlags(
+        multiprocessing_distributed=True, nproc_per_node=3, world_size=2, dist_url="tcp://10.0.0.1:80", device="cpu")
     warn_of_unused_environment(plan_processes(flags))
     warning = capsys.readouterr().err
     assert warns in warning and warning.count("\n") == bool(warns)

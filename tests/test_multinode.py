@@ -22,7 +22,7 @@ import torch.distributed as dist
 from helpers.commands import ROOT, finish, free_port, wait_for
 
 from utils.errors import UserError
-from utils.launch import multinode
+from utils.launch import multinode, secret
 from utils.launch.multinode import Cause, NodeLink, Record, State, first_cause
 from utils.launch.secret import SignedStore
 
@@ -320,6 +320,22 @@ def test_what_strangers_write_is_ignored(meeting, stranger):
     time.sleep(0.3)
     assert not any(link.alarm for link in links)
     assert report_all(links, None, error("crash", 1)) == [error("crash", 1)] * 2
+
+
+def test_malformed_records_do_not_end_a_run_without_a_secret(meeting):
+    """Then anyone can sign. What has another form is still ignored."""
+    both = meeting(2)
+    links = both.meet()
+    store = SignedStore(dist.TCPStore("127.0.0.1", both.store.port, is_master=False), b"")
+    for value in (7, [], ["ended"] * 9, {"a": 1}, ["ended", "", ["no kind", "message"]], ["ended", "", [[], 0]]):
+        for key in ("state", "node/0", "node/1"):
+            store.set(key, value)
+        time.sleep(0.2)
+    deep = "[" * 100_000
+    store._store.set("node/1", secret._sign(b"", "node/1", deep) + deep)
+    time.sleep(0.2)
+    assert not any(link.alarm for link in links)
+    assert report_all(links, None, None) == [None, None]
 
 
 def test_a_node_with_another_secret_is_refused_alone(meeting):

@@ -176,3 +176,16 @@ def test_rows_are_floating_point_numbers(tmp_path):
         else:
             with pytest.raises(DamagedCheckpoint, match="floating point"):
                 list(rows.blocks())
+
+
+def attempt_with_a_bad_disk(rank: int, world_size: int, *argv: list[str]) -> str:
+    with mock.patch.object(transfer, "read_bytes", side_effect=OSError(errno.EIO, "Input/output error")):
+        return attempt(rank, world_size, *argv)
+
+
+def test_a_file_that_cannot_be_sent_is_one_line(run_nodes, tmp_path):
+    home, other = tmp_path / "a", tmp_path / "b"
+    home.mkdir()
+    assert run_nodes([home, other], "--max-steps", 1) == ""
+    error = run_nodes([home, other], "--max-steps", 2, "--resume", "auto", work=attempt_with_a_bad_disk)
+    assert error.startswith("--resume auto: cannot be read: Input/output error, on rank")

@@ -70,6 +70,10 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
         fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib or 0,
         device_type="cpu"))
     parts["optimizer, beyond activations"] = 0  # depends on the activations
+    if options.enable_zero_optim and sharing > 1:  # the largest share is one process's: together they hold all once
+        parts["backbone momentum"] = sum(weights) // plan.world_size
+        if not options.enable_model_parallel:
+            parts["class centers' momentum"] = parts["class centers"] // plan.world_size
     if not options.momentum:
         parts |= {name: 0 for name in parts if name.endswith("momentum")}
     need = sum(parts.values()) * (2 if options.precision == "float64" else 1)

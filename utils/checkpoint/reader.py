@@ -94,16 +94,24 @@ def find_checkpoint(resume: Resume, identities: Sequence[str], context: DistCont
     Args:
         identities: names of the training set by label. A label must mean the same person as in the checkpoint.
     """
+    try:
+        checkpoint = _find_on_all_ranks(resume, context)
+    except RankFailed as failure:
+        raise UserError(f"--resume {resume.path}: cannot be read: {failure}") from None
+    if checkpoint is not None:
+        _require_same_identities(checkpoint, identities)
+    return checkpoint
+
+
+def _find_on_all_ranks(resume: Resume, context: DistContext) -> Checkpoint | None:
+    """Collective. `find_checkpoint`, without its comparison of identities. Raises UserError or RankFailed."""
     paths = [resume.path]
     if resume.path == AUTO:  # nodes may see a shared directory at different paths
         found = run_together(lambda: _own_candidates(resume, context), context.device)
         _require_checkpoints_on_node_0(resume, found, context)
         paths = [os.path.join(resume.output, path) for path in found[0]]
-    checkpoint = _newest_undamaged(resume, paths, lambda path: _read_and_verify(path, resume, context),
-                                   set_aside=lambda path, damage: _set_aside(path, damage, context))
-    if checkpoint is not None:
-        _require_same_identities(checkpoint, identities)
-    return checkpoint
+    return _newest_undamaged(resume, paths, lambda path: _read_and_verify(path, resume, context),
+                             set_aside=lambda path, damage: _set_aside(path, damage, context))
 
 
 def _candidates(resume: Resume) -> list[str]:
@@ -204,7 +212,7 @@ def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
     except UserError as error:
         own = resume.path == AUTO or os.path.basename(path) in (LATEST, BEST, STATE_FILE) or os.path.isdir(path)
         hint = "" if own else f"; to start a run from weights of another program, use --init-from {path}"
-        raise DamagedCheckpoint(f"{error}{hint}") from None
+        raise DamagedCheckpoint(f"{str(error).replace(file, path)}{hint}") from None
     if not isinstance(contents, dict) or not {"position", "shards"} <= contents.keys():
         raise UserError(f"{path}: has no training state, perhaps only weights; give a {LATEST} that main.py wrote, or "
                         f"start a new run from these weights with --init-from {path}")

@@ -79,11 +79,14 @@ class State(NamedTuple):
 
 
 def _read(kind: Any, store: SignedStore, key: str) -> Any:
-    """The Record or State that the key holds, or None."""
-    if (fields := store.get(key)) is None:
+    """The Record or State that the key holds, or None. Without a secret anyone can write other things there."""
+    try:
+        value = kind(*store.get(key))
+        cause = Cause(*value.cause) if value.cause else None
+    except TypeError:  # None, or not these fields
         return None
-    value = kind(*fields)
-    return value._replace(cause=Cause(*value.cause) if value.cause else None)
+    known = cause is None or cause.kind in KINDS and isinstance(cause.message, str)
+    return value._replace(cause=cause) if known else None
 
 
 class _Clock:

@@ -128,9 +128,10 @@ def plan_node(flags: NodeFlags) -> ProcessPlan:
 
 
 def warn_of_unused_environment(plan: ProcessPlan) -> None:
-    """Print a warning if a launcher's variables ask for more processes than the plan, which ignores them, has."""
-    unused = [f"{name}={os.environ[name]}" for name in LAUNCHER_VARIABLES
-              if os.environ.get(name, "").isdigit() and int(os.environ[name]) not in (1, plan.nodes)]
+    """Print a warning if a launcher's variables ask for other processes than those of the plan, which ignores them."""
+    expected = dict.fromkeys(LAUNCHER_VARIABLES, (1, plan.nodes, plan.world_size)) | {"RANK": (0, plan.node_rank)}
+    unused = [f"{name}={os.environ[name]}" for name, values in expected.items()
+              if os.environ.get(name, "").isdigit() and int(os.environ[name]) not in values]
     if unused and plan.launcher != "torchrun":
         print(f"warning: the environment has {', '.join(unused)}, which this run ignores: it has {plan.nodes} nodes x "
               f"{plan.processes_per_node} processes; to use more, start it with torchrun or give --world-size and "
