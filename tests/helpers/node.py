@@ -65,7 +65,7 @@ def work(context: DistContext, options: argparse.Namespace) -> int:
 def stand_still(context: DistContext, where: str, timeout: float) -> None:
     """The last rank stops while the others wait for it: in torchshard's group, or for a save in progress."""
     group = init_model_parallel(context.world_size, timeout)
-    writer = CheckpointWriter(context, ".", options={}, say=say, fresh=True)
+    writer = CheckpointWriter(context, ".", options={}, say=say)
     writer._thread = threading.Thread(target=lambda: time.sleep(1000), daemon=True)
     writer._thread.start()
     dist.barrier()
