@@ -64,7 +64,7 @@ class CachedArrays:
             for name, (dtype, shape) in arrays.items())
 
     def checksum(self, name: str) -> int:
-        """The CRC-32 of an array, as it is in the file."""
+        """The CRC-32 of an array's bytes in the file, which are little-endian."""
         if name not in self.checksums:
             array = self.arrays[name]
             self.checksums[name] = zlib.crc32(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
