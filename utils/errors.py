@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,11 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a mistake on the command line is a UserError too: one line instead of the whole usage."""
+    """argparse's, but a mistake on the command line is a UserError too: one line instead of the whole usage.
+
+    An argument @FILE stands for the words in this text file, which a shell would split them into. `#` begins a comment.
+    An argument that itself begins with @, such as a directory, is written ./@name.
+    """
 
     def __init__(self, prog: str, description: str) -> None:
         # No abbreviations: a flag that is added later must not change what an old command means.
@@ -31,12 +36,40 @@ class Parser(argparse.ArgumentParser):
             self.register("type", kind, not_empty)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """argparse's, but the error for what is left over says what may be meant."""
-        arguments = sys.argv[1:] if args is None else list(args)
+        """argparse's, but with @FILE, and the error for what is left over says what may be meant."""
+        given = sys.argv[1:] if args is None else list(args)
+        arguments = [word for argument in given for word in self._expand(argument)]
         parsed, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *self._hints(arguments, unknown)]))
         return parsed
+
+    def _expand(self, argument: str) -> list[str]:
+        """What an argument stands for: itself, or the words in a file. Raises UserError for a file with a mistake."""
+        if not argument.startswith("@"):
+            return [argument]
+        path, number = argument[1:], 0
+        try:
+            words = []
+            with open(path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    words += _split_line(line.strip().removesuffix("\\"))
+        except OSError as error:
+            raise UserError(f"{argument}: {path} cannot be read ({error.strerror}); a file of arguments is meant; if "
+                            f"the name begins with @, give ./{argument}") from None
+        except ValueError as error:  # quotes, or bytes that are no text
+            raise UserError(f"{path}: line {number + isinstance(error, UnicodeDecodeError)}: is not a line of arguments "
+                            f"({error})") from None
+        if nested := [word for word in words if word.startswith("@")]:
+            raise UserError(f"{path}: {nested[0]}: a file of arguments names no other; give both on the command line, "
+                            f"or ./{nested[0]} if that is a name")
+        try:  # alone, so that the message can say where the mistake is
+            if unknown := self.parse_known_args(words)[1]:
+                self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *self._hints(words, unknown)]))
+        except UserError as error:
+            if not str(error).startswith("the following arguments are required"):  # others may give them
+                raise UserError(f"{path}: {error}") from None
+        return words
 
     def _hints(self, arguments: list[str], unknown: list[str]) -> Iterator[str]:
         """What may be meant by arguments that no flag takes."""
@@ -56,6 +89,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _split_line(line: str) -> Iterator[str]:
+    """The words of a line, as a shell splits them, up to a `#` that begins a word. Raises ValueError for an open quote.
+    """
+    stream = io.StringIO(line)
+    lexer = shlex.shlex(stream, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters = True, ""  # shlex's own comments begin within words, too
+    while not line[stream.tell():].lstrip().startswith("#") and (word := lexer.get_token()) is not None:
+        yield word
 
 
 # What names from files may hold beside letters: line breaks, escape sequences that control the terminal, marks that
