@@ -31,7 +31,7 @@ from data.augment import prepare_batch
 from data.loader import DeviceBatches, GlobalBatchSampler, NoBatch, TrainBatch, build_train_loader
 from data.training_set import TrainingSet
 from utils import preflight
-from utils.build import build_training
+from utils.build import Unaveraged, build_training
 from utils.checkpoint.init_from import check_init_from, init_from
 from utils.checkpoint.layout import move_older_run_aside
 from utils.checkpoint.reader import AUTO, Checkpoint, Resume, find_checkpoint, load_checkpoint, read_resumable
@@ -73,6 +73,7 @@ def main() -> None:
     resumed = read_resumable(resume_request(options)) if options.resume and decides else None
     if options.init_from and resumed is None and (decides or not options.resume):
         check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
+    preflight.check_freeze(options, fresh=decides and resumed is None)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
     options = preflight.count_classes(options, dataset, resumed)
@@ -100,7 +101,7 @@ class Run:
     context: DistContext
     options: Options
     state: TrainState
-    model: DistributedDataParallel
+    model: DistributedDataParallel | Unaveraged
     steps_per_epoch: int
     log: TrainingLog
     guard: StepGuard

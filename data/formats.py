@@ -7,21 +7,43 @@ import os
 from data.folder import FaceFolder
 from data.recordio import RecordIODataset
 from data.training_set import TrainingSet
+from data.union import UnionSet
 from utils.errors import UserError
 
 # The first format that recognises a path opens it. A folder is any directory, so it comes last.
 FORMATS: dict[str, type[TrainingSet]] = {"recordio": RecordIODataset, "folder": FaceFolder}
 
 
-def open_training_set(path: str, *, index: str, skip_bad: bool, progress: bool) -> TrainingSet:
+def open_training_set(
+    path: str, *, index: str, skip_bad: bool, progress: bool, identities: str | None = None
+) -> TrainingSet:
     """Open the training data at `path`, whatever its format, and check the headers of all images.
 
-    index: where to keep what a scan finds (--index: auto, none or a file).
+    path: of one set; or of several, with commas between them, unless there is something of just this name.
+    index: where to keep what a scan finds (--index: auto, none or a file; for several sets, as many files).
+    identities: of several sets, "separate" (as None) or "shared", as in data.union.
     skip_bad: drop bad images instead of raising an error (--skip-bad-images).
     progress: report on stderr; one process of a run does that.
 
     Raises UserError if there is no training data, or bad images.
     """
+    paths = [path] if os.path.exists(path) else path.split(",")
+    if len(paths) == 1 and identities is not None:
+        raise UserError(f"--identities {identities}: {path} is one training set; give several, as DIR1,DIR2, or drop "
+                        "the flag")
+    indices = [index] * len(paths) if index in ("auto", "none") else index.split(",") if len(paths) > 1 else [index]
+    if len(indices) != len(paths):
+        raise UserError(f"--index {index}: for {len(paths)} training sets, give auto, none, or {len(paths)} files with "
+                        "commas between them")
+    if not all(paths):
+        raise UserError(f"{path}: names no training set before or after a comma; write DIR1,DIR2 without blanks")
+    sets = [_open_one(path, index, progress) for path, index in zip(paths, indices)]
+    dataset = sets[0] if len(sets) == 1 else UnionSet(sets, identities or "separate")
+    dataset.check_headers(skip_bad, progress)
+    return dataset
+
+
+def _open_one(path: str, index: str, progress: bool) -> TrainingSet:
     kind = next((kind for kind in FORMATS.values() if kind.is_at(path)), None)
     if kind is None:
         missing = "file" if path.endswith(".rec") else "directory"
@@ -29,9 +51,7 @@ def open_training_set(path: str, *, index: str, skip_bad: bool, progress: bool) 
         raise UserError(f"{path}: {problem}; give a .rec file, or a directory of images")
     if kind is FaceFolder:
         _require_no_package(path)
-    dataset = kind(path, index=index, progress=progress)
-    dataset.check_headers(skip_bad, progress)
-    return dataset
+    return kind(path, index=index, progress=progress)
 
 
 def _require_no_package(path: str) -> None:

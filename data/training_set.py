@@ -67,6 +67,10 @@ class TrainingSet(Dataset, ABC):
     def __len__(self) -> int:
         return self._count() - len(self._dropped)
 
+    def describe(self) -> str:
+        """Images, identities and place, for the table of a run."""
+        return f"{len(self):,} of {len(self.identities):,} identities in {self.root}"
+
     def fingerprint(self) -> str:
         """`<format>:<hash>`: which images there are, and in which order, by name and label, not by content.
 

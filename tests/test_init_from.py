@@ -78,7 +78,7 @@ def test_centers_go_by_identity(pools, checkpoint, identities, world_size, flags
     assert_starts_with(outcomes, expected, bool(flags), checkpoint)
     kept = np.count_nonzero(rows >= 0)
     if identities != "the same":
-        assert f"{kept} kept, {len(names) - kept} new, {11 - kept} dropped" in outcomes[0][0]
+        assert f"{kept} kept, {len(names) - kept} new with initial values, {11 - kept} dropped" in outcomes[0][0]
     else:
         assert "all 11 class centers" in outcomes[0][0]
 

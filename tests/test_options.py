@@ -24,6 +24,7 @@ from utils.options import (
 # names -> default, and the metavar or choices. Scripts of users depend on these.
 PUBLISHED = {
     "data": (None, "DIR"),
+    "--identities": (None, "separate|shared"),
     "--index": ("auto", "FILE"),
     "--skip-bad-images": (False, None),
     "--augment": ("flip", "none|flip|standard|strong"),
@@ -47,6 +48,8 @@ PUBLISHED = {
     "--optimizer": ("sgd", "NAME"),
     "--momentum": (0.9, "M"),
     "--wd --weight-decay": (1e-4, "W"),
+    "--backbone-lr-scale": (None, "X"),
+    "--freeze": ((), "PART,PART,..."),
     "--seed": (None, "S"),
     "--output": (".", "DIR"),
     "--resume": ("", "PATH"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ from losses.fused import margin_softmax
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone
 from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
+from models.freeze import freeze
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
@@ -25,11 +27,22 @@ from utils.training.state import Position, TrainState
 
 
 class TrainingModel(nn.Module):
-    """Images and labels -> loss: the module that DistributedDataParallel wraps. Autocast covers the backbone only."""
+    """Images and labels -> loss: the module that DistributedDataParallel wraps. Autocast covers the backbone only.
 
-    def __init__(self, backbone: nn.Module, classifier: MarginClassifier, autocast_dtype: torch.dtype | None) -> None:
+    frozen: modules of the backbone that stay in eval mode while the others train.
+    """
+
+    def __init__(self, backbone: nn.Module, classifier: MarginClassifier, autocast_dtype: torch.dtype | None,
+                 frozen: tuple[nn.Module, ...] = ()) -> None:
         super().__init__()
         self.backbone, self.classifier, self.autocast_dtype = backbone, classifier, autocast_dtype
+        self._frozen = frozen
+
+    def train(self, mode: bool = True) -> TrainingModel:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (n, 3, 112, 112), labels (n,) -> loss and num_closer of MarginClassifier; bool scalar, whether all
@@ -39,10 +52,21 @@ class TrainingModel(nn.Module):
         return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
 
 
+class Unaveraged(nn.Module):
+    """In place of DistributedDataParallel where no replicated parameter trains, so that there is nothing to average."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.no_sync = module, contextlib.nullcontext
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.module(*inputs)
+
+
 def build_training(
     context: DistContext, options: Options, seed: int, num_images: int, global_batch: int,
     identities: Sequence[str] = (), fingerprint: str = "",
-) -> tuple[TrainState, DistributedDataParallel]:
+) -> tuple[TrainState, DistributedDataParallel | Unaveraged]:
     """Collective. Backbone, this rank's classes and optimizers, with the same initial weights at every world size.
 
     fingerprint: that of this rank's training set.
@@ -64,6 +88,7 @@ def build_training(
         backbone.compile()
     if options.sync_bn:
         backbone = convert_sync_batchnorm(backbone, context.device.type)
+    frozen = freeze(backbone, options.freeze)
 
     weight = class_centers(shard, EMBEDDING_SIZE, seed, context.device, dtype,
                            parallel_dim=(options.model_parallel_dim or 1) if sharded else None)
@@ -83,15 +108,17 @@ def build_training(
             matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU
     classifier = MarginClassifier(weight, shard, margin, scale=options.loss_scale, group=group, loss=loss)
 
-    model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, dtype)
+    model = TrainingModel(backbone, classifier, autocast_dtype, frozen).to(context.device, dtype)
     let_ddp_ignore_shards(model)
     optimizers = Optimizers(model, options.optimizer, sgd, zero=options.enable_zero_optim, skippable=skip_nonfinite,
-                            row_sgd=row_sgd)
+                            row_sgd=row_sgd, backbone_lr_scale=options.backbone_lr_scale or 1.0)
     scaler = SharedGradScaler(context.device.type, enabled=autocast_dtype == torch.float16)
     # Nodes may hold the images under other names: then all fingerprints count, on all ranks alike.
     images = "+".join(sorted(set(all_gather_json(fingerprint, context.device))))
-    wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
-    fix_gradient_buckets(wrapped)
+    wrapped: DistributedDataParallel | Unaveraged = Unaveraged(model)
+    if not sharded or any(parameter.requires_grad for parameter in backbone.parameters()):
+        wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
+        fix_gradient_buckets(wrapped)
     state = TrainState(
         backbone=backbone, classifier=classifier, optimizers=optimizers, scaler=scaler, position=Position(),
         arch=options.training_arch, seed=seed, num_images=num_images, global_batch=global_batch,

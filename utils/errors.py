@@ -48,18 +48,19 @@ class Parser(argparse.ArgumentParser):
         """What an argument stands for: itself, or the words in a file. Raises UserError for a file with a mistake."""
         if not argument.startswith("@"):
             return [argument]
-        path, number = argument[1:], 0
+        path, words = argument[1:], list[str]()
         try:
-            words = []
             with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    words += _split_line(line.strip().removesuffix("\\"))
-        except OSError as error:
-            raise UserError(f"{argument}: {path} cannot be read ({error.strerror}); a file of arguments is meant; if "
-                            f"the name begins with @, give ./{argument}") from None
-        except ValueError as error:  # quotes, or bytes that are no text
-            raise UserError(f"{path}: line {number + isinstance(error, UnicodeDecodeError)}: is not a line of arguments "
-                            f"({error})") from None
+                lines = file.read().splitlines()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise UserError(f"{argument}: the file of arguments {path} cannot be read ({reason}); give another, or "
+                            f"./{argument} if the name begins with @") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                words += _split_line(line.strip().removesuffix("\\"))
+            except ValueError as error:
+                raise UserError(f"{path}: line {number}: {str(error).lower()}") from None
         if nested := [word for word in words if word.startswith("@")]:
             raise UserError(f"{path}: {nested[0]}: a file of arguments names no other; give both on the command line, "
                             f"or ./{nested[0]} if that is a name")

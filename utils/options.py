@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data.union import IDENTITIES
 from losses.margins import MARGINS, Margin
 from models import BACKBONES
 from utils.checkpoint.reader import AUTO
@@ -29,11 +30,16 @@ class Options(ProcessFlags, ScheduleFlags):
 
     data: str | None = flag("data", metavar="DIR", section="data", per_node=True,
                             help="training images, aligned, 112x112: DIR/train/<identity>/*.jpg if DIR/train exists, "
-                                 "else DIR/<identity>/*.jpg; or a RecordIO package, as a directory or .rec file")
+                                 "else DIR/<identity>/*.jpg; or a RecordIO package, as a directory or .rec file; or "
+                                 "several of these: DIR1,DIR2")
+    identities: str | None = flag(
+        "--identities", choices=IDENTITIES, default_text="separate", section="data",
+        help="with several sets; shared: identities of the same name are one class; separate: never")
     index: str = flag(
         "--index", default="auto", metavar="FILE", section="data", per_node=True,
         help="file that keeps the list of a folder's images, so that the next start need not read every header again; "
-             "auto: in DIR, or among the user's caches if DIR is read-only; none: keep no list")
+             "auto: in DIR, or among the user's caches if DIR is read-only; none: keep no list. For several sets: as "
+             "many files, with commas")
     skip_bad_images: bool = flag("--skip-bad-images", default=False, section="data",
                                  help="count and skip images that cannot be read, instead of stopping at the first")
     augment: str = flag("--augment", default="flip", choices=("none", "flip", "standard", "strong"), section="data",
@@ -74,6 +80,10 @@ class Options(ProcessFlags, ScheduleFlags):
                            help="images per step of this node: the total over its processes and micro-batches")
     accumulation_steps: int = flag("--accumulation-steps", default=1, metavar="K", at_least=1, section="training",
                                    help="micro-batches per step")
+    freeze: tuple[str, ...] = flag(
+        "--freeze", default=(), metavar="PART,PART,...", section="training",
+        help="parts of the backbone that stay as --init-from gives them, BatchNorm statistics too: names of its "
+             "modules, stem for what comes before the stages, or backbone for all of it")
     seed: int | None = flag("--seed", metavar="S", at_least=0, below=2**63, default_text="drawn, printed and stored",
                             section="training", help="seed of all random numbers")
     on_nonfinite: str = flag("--on-nonfinite", default="stop", choices=("stop", "skip"), section="training",
@@ -86,6 +96,9 @@ class Options(ProcessFlags, ScheduleFlags):
                            help="SGD momentum")
     weight_decay: float = flag("--wd", "--weight-decay", default=1e-4, metavar="W", at_least=0, section="optimizer",
                                help="weight decay")
+    backbone_lr_scale: float | None = flag(
+        "--backbone-lr-scale", metavar="X", above=0, section="optimizer", default_text="1",
+        help="the backbone's learning rate is X times that of the class centers, which is --lr")
 
     output: str = flag("--output", default=".", metavar="DIR", section="output", per_node=True,
                        default_text="the current directory",
@@ -278,6 +291,10 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
         yield o.pair_list is not None, f"--pair-list {o.pair_list}: is for --evaluate; add it, or use --val-pairs"
         yield (o.imgs_root is not None and not o.val_pairs,
                f"--imgs-root {o.imgs_root}: is for --evaluate or --val-pairs; add one of them, or drop it")
+    yield (o.evaluate and o.identities is not None,
+           f"--identities {o.identities} with --evaluate: nothing is trained; drop one of them")
+    yield (o.evaluate and bool(o.freeze),
+           f"--freeze {','.join(o.freeze)} with --evaluate: nothing is trained; drop one of them")
     yield (o.skip_missing_pairs and not (o.pair_list or o.val_pairs),
            "--skip-missing-pairs: has no effect without --pair-list or --val-pairs; add one of them, or drop the flag")
     for name, setting, other, has_other in (
@@ -291,6 +308,8 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     # --resume auto is allowed: a job that is requeued starts from these weights once, and later from its own.
     yield (bool(o.init_from) and o.resume not in ("", AUTO),
            f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them")
+    yield (bool(o.freeze) and not o.init_from and not o.resume,
+           f"--freeze {','.join(o.freeze)}: would keep random initial weights; give other weights with --init-from")
     yield (o.start_epoch is not None and o.resume not in ("", AUTO),
            f"--start-epoch {o.start_epoch} with --resume {o.resume}: the checkpoint says where to continue; drop "
            "--start-epoch")

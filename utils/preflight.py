@@ -13,6 +13,7 @@ import torch
 from data.formats import open_training_set
 from data.training_set import TrainingSet
 from models import build_backbone
+from models.freeze import freeze
 from utils.checkpoint.layout import BEST, LATEST, STEPS_DIRECTORY
 from utils.checkpoint.reader import AUTO, Checkpoint
 from utils.dist.sharding import ClassShard
@@ -54,16 +55,30 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
                         "whole backward pass; use --amp-dtype bf16 if the GPU supports it, or drop one of them")
 
 
+def check_freeze(options: Options, *, fresh: bool) -> None:
+    """Raise UserError for a part that the backbone does not have. fresh: the run continues no checkpoint."""
+    if not options.freeze:
+        return
+    if fresh and not options.init_from:
+        raise UserError(f"--freeze {','.join(options.freeze)}: --resume {options.resume} finds no checkpoint, and a "
+                        "fresh run would keep random initial weights; give other weights with --init-from")
+    with torch.device("meta"):
+        freeze(build_backbone(options.training_arch, EMBEDDING_SIZE), options.freeze)
+
+
 def check_memory(options: Options, plan: ProcessPlan) -> str:
     """What the run needs at least of the memory that there is, for the table. Raises UserError if it cannot fit.
 
     The backbone's activations are left out: it takes seconds to predict them, and the first step needs them all.
     """
     with torch.device("meta"):
-        weights = tuple(weight.nbytes for weight in build_backbone(options.training_arch, EMBEDDING_SIZE).parameters())
+        backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+        freeze(backbone, options.freeze)
+    weights = tuple(weight.nbytes for weight in backbone.parameters() if weight.requires_grad)
+    kept = sum(weight.nbytes for weight in backbone.parameters()) - sum(weights)
     gpu = torch.cuda.get_device_properties(plan.gpu or 0) if plan.device_type == "cuda" else None
     total, sharing = (gpu.total_memory, 1) if gpu else (host_bytes(), plan.processes_per_node)
-    parts = predict_memory(BackboneMemory(weights, 0, 0, 0), RunSettings(
+    parts = predict_memory(BackboneMemory(weights, kept, 0, 0), RunSettings(
         classes=options.num_classes, batch_size=options.batch_size * plan.nodes // options.accumulation_steps,
         world_size=plan.world_size, total_bytes=total // sharing, cache_bytes=gpu.L2_cache_size if gpu else 2**23,
         model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
@@ -136,7 +151,7 @@ def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
     """Open the training images and check them against --num-classes and --batch-size. Raises UserError."""
     assert options.data is not None
     dataset = open_training_set(options.data, index=options.index, skip_bad=options.skip_bad_images,
-                                progress=is_first_process())
+                                progress=is_first_process(), identities=options.identities)
     global_batch = options.batch_size * plan.nodes
     if options.num_classes != AUTO_CLASSES and len(dataset.identities) > options.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: give at least {len(dataset.identities)}, the identities "
@@ -206,6 +221,8 @@ def run_table(
 ) -> str:
     """A description of the run, one line per topic. resumed: the checkpoint that it is likely to continue."""
     backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    freeze(backbone, options.freeze)
+    fixed = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
     center_mib = shard.size * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
     global_batch = options.batch_size * plan.nodes
@@ -223,7 +240,8 @@ def run_table(
         "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
                      f"this is node {plan.node_rank}",
         "backbone": f"{options.training_arch}, {sum(p.numel() for p in backbone.parameters()):,} parameters, "
-                    f"embedding {EMBEDDING_SIZE}" + (", synchronized BatchNorm" if options.sync_bn else ""),
+                    f"embedding {EMBEDDING_SIZE}" + (", synchronized BatchNorm" if options.sync_bn else "")
+                    + (f", frozen: {', '.join(options.freeze)} ({fixed:,} parameters)" if options.freeze else ""),
         "classifier": f"{options.num_classes:,} classes{without}, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
         "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
@@ -233,7 +251,7 @@ def run_table(
                 + (", slope 1" if options.margin_gradient == "unit" else "")
                 + (f", classes above {options.inter_class_filter:g} left out"
                    if options.inter_class_filter is not None else ""),
-        "images": f"{len(dataset):,} of {len(dataset.identities):,} identities in {dataset.root}",
+        "images": dataset.describe(),
         "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
                  f"{micro_batch}",
         "training": f"{options.epochs} epochs x {len(dataset) // global_batch:,} steps"

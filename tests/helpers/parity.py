@@ -60,7 +60,7 @@ def run_training(
         gradients.append({
             name: parameter.grad.numpy().copy()
             for name, parameter in model.module.named_parameters()
-            if parameter.grad is not None or not options.fuse_classifier_update
+            if parameter.grad is not None
         })
         zero_grad()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import main
-from data.folder import FaceFolder
+from data.formats import open_training_set
 from helpers.commands import read_metrics
 from helpers.tiny import TinyBackbone
 from utils import build, preflight
@@ -39,7 +39,9 @@ def train(rank: int, world_size: int, argv: list[str], *others: list[str]) -> in
             read_resumable(main.resume_request(options))
     with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         context = DistContext(rank, world_size, processes, torch.device("cpu"))
-        return main.train(context, options, FaceFolder(options.data), preflight.open_validation_sets(options))
+        dataset = open_training_set(options.data, index="none", skip_bad=False, progress=False,
+                                    identities=options.identities)
+        return main.train(context, options, dataset, preflight.open_validation_sets(options))
 
 
 def make_run(context, options, state, model, steps_per_epoch: int, log) -> main.Run:

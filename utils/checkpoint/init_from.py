@@ -68,7 +68,7 @@ def init_from(
         return f"starting from {path}: backbone, all {stored_classes:,} class centers"
     kept = sum(counts) if classifier.group is not None else counts[0]
     return (f"starting from {path}: backbone, class centers by identity: {kept:,} kept, "
-            f"{len(identities) - kept:,} new, {len(names) - kept:,} dropped")
+            f"{len(identities) - kept:,} new with initial values, {len(names) - kept:,} dropped")
 
 
 def _are_names(identities: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -71,14 +72,23 @@ class Optimizers:
         zero: shard the replicated parameters' state with ZeroRedundancyOptimizer.
         skippable: a mask on the device can skip a step, which of torch's implementations only the fused one offers.
         row_sgd: the shard's optimizer, if it steps within the backward pass.
+        backbone_lr_scale: the learning rate of backbone.* is that of the class centers times this.
     """
 
     def __init__(
         self, model: nn.Module, name: str, settings: dict[str, Any], *, zero: bool = False, skippable: bool = False,
-        row_sgd: RowSGD | None = None,
+        row_sgd: RowSGD | None = None, backbone_lr_scale: float = 1.0,
     ) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         replicated, sharded = ([pair for pair in trained if is_sharded(pair[1]) == wanted] for wanted in (False, True))
+
+        def group_of(named: tuple[str, nn.Parameter]) -> tuple[tuple[str, float], ...]:
+            """The settings of the parameter's group that differ from those of all."""
+            return (("lr_scale", backbone_lr_scale if named[0].startswith("backbone.") else 1.0),)
+
+        replicated.sort(key=group_of)  # stable; the optimizer counts parameters group by group
+        groups = [{"params": [parameter for _, parameter in members], **dict(own)}
+                  for own, members in itertools.groupby(replicated, group_of)]
         make: Any = OPTIMIZERS[name]
         make_replicated = make
         if zero:
@@ -88,8 +98,9 @@ class Optimizers:
             make_replicated = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)
         fused = {"fused": True} if skippable else {}
         # The names go with each optimizer: state is saved by name, whoever holds it.
-        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = [
-            (make_replicated([parameter for _, parameter in replicated], **settings, **fused), replicated)]
+        self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
+        if replicated:  # --freeze backbone leaves only the shard
+            self._named.append((make_replicated(groups, **settings, **fused), replicated))
         if sharded:
             # Fused: torch's other implementations copy the gradient, which is as large as the shard, for weight decay.
             shard = row_sgd or make([parameter for _, parameter in sharded], **settings, fused=True)
@@ -102,7 +113,7 @@ class Optimizers:
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def zero_grad(self) -> None:
         for optimizer in self.all:
