@@ -34,7 +34,8 @@ FROZEN = {"conv,bn": ["conv.", "bn."], "backbone": [""]}
 SHARDED = ["--enable-model-parallel"]
 MODES = {
     "base": [], "base, ZeRO": ["--enable-zero-optim"], "base, skip": ["--on-nonfinite", "skip"],
-    "sharded, ZeRO": [*SHARDED, "--enable-zero-optim"], "sharded, accumulation": [*SHARDED, "--accumulation-steps", "2"],
+    "sharded, ZeRO": [*SHARDED, "--enable-zero-optim"],
+    "sharded, accumulation": [*SHARDED, "--accumulation-steps", "2"],
     "sharded, fused update, skip": [*SHARDED, "--fuse-classifier-update", "--on-nonfinite", "skip"],
 }
 
