@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.exported import NAMES, SHARDED, backbone_of, build, centers, export_to, make_checkpoint, save
+from helpers.images import make_folder
 from helpers.saved import saved_training
 from helpers.training import train
 
@@ -52,6 +53,7 @@ IDENTITIES = {
     "the same": (NAMES, 11, list(range(11))),
     "others": (CHANGED, 7, [10, 3, 4, 5, -1, 0, -1]),
     "others, classes to spare": (CHANGED, 11, [10, 3, 4, 5, -1, 0, -1, -1, -1, -1, -1]),
+    "new ones beside them": ([*NAMES, "2/person 0", "new a"], 13, [*range(11), -1, -1]),
     "another order": (NAMES[::-1], 11, list(range(11))[::-1]),
     "none in common": (["x", "y", "z"], 3, [-1, -1, -1]),
 }
@@ -145,6 +147,17 @@ def test_a_run_starts_from_another_run(pools, faces, tmp_path):
             assert torch.equal(tensor, second["state_dict"][name]), name
     before, after = (saved_training(tmp_path / name)["centers"] for name in ("first", "second"))
     assert torch.equal(before, after)
+    # New identities beside the old ones, in a second training set, with parts of the backbone frozen.
+    make_folder(tmp_path / "more", {"new a": 2, "new b": 2})
+    pools(2).run(start_and_train, [
+        f"{faces},{tmp_path}/more", *flags[1:], "--num-classes", "10", "--lr", "0", "--freeze", "stem,bottlenecks",
+        "--init-from", str(tmp_path / "first" / "checkpoint.pth.tar"), "--output", str(tmp_path / "tuned")])
+    tuned = torch.load(tmp_path / "tuned" / "checkpoint.pth.tar", weights_only=True)
+    assert tuned["identities"] == [*first["identities"], "new a", "new b"]
+    assert torch.equal(saved_training(tmp_path / "tuned")["centers"][:8], before[:8])
+    for name, tensor in first["state_dict"].items():
+        if name.endswith("running_mean"):
+            assert torch.equal(tensor, tuned["state_dict"][name]) == name.startswith(("stem", "bottlenecks")), name
     # A requeued job runs the same command and resumes its own checkpoint, even if the other one is gone.
     again = [*flags, "--lr", "0", "--init-from", str(tmp_path / "gone"), "--output", str(tmp_path / "second"),
              "--resume", "auto"]
