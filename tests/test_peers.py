@@ -62,9 +62,9 @@ def test_adaface_subtracts_its_angular_margin():
 
 
 def test_adaface_statistics_are_those_of_the_global_batch(pools):
-    """AdaFace's own program keeps a mean and deviation on each GPU, of the images of that GPU (its issues 39 and 76)."""
-    def statistics(outcomes: list[Outcome]) -> list[tuple[float, float]]:
-        return [tuple(float(outcome.weights[f"classifier.margin.{name}"]) for name in ("norm_mean", "norm_std"))
+    """AdaFace keeps a mean and deviation on each GPU, of the images of that GPU (its issues 39 and 76)."""
+    def statistics(outcomes: list[Outcome]) -> list[list[float]]:
+        return [[float(outcome.weights[f"classifier.margin.{name}"]) for name in ("norm_mean", "norm_std")]
                 for outcome in outcomes]
 
     (alone,) = statistics(pools(1).run(run_training, 5, False, SHARDED, "adaface"))
@@ -93,7 +93,7 @@ def test_curricularface_moves_slowly():
     """TFace moves t by a tenth of each batch; the paper by a hundredth (Huang et al. 2020, eq. 9)."""
     margin = MARGINS["curricularface"]().double()
     margin.update(torch.full((4,), 0.5, dtype=torch.float64), None)
-    assert math.isclose(float(margin.t), 0.01 * 0.5)
+    torch.testing.assert_close(margin.t, torch.tensor(0.01 * 0.5, dtype=torch.float64))
 
 
 def test_arcface_continues_beyond_pi():
