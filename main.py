@@ -72,7 +72,7 @@ def main() -> None:
     decides = plan.node_rank == 0
     resumed = read_resumable(resume_request(options)) if options.resume and decides else None
     if options.init_from and resumed is None and (decides or not options.resume):
-        check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
+        check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE, options.sub_centers)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
     options = preflight.count_classes(options, dataset, resumed)
@@ -341,7 +341,7 @@ def choose_seed(options: Options, context: DistContext) -> int:
 
 def resume_request(options: Options) -> Resume:
     return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes or None,
-                  loss=options.loss, seed=options.seed, timeout=options.dist_timeout)
+                  loss=options.loss, sub_centers=options.sub_centers, seed=options.seed, timeout=options.dist_timeout)
 
 
 def evaluate(options: Options, plan: ProcessPlan) -> None:

@@ -46,6 +46,8 @@ class Options:
     precision: str = flag("--precision", default="fp32", choices=PRECISIONS, help="bf16, fp16: with --enable-amp-mode")
     memory_gib: float | None = flag("--memory-gib", metavar="GIB", above=0, help="memory of each GPU",
                                     default_text=f"that of the visible GPU, else {ASSUMED_MEMORY_GIB:g}")
+    sub_centers: int = flag("--sub-centers", default=1, metavar="K", at_least=1, section="flags of main.py",
+                            help="centers of each class")
     enable_model_parallel: bool = flag("--enable-model-parallel", default=True, section="flags of main.py",
                                        help="shard the classes over all GPUs")
     enable_zero_optim: bool = flag("--enable-zero-optim", default=False, section="flags of main.py",
@@ -68,7 +70,8 @@ def main() -> None:
     def predict(classes: int, world_size: int) -> dict[str, int]:
         return predict_memory(backbone, RunSettings(
             classes=classes, world_size=world_size, batch_size=options.batch_size, embedding_size=EMBEDDING_SIZE,
-            total_bytes=memory, cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
+            sub_centers=options.sub_centers, total_bytes=memory,
+            cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,
             matmul_dtype=matmul_dtype,
@@ -77,8 +80,9 @@ def main() -> None:
     def fits(classes: int, world_size: int) -> bool:
         return sum(predict(classes, world_size).values()) <= memory
 
-    print(f"{options.arch}, {options.classes:,} classes, {options.batch_size} images on {options.world_size} GPUs of "
-          f"{memory_gib:g} GiB, {options.precision}\n")
+    centers = f" with {options.sub_centers} centers each" if options.sub_centers > 1 else ""
+    print(f"{options.arch}, {options.classes:,} classes{centers}, {options.batch_size} images on {options.world_size} "
+          f"GPUs of {memory_gib:g} GiB, {options.precision}\n")
     parts = predict(options.classes, options.world_size)
     total, width = sum(parts.values()), max(map(len, parts))
     for name, size in parts.items():

@@ -35,6 +35,7 @@ PUBLISHED = {
     "--scale": (None, "S"),
     "--margin-gradient": ("exact", "exact|unit"),
     "--inter-class-filter": (None, "T"),
+    "--sub-centers": (1, "K"),
     "--epochs": (35, "N"),
     "--start-epoch": (None, "N"),
     "--max-steps": (None, "N"),

@@ -66,7 +66,8 @@ def build_training(
         backbone = convert_sync_batchnorm(backbone, context.device.type)
 
     weight = class_centers(shard, EMBEDDING_SIZE, seed, context.device, dtype,
-                           parallel_dim=(options.model_parallel_dim or 1) if sharded else None)
+                           parallel_dim=(options.model_parallel_dim or 1) if sharded else None,
+                           sub_centers=options.sub_centers)
     sgd = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     skip_nonfinite = options.on_nonfinite == "skip"
     row_sgd = RowSGD(weight, skip_nonfinite=skip_nonfinite, **sgd) if options.fuse_classifier_update else None
@@ -81,7 +82,8 @@ def build_training(
             margin_softmax, filter_above=options.inter_class_filter, saved_probs_mib=saved_probs_mib,
             update=row_sgd.update_rows if row_sgd else None,
             matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU
-    classifier = MarginClassifier(weight, shard, margin, scale=options.loss_scale, group=group, loss=loss)
+    classifier = MarginClassifier(weight, shard, margin, scale=options.loss_scale, group=group, loss=loss,
+                                  sub_centers=options.sub_centers)
 
     model = TrainingModel(backbone, classifier, autocast_dtype).to(context.device, dtype)
     let_ddp_ignore_shards(model)

@@ -64,6 +64,11 @@ class Options(ProcessFlags, ScheduleFlags):
         "--inter-class-filter", metavar="T", at_least=-1, at_most=1, section="loss",
         help="leave out, for each image, other classes with a cosine above T: probably the same person again")
 
+    sub_centers: int = flag(
+        "--sub-centers", default=1, metavar="K", at_least=1, section="loss",
+        help="centers of each class, of which each image uses the closest: wrong images of an identity gather at "
+             "centers of their own. 3 in the publication")
+
     epochs: int = flag("--epochs", default=35, metavar="N", at_least=1, section="training", help="number of epochs")
     start_epoch: int | None = flag("--start-epoch", metavar="N", at_least=0, default_text="0", section="training",
                                    help="first epoch of a fresh run; a resumed run continues where it stopped")

@@ -64,7 +64,8 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
     gpu = torch.cuda.get_device_properties(plan.gpu or 0) if plan.device_type == "cuda" else None
     total, sharing = (gpu.total_memory, 1) if gpu else (host_bytes(), plan.processes_per_node)
     parts = predict_memory(BackboneMemory(weights, 0, 0, 0), RunSettings(
-        classes=options.num_classes, batch_size=options.batch_size * plan.nodes // options.accumulation_steps,
+        classes=options.num_classes, sub_centers=options.sub_centers,
+        batch_size=options.batch_size * plan.nodes // options.accumulation_steps,
         world_size=plan.world_size, total_bytes=total // sharing, cache_bytes=gpu.L2_cache_size if gpu else 2**23,
         model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
         fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib or 0,
@@ -100,6 +101,7 @@ def memory_remedies(options: Options, world_size: int, *, activations: bool = Tr
         ("--precision float32", options.precision == "float64"),
         ("--enable-amp-mode", activations and not options.enable_amp_mode and options.precision == "float32"),
         ("a smaller --batch-size", activations),
+        ("fewer --sub-centers", options.sub_centers > 1),
         ("fewer classes", True),
     ) if helps) + " (scripts/plan.py predicts the need)"
 
@@ -207,7 +209,8 @@ def run_table(
     """A description of the run, one line per topic. resumed: the checkpoint that it is likely to continue."""
     backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
-    center_mib = shard.size * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
+    centers, own_centers = (classes * options.sub_centers for classes in (options.num_classes, shard.size))
+    center_mib = own_centers * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
     global_batch = options.batch_size * plan.nodes
     micro_batch = global_batch // plan.world_size // options.accumulation_steps
     device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
@@ -224,9 +227,11 @@ def run_table(
                      f"this is node {plan.node_rank}",
         "backbone": f"{options.training_arch}, {sum(p.numel() for p in backbone.parameters()):,} parameters, "
                     f"embedding {EMBEDDING_SIZE}" + (", synchronized BatchNorm" if options.sync_bn else ""),
-        "classifier": f"{options.num_classes:,} classes{without}, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
+        "classifier": f"{options.num_classes:,} classes{without}, "
+                      + (f"{options.sub_centers} centers each, " if options.sub_centers > 1 else "")
+                      + f"{centers * EMBEDDING_SIZE:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
-        "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
+        "class centers": f"up to {own_centers:,} per process: {center_mib:,.0f} MiB, "
                          + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update
                             else f"{3 * center_mib:,.0f} MiB with gradient and momentum"),
         "loss": f"{options.build_margin().describe()}, scale {options.loss_scale:g}"

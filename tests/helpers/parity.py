@@ -81,12 +81,14 @@ def mean_over_ranks(loss: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
-def true_training(num_classes: int, batch_norm: bool, true: TrueLoss, micro_batches: int = 1) -> Outcome:
+def true_training(
+    num_classes: int, batch_norm: bool, true: TrueLoss, micro_batches: int = 1, sub_centers: int = 1
+) -> Outcome:
     """The same steps with plain PyTorch in one process."""
     statistics: dict[str, Any] = dict(true.statistics)
     torch.manual_seed(SEED)
     backbone = TinyBackbone(batch_norm).double()
-    centers = nn.Parameter(initial_centers(ClassShard(num_classes, 0, 1), 512, SEED).double())
+    centers = nn.Parameter(initial_centers(ClassShard(num_classes * sub_centers, 0, 1), 512, SEED).double())
     named = {f"backbone.{name}": parameter for name, parameter in backbone.named_parameters()}
     named["classifier.weight"] = centers
     optimizer = torch.optim.SGD(named.values(), lr=SETTINGS["lr"], momentum=SETTINGS["momentum"],
@@ -105,8 +107,9 @@ def true_training(num_classes: int, batch_norm: bool, true: TrueLoss, micro_batc
             embedding = backbone(images)
             norm = embedding.norm(dim=1)
             loss, num_closer = true_softmax(F.normalize(embedding), label, centers, SETTINGS["scale"], phi, negatives,
-                                            norm, penalty)
-            cosines.append((F.normalize(embedding) * F.normalize(centers)[label]).sum(1).detach())
+                                            norm, penalty, sub_centers)
+            own = F.normalize(centers).view(num_classes, sub_centers, -1)[label]
+            cosines.append((F.normalize(embedding)[:, None] * own).sum(2).amax(1).detach())
             norms.append(norm.detach())
             (loss / micro_batches).backward()
             losses.append(loss.item())
@@ -123,13 +126,15 @@ def true_training(num_classes: int, batch_norm: bool, true: TrueLoss, micro_batc
     return outcome
 
 
-def assert_equal(outcomes: list[Outcome], truth: Outcome, sharded: bool, tolerance: float, num_classes: int) -> None:
+def assert_equal(
+    outcomes: list[Outcome], truth: Outcome, sharded: bool, tolerance: float, num_classes: int, sub_centers: int = 1
+) -> None:
     """Losses, gradients of every parameter, weights after the steps, num_closer; replicas equal to the bit."""
 
     def whole(name: str, parts: list[np.ndarray]) -> np.ndarray:
         if sharded and name == "classifier.weight":
             for rank, part in enumerate(parts):
-                assert len(part) == ClassShard(num_classes, rank, len(outcomes)).size
+                assert len(part) == ClassShard(num_classes, rank, len(outcomes)).size * sub_centers
             return np.concatenate(parts)
         for part in parts[1:]:
             np.testing.assert_array_equal(part, parts[0], err_msg=name)
