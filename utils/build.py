@@ -19,6 +19,7 @@ from utils.dist.context import DistContext
 from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.options import EMBEDDING_SIZE, Options
+from utils.training.ema import WeightAverage
 from utils.training.optim import Optimizers, RowSGD
 from utils.training.scaler import SharedGradScaler, amp_dtype
 from utils.training.state import Position, TrainState
@@ -97,5 +98,6 @@ def build_training(
         arch=options.training_arch, seed=seed, num_images=num_images, global_batch=global_batch,
         identities=list(identities), loss=options.loss,
         loss_settings={"scale": options.loss_scale, **options.loss_settings}, margin=margin, images=images,
+        ema=WeightAverage(backbone, options.ema) if options.ema is not None else None,
     )
     return state, wrapped

@@ -14,7 +14,7 @@ from utils.errors import Parser, UserError
 from utils.flags import Flag, add_flags, check_values, flag, flags_of
 from utils.launch.plan import ProcessFlags
 from utils.training.optim import OPTIMIZERS
-from utils.training.schedules import ScheduleFlags
+from utils.training.schedules import SCHEDULE_SETTINGS, ScheduleFlags
 
 EMBEDDING_SIZE = 512
 AUTO_CLASSES = 0  # --num-classes auto, until the training set is open
@@ -86,6 +86,10 @@ class Options(ProcessFlags, ScheduleFlags):
                            help="SGD momentum")
     weight_decay: float = flag("--wd", "--weight-decay", default=1e-4, metavar="W", at_least=0, section="optimizer",
                                help="weight decay")
+    ema: float | None = flag(
+        "--ema", metavar="DECAY", above=0, below=1, section="optimizer",
+        help="keep an exponential moving average of the backbone's weights, in checkpoints too: it is what is "
+             "evaluated, exported and read by --init-from")
 
     output: str = flag("--output", default=".", metavar="DIR", section="output", per_node=True,
                        default_text="the current directory",
@@ -229,7 +233,9 @@ def check_options(options: Options) -> Options:
     for conflict, message in _conflicts(options):
         if conflict:
             raise UserError(message)
-    options = dataclasses.replace(options, scale=options.loss_scale,
+    own = {field: default for field, default in SCHEDULE_SETTINGS.get(options.schedule, {}).items()
+           if getattr(options, field) is None}
+    options = dataclasses.replace(options, scale=options.loss_scale, **own,
                                   loss_settings=complete_loss_settings(options.loss, options.loss_settings))
     options.build_margin()  # Its settings may contradict each other.
     return options
@@ -257,10 +263,24 @@ def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
     return ", ".join(changes)
 
 
+def _without_effect(
+    o: Options, choice: str, settings: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[bool, str]]:
+    """As `_conflicts`: settings {value of the flag `choice`: {field: default}} that only other values have."""
+    chosen, flags = getattr(o, choice), flags_of(Options)
+    for field in dict.fromkeys(field for own in settings.values() for field in own):
+        others = " or ".join(f"--{choice} {name}" for name, own in settings.items() if field in own)
+        value = getattr(o, field)
+        yield (value is not None and field not in settings.get(chosen, {}),
+               f"{flags[field].describe(value)}: has no effect with --{choice} {chosen}; drop it, or choose {others}")
+
+
 def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     """(condition that must not be true, error message)."""
-    yield (list(o.lr_milestones) != sorted(set(o.lr_milestones)),
-           f"--lr-milestones {','.join(f'{m:g}' for m in o.lr_milestones)}: give epochs in rising order, as 10,16,21")
+    milestones = list(o.lr_milestones or ())
+    yield (milestones != sorted(set(milestones)),
+           f"--lr-milestones {','.join(f'{m:g}' for m in milestones)}: give epochs in rising order, as 10,16,21")
+    yield from _without_effect(o, "schedule", SCHEDULE_SETTINGS)
     for name, value in ("--save-freq", o.save_freq), ("--keep", o.keep):
         yield value is not None and o.no_save, f"{name} {value} with --no-save: drop one of them"
 

@@ -31,6 +31,7 @@ AUTO = "auto"  # --resume auto: the newest undamaged checkpoint in --output
 
 # Parameters of the training model are called backbone.<name> and classifier.weight.
 BACKBONE_PREFIX, CENTERS_PARAMETER = "backbone.", "classifier.weight"
+EMA = "ema"  # the entry of --ema: {"updates", "state_dict"}
 CENTERS, OPTIMIZER = "centers", "optimizer"  # tensors in shards/: centers, optimizer/classifier.weight/<state>
 # What format 2 calls a tensor in shards/.
 _FORMAT_2_NAMES = {f"{OPTIMIZER}/{CENTERS_PARAMETER}/momentum_buffer": "momentum"}
@@ -344,6 +345,10 @@ def _load(state: TrainState, checkpoint: Checkpoint, read: ReadBytes | None = No
     try:
         state.backbone.load_state_dict(contents["state_dict"])
         state.margin.load_state_dict(contents["loss"]["state"])
+        if state.ema is not None:
+            state.ema.restart()
+            if EMA in contents:
+                state.ema.load(contents[EMA])
     except RuntimeError as error:  # Names or shapes differ from what the file says it holds.
         raise UserError(f"does not hold {contents['arch']} with {contents['loss']['name']}: "
                         f"{first_words(error)}") from None
