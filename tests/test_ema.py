@@ -72,7 +72,8 @@ def saved_values(output: Path) -> list[dict[str, torch.Tensor]]:
     """The weights of a run with --seed 5 and --save-freq 1, before the first step and after each one."""
     torch.manual_seed(5)
     return [TinyBackbone(batch_norm=True).state_dict(), *(
-        torch.load(path, weights_only=True)["state_dict"] for path in sorted(output.glob("checkpoints/*/state.pth.tar")))]
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in sorted(output.glob("checkpoints/*/state.pth.tar")))]
 
 
 @pytest.mark.slow

@@ -20,15 +20,7 @@ from torch import Tensor
 from utils.checkpoint import layout, shards
 from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.layout import LATEST, METADATA_FILE, STATE_FILE
-from utils.checkpoint.reader import (
-    AUTO,
-    BACKBONE_PREFIX,
-    CENTERS,
-    CENTERS_PARAMETER,
-    EMA,
-    FORMAT_VERSION,
-    OPTIMIZER,
-)
+from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, EMA, FORMAT_VERSION, OPTIMIZER
 from utils.checkpoint.transfer import Asking, Exchange, PeerFailed, answer
 from utils.dist.context import DistContext
 from utils.errors import UserError
