@@ -241,7 +241,7 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
             finite.append(embeddings_finite)
             replaced_images += skipped
         nonfinite = run.guard.nonfinite(losses)
-        skipped_step = state.scaler.step_all(state.optimizers.all, nonfinite)
+        skipped_step = state.scaler.step_all(state.optimizers.all, nonfinite, state.clip)
         state.classifier.end_step(skipped_step)
         run.guard.rollback(nonfinite)
         if state.ema is not None:
@@ -349,7 +349,7 @@ def choose_seed(options: Options, context: DistContext) -> int:
 
 def resume_request(options: Options) -> Resume:
     return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes or None,
-                  loss=options.loss, seed=options.seed, timeout=options.dist_timeout)
+                  loss=options.loss, optimizer=options.optimizer, seed=options.seed, timeout=options.dist_timeout)
 
 
 def evaluate(options: Options, plan: ProcessPlan) -> None:

@@ -63,7 +63,7 @@ def test_a_warm_up_as_long_as_the_run(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_gives_a_factor_for_every_step(name):
-    assert all(0 <= rate <= 0.1 for rate in rates(ScheduleFlags(schedule=name), 120))
+    assert all(0 <= rate <= 0.1 for rate in rates(ScheduleFlags(lr=0.1, schedule=name), 120))
 
 
 def test_a_schedule_is_one_function_and_one_entry(monkeypatch):

@@ -43,7 +43,7 @@ class Resume:
 
     path: --resume: a state file, a link to one, or "auto". Rank 0's counts.
     output: --output, where "auto" looks.
-    num_classes, seed: None accepts the checkpoint's.
+    num_classes, seed, optimizer: None accepts the checkpoint's.
     timeout: seconds to wait for another rank that reads or sends.
     """
 
@@ -53,6 +53,7 @@ class Resume:
     num_classes: int | None
     loss: str = "arcface"
     seed: int | None = None
+    optimizer: str | None = None
     timeout: float = 1800.0
 
 
@@ -223,13 +224,15 @@ def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
                         "with the program that wrote it, or start a new run in another --output")
     try:
         contents = _from_format_2(contents) if version == 2 else contents
-        stored_values = contents["arch"], contents["num_classes"], contents["loss"]["name"], contents["seed"]
+        stored_values = contents["arch"], contents["num_classes"], contents["loss"]["name"], contents["seed"], (
+            contents["options"].get("optimizer", "sgd"))  # the only one of older versions
         if not all(isinstance(value, (str, int)) for value in stored_values):
             raise TypeError
     except (LookupError, TypeError, AttributeError, RuntimeError):  # any entry can be a tensor
         raise DamagedCheckpoint(f"{path}: is not the state of a training run, or is damaged") from None
-    given_values = resume.arch, resume.num_classes, resume.loss, resume.seed
-    for flag, given, stored in zip(("--arch", "--num-classes", "--loss", "--seed"), given_values, stored_values):
+    given_values = resume.arch, resume.num_classes, resume.loss, resume.seed, resume.optimizer
+    names = "--arch", "--num-classes", "--loss", "--seed", "--optimizer"
+    for flag, given, stored in zip(names, given_values, stored_values):
         if given not in (stored, None):
             raise UserError(f"{path}: was trained with {flag} {stored}, this run has {flag} {given}; give {flag} "
                             f"{stored}, or start a run in another --output with --init-from {path}")

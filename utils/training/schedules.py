@@ -57,8 +57,8 @@ SCHEDULE_SETTINGS: dict[str, dict[str, Any]] = {
 class ScheduleFlags:
     """The flags that decide the learning rate of a step."""
 
-    lr: float = flag("--lr", "--learning-rate", default=0.1, metavar="LR", at_least=0, section=SECTION,
-                     help="learning rate after warm-up")
+    lr: float | None = flag("--lr", "--learning-rate", metavar="LR", at_least=0, section=SECTION,
+                            default_text="0.1, adamw 0.001", help="learning rate after warm-up")
     schedule: str = flag("--schedule", default="step", metavar="NAME", choices=SCHEDULES, section=SECTION,
                          help="how the learning rate changes after warm-up")
     lr_milestones: tuple[float, ...] | None = flag(
@@ -77,6 +77,7 @@ def learning_rate(step: int, steps_per_epoch: int, total_steps: int, flags: Sche
     Step t, from 0, of w warm-up steps has --lr * (t + 1) / w: the first one is small, not 0, and the last one has --lr.
     Steps of a global batch count, so the rate does not depend on the world size.
     """
+    assert flags.lr is not None
     warmup_steps = flags.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return flags.lr * min(1.0, (step + 1) / warmup_steps)
