@@ -64,7 +64,8 @@ class RowOptimizer(Optimizer):
         return [value for value in self.state[weight].values() if value.shape == weight.shape]
 
     def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
-        """Step rows in place. here: the rows of the parameter, then of its state. found_inf: where it is 1, they stay."""
+        """Step rows in place. here: the rows of the parameter, then of its state. found_inf: 1 leaves them as they are.
+        """
         raise NotImplementedError
 
 
@@ -157,9 +158,9 @@ class Optimizers:
         replicated, sharded = ([pair for pair in trained if is_sharded(pair[1]) == wanted] for wanted in (False, True))
         without = undecayed(model, no_decay)
         replicated.sort(key=lambda pair: pair[0] in without)  # stable; state counts parameters group by group
-        groups: list[dict[str, Any]] = [{"params": [parameter for name, parameter in replicated if name not in without]}]
-        if undecaying := [parameter for name, parameter in replicated if name in without]:
-            groups.append({"params": undecaying, "weight_decay": 0.0})
+        groups: list[dict[str, Any]] = [{"params": [p for name, p in replicated if name not in without]}]
+        if without:
+            groups.append({"params": [p for name, p in replicated if name in without], "weight_decay": 0.0})
         make: Any = OPTIMIZERS[name]
         make_replicated = make
         if zero:
