@@ -20,7 +20,7 @@ from utils.checkpoint.reader import read_resumable
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
-from utils.training.optim import RowAdamW, undecayed
+from utils.training.optim import Optimizers, RowAdamW, undecayed
 
 SHARDED, ZERO, FUSED = ["--enable-model-parallel"], ["--enable-zero-optim"], ["--fuse-classifier-update"]
 ADAMW = ["--optimizer", "adamw", "--lr", "0.01", "--wd", "0.1"]
@@ -108,6 +108,20 @@ def test_which_parameters_do_not_decay():
         assert all(parameter.ndim == 1 for name, parameter in backbone.named_parameters() if name in names)
         rest = [name for name, parameter in backbone.named_parameters() if parameter.ndim == 1 and name not in names]
         assert rest and all("prelu" in name or name.endswith("weight") for name in rest)
+
+
+def test_state_belongs_to_its_parameter_whatever_decays():
+    settings = dict(lr=0.1, weight_decay=0.1)
+    model = TinyBackbone(batch_norm=True)
+    model(torch.randn(4, 3, 112, 112)).square().sum().backward()
+    first = Optimizers(model, "adamw", settings)
+    first.all[0].step()
+    second = Optimizers(model, "adamw", settings, no_decay=["norm", "bias"])
+    second.load_state(first.state())
+    assert second.state().keys() == first.state().keys() == dict(model.named_parameters()).keys()
+    for name, values in first.state().items():
+        assert all(torch.equal(values[key], second.state()[name][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    assert [group["weight_decay"] for group in second.all[0].param_groups] == [0.1, 0.0]
 
 
 def test_rows_that_are_stepped_in_parts_and_late():

@@ -30,11 +30,11 @@ class GradientClip:
         Call it when the gradients are complete: averaged over the ranks and, with fp16, unscaled. If the norm is inf or
         NaN, so are gradients afterwards: the caller must skip the step.
         """
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        own = [parameter.grad for parameter in self._parameters if parameter.grad is not None and is_sharded(parameter)]
-        norm = get_total_norm([gradient for gradient in gradients if all(gradient is not shard for shard in own)])
+        replicated, sharded = ([parameter.grad for parameter in self._parameters if parameter.grad is not None
+                                and is_sharded(parameter) == wanted] for wanted in (False, True))
+        norm = get_total_norm(replicated)
         if self._sharded:
-            squares = get_total_norm(own).double().square().to(norm.device)
+            squares = get_total_norm(sharded).double().square().to(norm.device)
             dist.all_reduce(squares)
             norm = (norm.double().square() + squares).sqrt().to(norm.dtype)
         clip_grads_with_norm_(self._parameters, self._max_norm, norm)
