@@ -78,7 +78,7 @@ class Options(ProcessFlags, ScheduleFlags):
                             section="training", help="seed of all random numbers")
     on_nonfinite: str = flag("--on-nonfinite", default="stop", choices=("stop", "skip"), section="training",
                              help="if the loss is inf or NaN: stop before anything is saved, or skip the step, "
-                                  "leaving weights, momentum and BatchNorm statistics unchanged")
+                                  "leaving weights, optimizer state and BatchNorm statistics unchanged")
 
     optimizer: str = flag("--optimizer", default="sgd", metavar="NAME", choices=OPTIMIZERS, section="optimizer",
                           help="optimizer of backbone and class centers")

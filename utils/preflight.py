@@ -209,9 +209,8 @@ def run_table(
     """A description of the run, one line per topic. resumed: the checkpoint that it is likely to continue."""
     backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
-    held = (["gradient"] * (not options.fuse_classifier_update)
-            + [[], ["momentum"], ["two moments"]][count_states(options.optimizer, options.momentum)])
-    copies = 1 + (not options.fuse_classifier_update) + count_states(options.optimizer, options.momentum)
+    stores_gradient, states = not options.fuse_classifier_update, count_states(options.optimizer, options.momentum)
+    held = ["gradient"] * stores_gradient + [[], ["momentum"], ["two moments"]][states]
     center_mib = shard.size * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
     global_batch = options.batch_size * plan.nodes
     micro_batch = global_batch // plan.world_size // options.accumulation_steps
@@ -232,7 +231,8 @@ def run_table(
         "classifier": f"{options.num_classes:,} classes{without}, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
         "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB"
-                         + (f", {copies * center_mib:,.0f} MiB with {' and '.join(held)}" if held else ""),
+                         + (f", {(1 + stores_gradient + states) * center_mib:,.0f} MiB with {' and '.join(held)}"
+                            if held else ""),
         "loss": f"{options.build_margin().describe()}, scale {options.loss_scale:g}"
                 + (", slope 1" if options.margin_gradient == "unit" else "")
                 + (f", classes above {options.inter_class_filter:g} left out"

@@ -54,14 +54,14 @@ class RowOptimizer(Optimizer):
         """
         make_state(self)
         (weight,) = self.param_groups[0]["params"]
-        here = [tensor[rows] for tensor in (weight.detach(), *self._row_state(weight))]
+        here = [weight.detach()[rows], *(self.state[weight][name][rows] for name in self._state_names())]
         self._step_rows(here, grad, finite.logical_not().float() if self._skip_nonfinite else None)
         # The fused kernel does not say that it writes. Now a second backward through the old weights is an error.
         increment_version(weight)
 
-    def _row_state(self, weight: nn.Parameter) -> list[Tensor]:
+    def _state_names(self) -> tuple[str, ...]:
         """The state with a row for each row of the parameter."""
-        return [value for value in self.state[weight].values() if value.shape == weight.shape]
+        raise NotImplementedError
 
     def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
         """Step rows in place. here: the rows of the parameter, then of its state. found_inf: 1 leaves them as they are.
@@ -72,9 +72,13 @@ class RowOptimizer(Optimizer):
 class RowSGD(RowOptimizer, SGD):
     """SGD by rows."""
 
+    def _state_names(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.param_groups[0]["momentum"] else ()
+
     def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
         (settings,) = self.param_groups
-        sgd(here[:1], [grad], here[1:] or [None], fused=True, found_inf=found_inf, lr=settings["lr"],  # type: ignore
+        momentum: Any = here[1:] or [None]
+        sgd(here[:1], [grad], momentum, fused=True, found_inf=found_inf, lr=settings["lr"],
             **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
 
 
@@ -84,6 +88,9 @@ class RowAdamW(RowOptimizer, AdamW):
     Its bias correction counts the optimizer steps of the run that were not skipped: one per step for all rows, however
     many calls step them, and also for rows that a step leaves out. `step` counts, after the calls of `update_rows`.
     """
+
+    def _state_names(self) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
 
     def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
         (settings,) = self.param_groups
