@@ -364,6 +364,6 @@ def whole_classes(centers: int, sub_centers: int) -> int:
     return max(sub_centers, centers // sub_centers * sub_centers)
 
 
-def automatic_memory_bytes(centers: int, total_bytes: int, fused_update: bool) -> int:
+def automatic_memory_bytes(centers: int, total_bytes: int, fused_update: bool, optimizer_states: int = 1) -> int:
     """For saved probabilities: a quarter of the bytes that the centers, their gradient and momentum leave."""
-    return max(0, total_bytes - (2 if fused_update else 3) * centers) // 4
+    return max(0, total_bytes - (1 + max(1, optimizer_states) + (not fused_update)) * centers) // 4

@@ -93,15 +93,15 @@ class MarginClassifier(nn.Module):
                 buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
-def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) -> float:
-    """MiB of this process for saved probabilities: a quarter of what class centers, gradient and momentum leave.
+def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool, optimizer_states: int = 1) -> float:
+    """MiB of this process for saved probabilities: a quarter of what class centers, gradient and optimizer state leave.
 
     It depends on the machine's whole memory, not on what is free now: a resumed run must compute as before. `processes`
     share the CPU's memory; a GPU belongs to one process. With `fused_update` there is no gradient.
     """
     total = (torch.cuda.get_device_properties(centers.device).total_memory if centers.is_cuda
              else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes)
-    return automatic_memory_bytes(centers.nbytes, total, fused_update) / 2**20
+    return automatic_memory_bytes(centers.nbytes, total, fused_update, optimizer_states) / 2**20
 
 
 # Class centers are drawn in blocks of this many rows, each from its own generator: a rank draws only the blocks that

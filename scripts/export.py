@@ -64,7 +64,7 @@ def main() -> None:
     except (OSError, RuntimeError) as error:  # torch.save and safetensors raise RuntimeError when the disk is full
         cause, _, _ = str(error).partition("\n")
         raise UserError(f"--output {options.output}: cannot be written ({cause})") from None
-    print(f"{weights.arch} of {options.resume} as {options.format}: {options.output}, "
+    print(f"{weights.describe(options.resume)} as {options.format}: {options.output}, "
           f"{os.path.getsize(options.output) / 2**20:,.1f} MiB; {summary}")
 
 

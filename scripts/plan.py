@@ -25,6 +25,7 @@ from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
 from utils.planner import RunSettings, largest, measure_backbone, predict_memory  # noqa: E402
+from utils.training.optim import OPTIMIZERS, count_states  # noqa: E402
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,6 +53,9 @@ class Options:
                                        help="shard the classes over all GPUs")
     enable_zero_optim: bool = flag("--enable-zero-optim", default=False, section="flags of main.py",
                                    help="shard the optimizer state of replicated parameters")
+    optimizer: str = flag("--optimizer", default="sgd", choices=OPTIMIZERS, section="flags of main.py",
+                          help="sgd keeps one value per weight, adamw two")
+    ema: bool = flag("--ema", default=False, section="flags of main.py", help="keep an average of the backbone")
     fuse_classifier_update: bool = flag("--fuse-classifier-update", default=False, section="flags of main.py",
                                         help="never store the gradient of the class centers")
     classifier_memory_mib: int | None = flag("--classifier-memory-mib", metavar="MIB", at_least=0,
@@ -73,6 +77,7 @@ def main() -> None:
             sub_centers=options.sub_centers, total_bytes=memory,
             cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
+            optimizer_states=count_states(options.optimizer, momentum=0.9), ema=options.ema,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,
             matmul_dtype=matmul_dtype,
         ))

@@ -46,7 +46,9 @@ class RunSettings:
     embedding_size: int = 512  # d
     sub_centers: int = 1  # q
     model_parallel: bool = True  # the classes are sharded; otherwise each process has them all, under DDP
-    zero: bool = False  # the momentum of replicated parameters is sharded, by whole parameters
+    zero: bool = False  # the optimizer state of replicated parameters is sharded, by whole parameters
+    optimizer_states: int = 1  # values that the optimizer keeps for each value of a parameter
+    ema: bool = False  # an average of the backbone is kept
     fused_update: bool = False  # the gradient of the class centers is never stored
     classifier_memory_mib: float | None = None  # for saved probabilities; None: the trainer's automatic choice
     matmul_dtype: torch.dtype | None = None  # of the classifier's matrix products in low precision
@@ -105,8 +107,7 @@ def saved_bytes(backbone: nn.Module, images: Tensor, device_type: str, autocast_
 def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]:
     """The bytes of each part at the peak of the process that needs most. Their sum is the peak.
 
-    Assumes float32 parameters, SGD with momentum and weight decay, DistributedDataParallel, and the fused margin
-    softmax.
+    Assumes float32 parameters, SGD or AdamW with weight decay, DistributedDataParallel, and the fused margin softmax.
     """
     d = run.embedding_size
     sharded = run.model_parallel or run.fused_update and run.world_size == 1
@@ -125,7 +126,8 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     chunks = -(-size // chunk)
     block = rows * (chunk + SPARE_COLUMNS)
     saved_block = block * (2 if run.matmul_dtype == torch.bfloat16 else FLOAT)
-    budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update) if run.classifier_memory_mib is None
+    budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update, run.optimizer_states)
+              if run.classifier_memory_mib is None
               else int(run.classifier_memory_mib * 2**20))
     low_centers = chunk * d * (FLOAT + low) if low else 0
     # The closest center of each class, int64, and which others are farther, bool, of this chunk and of the last one.
@@ -133,16 +135,19 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     forward = 2 * block * FLOAT + low_centers + closest
     backward = block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers + closest
 
+    state, states = "moments" if run.optimizer_states > 1 else "momentum", run.optimizer_states
+    average = trained + backbone.fixed if run.ema else 0
     parts = {
         "backbone weights": trained + backbone.fixed,
         "backbone gradients": trained,
         "DDP buckets": sum(replicated),
-        "backbone momentum": max(0, momentum - centers),
+        f"backbone {state}": max(0, momentum - centers) * states,
+        **({"backbone average": average} if run.ema else {}),
         "images": images * IMAGE_VALUES * (1 + FLOAT),
         "activations": backbone.activations + images * backbone.activations_per_image,
         "class centers": centers,
         "class centers' gradient": 0 if run.fused_update else centers,
-        "class centers' momentum": min(centers, momentum),
+        f"class centers' {state}": min(centers, momentum) * states,
         "saved probabilities": min(chunks, budget // saved_block) * saved_block,
         "chunk buffers": max(forward, backward) + chunks * rows * (LABEL + FLOAT) + size * FLOAT,
         # All rows: gathered, in matmul_dtype, their gradient and a chunk's part of it. This process's rows: before and
@@ -151,9 +156,10 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         "optimizer, beyond activations": 0,
         "CUDA, cuDNN, NCCL": CUDA_ALLOWANCE if run.device_type == "cuda" else 0,
     }
-    # Weight decay copies the gradients of replicated parameters; the backward pass has freed its inputs by then.
+    # Weight decay copies the gradients of replicated parameters, AdamW makes roots of one of its states, and the
+    # average of --ema differences; the backward pass has freed its inputs by then.
     freed = sum(parts[name] for name in ("images", "activations", "saved probabilities", "chunk buffers", "embeddings"))
-    parts["optimizer, beyond activations"] = max(0, optimized - freed)
+    parts["optimizer, beyond activations"] = max(0, optimized - freed, average - freed)
     return parts
 
 

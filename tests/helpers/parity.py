@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -43,8 +44,9 @@ def run_training(
     """Three steps of main.py's training loop on this rank; `loss`: one of MARGINS with its default settings."""
     options = parse_options(
         ["unused", "--num-classes", str(num_classes), "--batch-size", str(BATCH), "--augment", "none",
-         "--lr", str(SETTINGS["lr"]), "--momentum", str(SETTINGS["momentum"]), "--wd", str(SETTINGS["weight_decay"]),
-         "--scale", str(SETTINGS["scale"]), *flags, *([] if loss is None else ["--loss", loss])]
+         "--lr", str(SETTINGS["lr"]), "--wd", str(SETTINGS["weight_decay"]), "--scale", str(SETTINGS["scale"]),
+         *([] if "adamw" in flags else ["--momentum", str(SETTINGS["momentum"])]), *flags,
+         *([] if loss is None else ["--loss", loss])]
     )
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     dataset = RandomFaces(num_classes)
@@ -81,18 +83,27 @@ def mean_over_ranks(loss: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
+Parameters = dict[str, nn.Parameter]  # by name, "backbone.conv.weight"
+
+
+def true_sgd(named: Parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(named.values(), lr=SETTINGS["lr"], momentum=SETTINGS["momentum"],
+                           weight_decay=SETTINGS["weight_decay"])
+
+
 def true_training(
-    num_classes: int, batch_norm: bool, true: TrueLoss, micro_batches: int = 1, sub_centers: int = 1
+    num_classes: int, batch_norm: bool, true: TrueLoss, micro_batches: int = 1,
+    make_optimizer: Callable[[Parameters], torch.optim.Optimizer] = true_sgd,
+    clip: Callable[[Parameters], object] = lambda named: None, sub_centers: int = 1,
 ) -> Outcome:
     """The same steps with plain PyTorch in one process."""
     statistics: dict[str, Any] = dict(true.statistics)
     torch.manual_seed(SEED)
     backbone = TinyBackbone(batch_norm).double()
     centers = nn.Parameter(initial_centers(ClassShard(num_classes * sub_centers, 0, 1), 512, SEED).double())
-    named = {f"backbone.{name}": parameter for name, parameter in backbone.named_parameters()}
+    named: Parameters = {f"backbone.{name}": parameter for name, parameter in backbone.named_parameters()}
     named["classifier.weight"] = centers
-    optimizer = torch.optim.SGD(named.values(), lr=SETTINGS["lr"], momentum=SETTINGS["momentum"],
-                                weight_decay=SETTINGS["weight_decay"])
+    optimizer = make_optimizer(named)
     dataset = RandomFaces(num_classes)
     order = [index for batch in GlobalBatchSampler(len(dataset), BATCH, 1, 0, 1, SEED) for index in batch]
     outcome = Outcome([], [], {}, [])
@@ -114,6 +125,7 @@ def true_training(
             (loss / micro_batches).backward()
             losses.append(loss.item())
             closer.append(num_closer)
+        clip(named)
         outcome.gradients.append({name: parameter.grad.numpy().copy() for name, parameter in named.items()})
         optimizer.step()
         if true.update is not None:

@@ -22,6 +22,9 @@ def saved_training(output: Path) -> dict[str, Tensor]:
     tensors.update({
         f"{key} {name}": tensor for name, values in state["optimizer"].items() for key, tensor in values.items()
     })
+    if "ema" in state:
+        tensors.update({f"ema {name}": tensor for name, tensor in state["ema"]["state_dict"].items()})
+        tensors["ema updates"] = state["ema"]["updates"]
     return tensors
 
 

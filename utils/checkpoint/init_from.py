@@ -51,6 +51,7 @@ def init_from(
     """
     weights = check_init_from(path, arch, classifier.weight.shape[1], classifier.sub_centers)
     backbone.load_state_dict(weights.backbone.state_dict())
+    path += " (EMA weights)" if weights.averaged else ""
     centers, names, shard = weights.centers, weights.identities or [], classifier.shard
     if centers is None:
         return f"starting from {path}: backbone; the file has no class centers, so all of them are initialized"

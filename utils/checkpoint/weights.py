@@ -42,6 +42,7 @@ class Weights:
     identities: the centers' names by class; None if the file has no names.
     mean_face: of the training images, float32 (3, 28, 28); None if the file has none.
     sub_centers: q, how many rows of `centers` each class has: class c has [c * q, c * q + q).
+    averaged: the backbone has the average of the run's weights (--ema).
     """
 
     backbone: nn.Module
@@ -51,6 +52,11 @@ class Weights:
     identities: list[str] | None
     mean_face: Tensor | None = None
     sub_centers: int = 1
+    averaged: bool = False
+
+    def describe(self, path: str) -> str:
+        """Words for the log: "iresnet50 of checkpoint.pth.tar"."""
+        return f"{self.arch} of {path}" + (", EMA weights" if self.averaged else "")
 
 
 def open_weights(path: str, arch: str | None = None, *, with_centers: bool = False) -> Weights:
@@ -61,7 +67,7 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     centers are those of its GPU; a state dict below one of _WRAPPERS; or any of these weights as FILE.safetensors. All
     names of the backbone may have one prefix, such as "module."; then other entries are ignored. The file says its
     arch, or the names of the weights suggest it. Counters that old versions of torch did not write
-    (num_batches_tracked) become 0.
+    (num_batches_tracked) become 0. Of a checkpoint of a run with --ema, the backbone gets the average of the weights.
 
     arch: what the file must hold; None accepts any architecture.
 
@@ -71,7 +77,9 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     if arch is not None:
         check_arch(arch)
     content: Any = read_weights(path)
-    entries = _unwrap(content)
+    is_checkpoint = isinstance(content, Mapping) and "shards" in content and "position" in content
+    averaged = is_checkpoint and isinstance(content.get("ema"), Mapping)
+    entries = _unwrap(content["ema"] if averaged else content)
     if (not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries)
             or not any(isinstance(value, Tensor) for value in entries.values())):
         entries = ", ".join(f"{str(name):.40}" for name in list(content)[:5]) if isinstance(content, Mapping) else ""
@@ -80,7 +88,6 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     backbone, found = _build(path, content, entries)
     if arch not in (found, None):
         raise UserError(f"{path}: holds {found}, but --arch says {arch}; give {found}, or leave --arch out")
-    is_checkpoint = "shards" in content and "position" in content
     position = content["position"] if is_checkpoint else content
     epoch = position.get("epoch") if isinstance(position, Mapping) else None
     centers, sub_centers = None, content.get("sub_centers", 1)  # 1 in files of older versions and other programs
@@ -114,7 +121,7 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     if not isinstance(mean_face, Tensor) or mean_face.shape != SHAPE or not mean_face.is_floating_point():
         mean_face = None  # of an older version, or another program's
     return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities, mean_face,
-                   sub_centers if centers is not None else 1)
+                   sub_centers if centers is not None else 1, averaged)
 
 
 def _unwrap(content: Any) -> Any:

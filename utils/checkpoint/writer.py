@@ -20,7 +20,7 @@ from torch import Tensor
 from utils.checkpoint import layout, shards
 from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.layout import LATEST, METADATA_FILE, STATE_FILE
-from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, FORMAT_VERSION, OPTIMIZER
+from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, EMA, FORMAT_VERSION, OPTIMIZER
 from utils.checkpoint.transfer import Asking, Exchange, PeerFailed, answer
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -264,6 +264,7 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
         "mean_face": state.mean_face,
         "options": options,
         "shards": list(tensors),
+        **({EMA: state.ema.state()} if state.ema is not None else {}),
     }
 
 
