@@ -34,7 +34,7 @@ from utils import preflight
 from utils.build import Unaveraged, build_training
 from utils.checkpoint.init_from import check_init_from, init_from
 from utils.checkpoint.layout import move_older_run_aside
-from utils.checkpoint.reader import AUTO, Checkpoint, Resume, find_checkpoint, load_checkpoint, read_resumable
+from utils.checkpoint.reader import AUTO, EMA, Checkpoint, Resume, find_checkpoint, load_checkpoint, read_resumable
 from utils.checkpoint.weights import open_weights
 from utils.checkpoint.writer import KEEP, CheckpointWriter
 from utils.dist.collectives import broadcast_integer, require_same_on_all_ranks
@@ -72,7 +72,7 @@ def main() -> None:
     decides = plan.node_rank == 0
     resumed = read_resumable(resume_request(options)) if options.resume and decides else None
     if options.init_from and resumed is None and (decides or not options.resume):
-        check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE)
+        check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE, options.sub_centers)
     preflight.check_freeze(options, fresh=decides and resumed is None)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
@@ -242,9 +242,11 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
             finite.append(embeddings_finite)
             replaced_images += skipped
         nonfinite = run.guard.nonfinite(losses)
-        skipped_step = state.scaler.step_all(state.optimizers.all, nonfinite)
+        skipped_step = state.scaler.step_all(state.optimizers.all, nonfinite, state.clip)
         state.classifier.end_step(skipped_step)
         run.guard.rollback(nonfinite)
+        if state.ema is not None:
+            state.ema.update(skipped_step)
         state.optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         run.guard.check(run.log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
@@ -284,7 +286,8 @@ def evaluate_backbone(run: Run) -> signal.Signals | None:
     assert run.evaluator is not None and run.writer is not None
     position, started = run.state.position, time.perf_counter()
     try:
-        evaluation = run.evaluator.run(run.state.backbone, run.stop)
+        with run.state.ema.in_place() if run.state.ema is not None else contextlib.nullcontext():
+            evaluation = run.evaluator.run(run.state.backbone, run.stop)
     except Dropped as dropped:
         run.log.pause(time.perf_counter() - started)
         if not dropped.signal:
@@ -321,6 +324,8 @@ def set_starting_point(
         note = f", resuming {checkpoint.path} at step {position.step}"
         if changes := describe_changes(saved["options"], options):
             note += f"; changed since: {changes}"
+        if state.ema is not None and EMA not in saved:
+            note += "; --ema starts from these weights"
         if saved["position"]["step_in_epoch"] and not state.has_same_images(saved["sampler"]):
             what = ("the number of training images changed" if saved["sampler"]["num_images"] != state.num_images
                     else "training images were renamed, replaced or relabelled")
@@ -329,7 +334,10 @@ def set_starting_point(
     if options.start_epoch:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
     if options.init_from:
-        return ", " + init_from(options.init_from, state.arch, state.backbone, state.classifier, state.identities)
+        note = init_from(options.init_from, state.arch, state.backbone, state.classifier, state.identities)
+        if state.ema is not None:
+            state.ema.restart()
+        return ", " + note
     return ""
 
 
@@ -342,7 +350,8 @@ def choose_seed(options: Options, context: DistContext) -> int:
 
 def resume_request(options: Options) -> Resume:
     return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes or None,
-                  loss=options.loss, seed=options.seed, timeout=options.dist_timeout)
+                  loss=options.loss, sub_centers=options.sub_centers, optimizer=options.optimizer,
+                  seed=options.seed, timeout=options.dist_timeout)
 
 
 def evaluate(options: Options, plan: ProcessPlan) -> None:
@@ -351,7 +360,7 @@ def evaluate(options: Options, plan: ProcessPlan) -> None:
     assert options.pair_list is not None
     (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root,
                                  options.skip_missing_pairs)])
-    print(f"{weights.arch} of {options.resume}, {pairs.size} of {pairs.source}", flush=True)
+    print(f"{weights.describe(options.resume)}, {pairs.size} of {pairs.source}", flush=True)
     device = torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu")
     context = DistContext(rank=0, world_size=1, processes_per_node=1, device=device)
     result = evaluate_set(weights.backbone, pairs, context, batch_size=options.batch_size, workers=options.workers,

@@ -146,7 +146,7 @@ def load(options: Options) -> tuple[nn.Module, str, Tensor | None]:
     """The backbone, what it is in words, and the mean face that it was trained on, if known. Raises UserError."""
     if options.resume:
         weights = open_weights(options.resume, options.arch)
-        return weights.backbone, f"{weights.arch} of {options.resume}", weights.mean_face
+        return weights.backbone, weights.describe(options.resume), weights.mean_face
     assert options.arch is not None
     torch.manual_seed(options.seed or 0)
     return build_backbone(options.arch), f"untrained {options.arch}, seed {options.seed or 0}", None

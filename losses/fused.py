@@ -1,12 +1,16 @@
 """The margin softmax over class centers that may be sharded over ranks, walked in chunks of classes.
 
-Shapes: N rows (embeddings), R centers on this rank, d the embedding size, K classes of a chunk.
+Shapes: N rows (embeddings), R centers on this rank, d the embedding size, K centers of a chunk, q sub-centers of each
+class (1 for most runs: its center).
 
 With c_ij = x_i . w_j / |w_j| the cosine of row i and class j, y_i the target, phi the margin of `losses.margins` and g
 its map of the other cosines (the identity for most losses), the sums over all classes of all ranks:
 
     l_ij = s * g(c_ij)  for j != y_i,   l_iy = s * phi(c_iy)
     loss = 1/N * sum_i [ log sum_j exp(l_ij) - l_iy + the margin's penalty of |x_i|, which most losses do not have ]
+
+With q > 1, c_ij is the largest of the class's q cosines, and only the center that has it gets a gradient: Deng et al.,
+"Sub-center ArcFace: Boosting Face Recognition by Large-scale Noisy Web Faces", ECCV 2020.
 
 The (N, R) logits never exist. losses/README.md describes the walk.
 """
@@ -48,14 +52,15 @@ def margin_softmax(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float,
     group: dist.ProcessGroup | None, norm: Tensor | None = None, filter_above: float | None = None,
     saved_probs_mib: float = 0.0, matmul_dtype: torch.dtype | None = None, update: RowUpdate | None = None,
-    chunk: int | None = None,
+    chunk: int | None = None, sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. The loss of the module's docstring, and how many classes are closer than the target.
 
     Args:
         embedding: x (N, d), L2-normalised, the same rows on every rank of the group; float32 or float64.
-        target: (N,) int64, the row of `centers` that is the target, or -1 where another rank has it.
-        centers: this rank's class centers (R, d), not normalised; R may be 0. Any rows, in any order.
+        target: (N,) int64, the class of `centers` that is the target, counted from 0, or -1 where another rank has it.
+        centers: this rank's class centers (R, d), not normalised; R may be 0. Any classes, in any order; the q rows of
+            class c are [c * q, c * q + q).
         margin: one of MARGINS; gives phi, g and the need for norms.
         scale: s.
         group: the ranks that share the classes; None if this process has all of them.
@@ -68,7 +73,8 @@ def margin_softmax(
             return the dtype of `centers`. None: no rounding.
         update: called in the backward pass with each chunk's gradient, which it may overwrite: an optimizer step that
             needs no (R, d) gradient. `centers.grad` stays None. It is called at least once, without rows if R is 0.
-        chunk: K; None: as many classes as stay in the cache.
+        chunk: K, rounded down to whole classes; None: as many centers as stay in the cache.
+        sub_centers: q.
 
     Returns:
         loss: scalar, the mean over all N rows, the same on every rank. Its gradient with respect to `centers` is
@@ -79,18 +85,18 @@ def margin_softmax(
     backward_follows = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (embedding, centers, norm))
     walk = _Walk(
-        margin=margin, scale=scale, filter_above=filter_above, group=group, size=len(centers),
-        chunk=max(1, min(chunk or _chunk_size(embedding), len(centers))),
+        margin=margin, scale=scale, filter_above=filter_above, group=group, size=len(centers), sub_centers=sub_centers,
+        chunk=whole_classes(min(chunk or _chunk_size(embedding, sub_centers), len(centers)), sub_centers),
         saved_bytes=int(saved_probs_mib * 2**20) if backward_follows else 0,
         matmul_dtype=matmul_dtype if matmul_dtype != centers.dtype else None, update=update,
     )
     return _MarginSoftmax.apply(embedding, centers, norm, target, walk)
 
 
-def _chunk_size(embedding: Tensor) -> int:
+def _chunk_size(embedding: Tensor, sub_centers: int = 1) -> int:
     rows, size = embedding.shape
     cache = torch.cuda.get_device_properties(embedding.device).L2_cache_size if embedding.is_cuda else _CPU_CACHE
-    return chunk_classes(rows, size, cache, embedding.element_size())
+    return chunk_classes(rows, size, cache, embedding.element_size(), sub_centers)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class _Walk:
     filter_above: float | None
     group: dist.ProcessGroup | None
     size: int
+    sub_centers: int
     chunk: int
     saved_bytes: int
     matmul_dtype: torch.dtype | None
@@ -112,9 +119,38 @@ class _Walk:
         return [slice(first, min(first + self.chunk, self.size)) for first in range(0, self.size, self.chunk)]
 
     def columns(self, target: Tensor) -> Tensor:
-        """(chunks, N) int64: the target's column in each chunk, or the spare column K if it is not in the chunk."""
+        """(chunks, N) int64: the column of the target's row in each chunk, or the spare column K if it is not there.
+
+        target: rows of the centers, (N,) int64.
+        """
         column = target - torch.arange(0, self.size, self.chunk, device=target.device).unsqueeze(1)
         return torch.where((column >= 0) & (column < self.chunk), column, self.chunk)
+
+    def class_columns(self, column: Tensor) -> Tensor:
+        """(N, q): the columns of all centers of the class that has the center in `column`, (N,), an entry of `columns`.
+
+        They are the spare column where `column` is.
+        """
+        if self.sub_centers == 1:
+            return column.unsqueeze(1)
+        first = (column - column % self.sub_centers).unsqueeze(1)
+        return (first + torch.arange(self.sub_centers, device=column.device)).clamp_(max=self.chunk)
+
+    def farther_centers(self, logits: Tensor) -> Tensor | None:
+        """Bool (N, K): centers that are not the closest of their class, given s * cosine, (N, K). None if q is 1.
+
+        Of equal ones the first is the closest; a NaN is closer than any other.
+        """
+        if self.sub_centers == 1:
+            return None
+        closest = logits.unflatten(1, (-1, self.sub_centers)).argmax(dim=2, keepdim=True)
+        return (closest != torch.arange(self.sub_centers, device=logits.device)).flatten(1)
+
+    def leave_out(self, buffer: Tensor, column: Tensor, farther: Tensor | None) -> None:
+        """In a chunk's buffer, set the columns of the target's class and the `farther_centers` to LEFT_OUT."""
+        if farther is not None:
+            buffer[:, :farther.shape[1]].masked_fill_(farther, LEFT_OUT)
+        buffer.scatter_(1, self.class_columns(column), LEFT_OUT)
 
     def rounded(self, tensor: Tensor) -> Tensor:
         return tensor if self.matmul_dtype is None else tensor.to(self.matmul_dtype)
@@ -169,7 +205,8 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embedding: Tensor, centers: Tensor, norm: Tensor | None, target: Tensor, walk: _Walk):
         rows, chunks, margin, dtype = embedding.shape[0], walk.chunks(), walk.margin, embedding.dtype
-        cosine = all_reduce_sum(_target_cosine(embedding, target, centers), walk.group)
+        target, own_cosine = _closest_target(embedding, target, centers, walk.sub_centers)
+        cosine = all_reduce_sum(own_cosine, walk.group)
         margin.observe(cosine, norm)
         phi, slope, norm_slope = margin.with_slopes(cosine, norm)
         bar = (walk.scale * cosine).unsqueeze(1)
@@ -192,12 +229,13 @@ class _MarginSoftmax(torch.autograd.Function):
             block = saved_probs[number] if save and saved_dtype == dtype else buffer
             logits = block[:, :len(here)]
             walk.scaled_cosines(operand, walk.operand(here, chunk_factor), chunk_factor, logits)
-            block.scatter_(1, columns[number].unsqueeze(1), LEFT_OUT)
+            farther = walk.farther_centers(logits)
+            walk.leave_out(block, columns[number], farther)
             # "<=" and not ">": a NaN on either side must count against the hit.
             not_closer += torch.le(logits, bar, out=compared[:, :len(here)]).sum(dim=1)
             negative_slope = walk.map_negatives(logits, cosine, phi)
             if negative_slope is not None:
-                block.scatter_(1, columns[number].unsqueeze(1), LEFT_OUT)
+                walk.leave_out(block, columns[number], farther)
             previous, maximum = maximum, torch.maximum(maximum, logits.amax(dim=1), out=running_max[number])
             logits.sub_(maximum.unsqueeze(1)).exp_()
             sum_exp.mul_((previous - maximum).exp_()).add_(logits.sum(dim=1))
@@ -259,7 +297,10 @@ class _MarginSoftmax(torch.autograd.Function):
                           out=probability)
             else:
                 walk.scaled_cosines(operand, center_operand, chunk_factor, probability)
+                farther = walk.farther_centers(probability)
                 negative_slope = walk.map_negatives(probability, cosine, phi)
+                if farther is not None:
+                    walk.leave_out(buffer, columns[number], farther)
                 probability.sub_(shift).exp_()
                 if negative_slope is not None:
                     probability.mul_(negative_slope)
@@ -290,19 +331,39 @@ class _MarginSoftmax(torch.autograd.Function):
         return embedding_grad, centers_grad, None if norm_grad is None else norm_grad * grad_loss, None, None
 
 
-def _target_cosine(embedding: Tensor, target: Tensor, centers: Tensor) -> Tensor:
-    """(N,): each row's cosine with its target if that is one of `centers`, else 0. No host synchronisation."""
+def _closest_target(
+    embedding: Tensor, target: Tensor, centers: Tensor, sub_centers: int
+) -> tuple[Tensor, Tensor]:
+    """The row of the closest of the target's centers, and the cosine with it, (N,) each. No host synchronisation.
+
+    They are -1 and 0 where `target` is -1.
+    """
     if len(centers) == 0:
-        return embedding.new_zeros(embedding.shape[0])
-    own = F.normalize(centers[target.clamp(min=0)])
-    return torch.where(target >= 0, (embedding * own).sum(dim=1), embedding.new_zeros(()))
+        return target, embedding.new_zeros(embedding.shape[0])
+    first = target.clamp(min=0) * sub_centers
+    cosines = torch.stack([(embedding * F.normalize(centers[first + number])).sum(dim=1)
+                           for number in range(sub_centers)])
+    cosine, closest = cosines.max(dim=0)
+    return (torch.where(target >= 0, first + closest, -1),
+            torch.where(target >= 0, cosine, embedding.new_zeros(())))
 
 
-def chunk_classes(rows: int, embedding_size: int, cache_bytes: int, value_bytes: int = 4) -> int:
-    """K, a multiple of 256: so many classes that the chunk's buffers, two (N, K) and two (K, d), stay in the cache."""
-    return max(256, cache_bytes // (2 * (rows + embedding_size) * value_bytes) // 256 * 256)
+def chunk_classes(
+    rows: int, embedding_size: int, cache_bytes: int, value_bytes: int = 4, sub_centers: int = 1
+) -> int:
+    """K, a multiple of 256: so many centers that the chunk's buffers, two (N, K) and two (K, d), stay in the cache.
+
+    With sub-centers it is rounded down to whole classes, and to whole cache lines of float32 if there is room.
+    """
+    centers = max(256, cache_bytes // (2 * (rows + embedding_size) * value_bytes) // 256 * 256)
+    return whole_classes(centers, math.lcm(16, sub_centers) if centers > 16 * sub_centers else sub_centers)
 
 
-def automatic_memory_bytes(centers: int, total_bytes: int, fused_update: bool) -> int:
+def whole_classes(centers: int, sub_centers: int) -> int:
+    """`centers`, rounded down to a multiple of `sub_centers`, which it is at least."""
+    return max(sub_centers, centers // sub_centers * sub_centers)
+
+
+def automatic_memory_bytes(centers: int, total_bytes: int, fused_update: bool, optimizer_states: int = 1) -> int:
     """For saved probabilities: a quarter of the bytes that the centers, their gradient and momentum leave."""
-    return max(0, total_bytes - (2 if fused_update else 3) * centers) // 4
+    return max(0, total_bytes - (1 + max(1, optimizer_states) + (not fused_update)) * centers) // 4

@@ -1,7 +1,7 @@
 """The margin softmax written for reading: plain PyTorch, and a composition of torchshard's parts.
 
 Equation, arguments and results are those of `losses.fused.margin_softmax`, which is compared with both. Both hold about
-ten tensors of the logits' size (N, R).
+ten tensors of the logits' size (N, R); q sub-centers of a class.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from utils.dist.sharding import parallel_cross_entropy
 
 def margin_softmax_plain(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float, group: None = None,
-    norm: Tensor | None = None, filter_above: float | None = None,
+    norm: Tensor | None = None, filter_above: float | None = None, sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """`margin_softmax` by its equation, in one process that has all classes."""
-    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm, filter_above)
+    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm, filter_above,
+                                       sub_centers)
     return F.cross_entropy(logits, target) + _penalty(margin, norm, target), num_closer
 
 
 def margin_softmax_torchshard(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float,
     group: dist.ProcessGroup | None, norm: Tensor | None = None, filter_above: float | None = None,
+    sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. `margin_softmax` through torchshard's parallel_cross_entropy.
 
@@ -37,22 +39,26 @@ def margin_softmax_torchshard(
     """
     if group is None:
         return margin_softmax_plain(embedding, target, centers, margin, scale=scale, norm=norm,
-                                    filter_above=filter_above)
-    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm, filter_above)
-    width = torch.tensor(len(centers), device=target.device)
+                                    filter_above=filter_above, sub_centers=sub_centers)
+    logits, num_closer = _shard_logits(embedding, target, centers, margin, scale, group, norm, filter_above,
+                                       sub_centers)
+    classes = logits.shape[1]
+    width = torch.tensor(classes, device=target.device)
     dist.all_reduce(width, op=dist.ReduceOp.MAX, group=group)
     column = torch.where(target >= 0, target + dist.get_rank(group) * width, 0)
-    padded = F.pad(logits, (0, int(width) - len(centers)), value=-1e4 * scale)
+    padded = F.pad(logits, (0, int(width) - classes), value=-1e4 * scale)
     loss = parallel_cross_entropy(padded, all_reduce_sum(column, group))
     return loss + _penalty(margin, norm, target), num_closer
 
 
 def _shard_logits(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, scale: float, group: dist.ProcessGroup | None,
-    norm: Tensor | None, filter_above: float | None,
+    norm: Tensor | None, filter_above: float | None, sub_centers: int,
 ) -> tuple[Tensor, Tensor]:
-    """Collective over `group`. This rank's logits (N, R), and num_closer (N,), without host synchronisation."""
+    """Collective over `group`. This rank's logits (N, R / q), and num_closer (N,), without host synchronisation."""
     cosine = embedding @ F.normalize(centers).t()
+    if sub_centers > 1:
+        cosine = cosine.view(len(cosine), len(centers) // sub_centers, sub_centers).max(dim=2).values
     owned, column = target >= 0, target.clamp(min=0).unsqueeze(1)
     zeros = embedding.new_zeros(len(target))
     target_cosine = cosine.gather(1, column).squeeze(1) if len(centers) else zeros

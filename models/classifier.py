@@ -19,7 +19,8 @@ from utils.dist.sharding import ClassShard, register_parallel_dim
 
 
 class MarginClassifier(nn.Module):
-    """Class centers w (C_r, d), and the margin softmax of embeddings against all C of them.
+    """Class centers w (C_r * q, d), q of each class (usually 1), and the margin softmax of embeddings against all C
+    classes.
 
     Sharded (a `group` is given): each rank owns the classes `shard`, the embeddings of all ranks are gathered, and the
     loss is the mean over the N = n * W rows of the global batch, the same number on every rank.
@@ -31,13 +32,16 @@ class MarginClassifier(nn.Module):
         margin: one of losses.margins.MARGINS.
         scale: s.
         loss: `margin_softmax`, usually with some of its arguments bound, or a form of `losses.softmax`.
+        sub_centers: q. Class c of the shard, counted from its first, has the rows [c * q, c * q + q) of `weight`.
     """
 
     def __init__(
         self, weight: nn.Parameter, shard: ClassShard, margin: Margin, *, scale: float,
         group: dist.ProcessGroup | None, loss: Callable[..., tuple[Tensor, Tensor]] = margin_softmax,
+        sub_centers: int = 1,
     ) -> None:
         super().__init__()
+        self.sub_centers = sub_centers
         self.weight, self.margin, self._loss = weight, margin, loss
         self.shard, self.scale, self.group = shard, scale, group
 
@@ -64,7 +68,7 @@ class MarginClassifier(nn.Module):
             start, stop = self.shard.start, self.shard.stop
             target = torch.where((label >= start) & (label < stop), label - start, -1)
             return self._loss(embedding, target, self.weight, self.margin, scale=self.scale, group=self.group,
-                              norm=norm)
+                              norm=norm, sub_centers=self.sub_centers)
 
     @torch.no_grad()
     def end_step(self, skipped: Tensor | None = None) -> None:
@@ -89,28 +93,28 @@ class MarginClassifier(nn.Module):
                 buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
-def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool) -> float:
-    """MiB of this process for saved probabilities: a quarter of what class centers, gradient and momentum leave.
+def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool, optimizer_states: int = 1) -> float:
+    """MiB of this process for saved probabilities: a quarter of what class centers, gradient and optimizer state leave.
 
     It depends on the machine's whole memory, not on what is free now: a resumed run must compute as before. `processes`
     share the CPU's memory; a GPU belongs to one process. With `fused_update` there is no gradient.
     """
     total = (torch.cuda.get_device_properties(centers.device).total_memory if centers.is_cuda
              else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes)
-    return automatic_memory_bytes(centers.nbytes, total, fused_update) / 2**20
+    return automatic_memory_bytes(centers.nbytes, total, fused_update, optimizer_states) / 2**20
 
 
-# Class centers are drawn in blocks of this many classes, each from its own generator: a rank draws only the blocks that
+# Class centers are drawn in blocks of this many rows, each from its own generator: a rank draws only the blocks that
 # overlap its shard, and the centers do not depend on the number of ranks. 8192 x 512 float32 are 16 MiB.
 CENTER_BLOCK = 8192
 
 
 def class_centers(
     shard: ClassShard, embedding_size: int, seed: int, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32, parallel_dim: int | None = None,
+    dtype: torch.dtype = torch.float32, parallel_dim: int | None = None, sub_centers: int = 1,
 ) -> nn.Parameter:
     """`initial_centers` as a parameter; `parallel_dim` (1 or -1) registers it with torchshard as this rank's shard."""
-    weight = nn.Parameter(initial_centers(shard, embedding_size, seed, device, dtype))
+    weight = nn.Parameter(initial_centers(shard, embedding_size, seed, device, dtype, sub_centers))
     if parallel_dim is not None:
         register_parallel_dim(weight, parallel_dim)
     return weight
@@ -118,27 +122,28 @@ def class_centers(
 
 def initial_centers(
     shard: ClassShard, embedding_size: int, seed: int, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, sub_centers: int = 1,
 ) -> Tensor:
-    """Rows [start, stop) of the initial class centers: (C_r, d) on the device, each row uniform on the unit sphere.
+    """The shard's rows [start * q, stop * q) of the initial class centers, q = `sub_centers`, on the device.
 
-    Row c depends on (seed, c, d) only: any number of ranks starts from the same classifier. The rows are made in place;
-    besides them each thread holds one block of `CENTER_BLOCK` rows.
+    Each is uniform on the unit sphere. Row c depends on (seed, c, d) only: any number of ranks starts from the same
+    classifier. The rows are made in place; besides them each thread holds one block of `CENTER_BLOCK` rows.
     """
-    centers = torch.empty(shard.size, embedding_size, device=device, dtype=dtype)
+    start, stop = shard.start * sub_centers, shard.stop * sub_centers
+    centers = torch.empty(stop - start, embedding_size, device=device, dtype=dtype)
 
     def draw(block: int) -> None:
         first = block * CENTER_BLOCK
-        low, high = max(shard.start, first), min(shard.stop, first + CENTER_BLOCK)
+        low, high = max(start, first), min(stop, first + CENTER_BLOCK)
         # Philox is keyed by (seed, block). torch's CPU generator would use 32 bits only: too few to keep blocks apart.
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, block], dtype=np.uint64)))
         # Always the whole block, so that a row depends on its own place only.
         rows = generator.standard_normal((CENTER_BLOCK, embedding_size), dtype=np.float32)[low - first:high - first]
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        centers[low - shard.start:high - shard.start] = torch.from_numpy(rows)
+        centers[low - start:high - start] = torch.from_numpy(rows)
 
     # NumPy releases the interpreter's lock while it draws. One thread would take minutes for 10 million classes.
-    blocks = range(shard.start // CENTER_BLOCK, -(-shard.stop // CENTER_BLOCK)) if shard.size else range(0)
+    blocks = range(start // CENTER_BLOCK, -(-stop // CENTER_BLOCK)) if shard.size else range(0)
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         list(pool.map(draw, blocks))
     return centers

@@ -64,9 +64,9 @@ GEMM_CLASSES = 131_072
 GEMM_CHUNKS = {"cpu": (1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768)}
 
 CSV_COLUMNS = (
-    "date", "device", "torch", "threads", "world_size", "classes", "batch", "embedding_size", "operands", "update",
-    "classifier_memory_mib", "steps", "impl", "p20_s", "p50_s", "p80_s", "extra_mib", "gemm_floor_s", "over_floor",
-    "speedup_to_torchshard",
+    "date", "device", "torch", "threads", "world_size", "classes", "sub_centers", "batch", "embedding_size", "operands",
+    "update", "classifier_memory_mib", "steps", "impl", "p20_s", "p50_s", "p80_s", "extra_mib", "gemm_floor_s",
+    "over_floor", "speedup_to_torchshard",
 )
 
 
@@ -77,6 +77,7 @@ class Options(measure.StepFlags):
     impl: tuple[str, ...] = flag("--impl", default=("fused", "torchshard"), choices=("fused", "torchshard"),
                                  metavar="A,B", help="implementations that take turns")
     steps: int = flag("--steps", default=20, metavar="K", at_least=1, help="timed steps of each")
+    sub_centers: int = flag("--sub-centers", default=1, metavar="K", at_least=1, help="centers of each class")
     update: bool = flag("--update", default=False, help="with the optimizer step of the centers: SGD with momentum")
     classifier_memory_mib: float | None = flag(
         "--classifier-memory-mib", metavar="M", at_least=0, default_text="automatic",
@@ -96,12 +97,13 @@ def run(context: DistContext, options: Options) -> None:
     device, group = context.device, init_model_parallel(context.world_size)
     if "fused" in options.impl:
         check_agreement(context, options, group)
-    inputs = Inputs(context, options.classes, options.batch)
+    inputs = Inputs(context, options.classes, options.batch, options.sub_centers)
     gemm = GemmWalk(inputs, options, group)
     works, extra_mib = {"floor": partial(measure.timed, gemm.run, device)}, {}
     for name in options.impl:
         step = ClassifierStep(name, inputs, options, group)
-        if measure.fits_in_memory(name, step.run, device, 0 if name == "fused" else options.logits_bytes):
+        needs = 0 if name == "fused" else options.logits_bytes * options.sub_centers
+        if measure.fits_in_memory(name, step.run, device, needs):
             held = measure.restart_peak(device)
             step.run()
             extra_mib[name] = measure.peak_mib(device, held)
@@ -110,7 +112,7 @@ def run(context: DistContext, options: Options) -> None:
     seconds = measure.alternate(works, options.steps)
     if context.is_main:
         median = {name: float(np.median(values)) for name, values in seconds.items()}
-        floor = median["floor"] * inputs.shard.size / gemm.classes
+        floor = median["floor"] * len(inputs.centers) / gemm.classes
         common = {**asdict(options), **measure.describe_machine(device), "embedding_size": EMBEDDING_SIZE,
                   "gemm_floor_s": floor}
         measure.report([
@@ -122,16 +124,18 @@ def run(context: DistContext, options: Options) -> None:
 
 
 class Inputs:
-    """This rank's part, always drawn alike: embedding (n, d) L2-normalised, label (n,) in [0, C), centers (C_r, d)."""
+    """This rank's part, always drawn alike: embedding (n, d) L2-normalised, label (n,) in [0, C), centers (C_r * q, d).
 
-    def __init__(self, context: DistContext, num_classes: int, batch: int) -> None:
+    q: sub_centers."""
+
+    def __init__(self, context: DistContext, num_classes: int, batch: int, sub_centers: int = 1) -> None:
         self.shard = ClassShard(num_classes, context.rank, context.world_size)
         generator = torch.Generator(context.device).manual_seed(context.rank)
         rows, random = batch // context.world_size, partial(torch.randn, device=context.device, generator=generator)
         self.embedding = F.normalize(random(rows, EMBEDDING_SIZE)).requires_grad_()
         self.label = torch.randint(num_classes, (rows,), device=context.device, generator=generator)
         # In place, since twice a shard of millions may not fit. The rows have a norm of about 1.
-        self.centers = nn.Parameter(random(self.shard.size, EMBEDDING_SIZE).mul_(EMBEDDING_SIZE**-0.5))
+        self.centers = nn.Parameter(random(self.shard.size * sub_centers, EMBEDDING_SIZE).mul_(EMBEDDING_SIZE**-0.5))
 
 
 class ClassifierStep:
@@ -149,7 +153,8 @@ class ClassifierStep:
                            update=optimizer.update_rows if options.update else None)
             self._step = None
         self._inputs = inputs
-        self._classifier = MarginClassifier(centers, inputs.shard, ArcFace(), scale=64.0, group=group, loss=loss)
+        self._classifier = MarginClassifier(centers, inputs.shard, ArcFace(), scale=64.0, group=group, loss=loss,
+                                            sub_centers=options.sub_centers)
 
     def run(self) -> Tensor:
         """Free the last gradients; gather, forward, backward, update. Returns the loss."""
@@ -176,7 +181,7 @@ class GemmWalk:
         self._row_gradient = torch.zeros(self._rows.shape, device=device)
         # Only CUDA has products of half-precision operands with float32 results.
         self._result: dict[str, Any] = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
-        full = min(inputs.shard.chunk, GEMM_CLASSES)  # the same on all ranks
+        full = min(inputs.shard.chunk * options.sub_centers, GEMM_CLASSES)  # the same on all ranks
         chunks = [chunk for chunk in GEMM_CHUNKS[device.type] if chunk < full] or [full]
         self._logits = torch.rand(options.batch * chunks[-1], device=device)
         self._probabilities = self._logits.to(dtype)
@@ -204,10 +209,10 @@ class GemmWalk:
 
 def check_agreement(context: DistContext, options: Options, group: dist.ProcessGroup) -> None:
     """Collective. Raise UserError if the implementations differ in loss, gradients or, with --update, steps."""
-    classes = min(options.classes, CHECKED_CLASSES, CHECKED_LOGITS // options.batch)
+    classes = min(options.classes, min(CHECKED_CLASSES, CHECKED_LOGITS // options.batch) // options.sub_centers)
 
     def first_step(name: str) -> list[Tensor]:
-        inputs = Inputs(context, classes, options.batch)
+        inputs = Inputs(context, classes, options.batch, options.sub_centers)
         before = inputs.centers.detach().clone()
         loss = ClassifierStep(name, inputs, options, group, lr=1.0).run()
         change = before - inputs.centers.detach() if options.update else inputs.centers.grad

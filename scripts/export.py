@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from data.decode import IMAGE_SIZE  # noqa: E402
 from models import check_arch  # noqa: E402
-from utils.checkpoint.safe_load import IDENTITIES_TENSOR, SAFETENSORS_EXTENSION  # noqa: E402
+from utils.checkpoint.safe_load import IDENTITIES_TENSOR, SAFETENSORS_EXTENSION, SUB_CENTERS_ENTRY  # noqa: E402
 from utils.checkpoint.shards import StoredRows  # noqa: E402
 from utils.checkpoint.weights import Weights, open_weights  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
@@ -64,7 +64,7 @@ def main() -> None:
     except (OSError, RuntimeError) as error:  # torch.save and safetensors raise RuntimeError when the disk is full
         cause, _, _ = str(error).partition("\n")
         raise UserError(f"--output {options.output}: cannot be written ({cause})") from None
-    print(f"{weights.arch} of {options.resume} as {options.format}: {options.output}, "
+    print(f"{weights.describe(options.resume)} as {options.format}: {options.output}, "
           f"{os.path.getsize(options.output) / 2**20:,.1f} MiB; {summary}")
 
 
@@ -97,14 +97,17 @@ def gathered(centers: StoredRows, output: str) -> Iterator[Tensor]:
 def write_torchshard(weights: Weights, output: str) -> str:
     """{"epoch", "arch", "state_dict"}. Names begin with "module.", class centers are "module.arcface_linear.weight".
 
-    "identities" has the names of the identities by class, if they are known. Only --init-from uses them.
+    "identities" has the names of the identities by class, if they are known, and "sub_centers" the number of centers of
+    each class, if they are several: the rows of a class follow each other. Only --init-from uses these two.
     """
     assert weights.centers is not None
     with gathered(weights.centers, output) as centers, replacing(output) as temporary:
         entries = {**weights.backbone.state_dict(), CENTERS_NAME: centers}
         named = {f"module.{name}": tensor for name, tensor in entries.items()}
         identities = {"identities": weights.identities} if weights.identities else {}
-        torch.save({"epoch": weights.epoch, "arch": weights.arch, "state_dict": named, **identities}, temporary)
+        several = {SUB_CENTERS_ENTRY: weights.sub_centers} if weights.sub_centers > 1 else {}
+        torch.save({"epoch": weights.epoch, "arch": weights.arch, "state_dict": named, **identities, **several},
+                   temporary)
     return f"backbone and {len(centers):,} class centers"
 
 
@@ -116,13 +119,18 @@ def write_insightface(weights: Weights, output: str) -> str:
 
 
 def write_safetensors(weights: Weights, output: str) -> str:
-    """The backbone's state dict; with --centers also "arcface_linear.weight" and the names of the identities."""
+    """The backbone's state dict; with --centers also "arcface_linear.weight" and the names of the identities.
+
+    The metadata has "sub_centers" where each class has several centers: the rows of a class follow each other.
+    """
     save_file = _require("safetensors.torch", "safetensors").save_file
     entries = {name: tensor.contiguous() for name, tensor in weights.backbone.state_dict().items()}
     metadata = {"format": "pt", "arch": weights.arch, "embedding_size": str(weights.backbone.embedding_size)}
     with contextlib.ExitStack() as stack:
         if weights.centers is not None:
             entries[CENTERS_NAME] = stack.enter_context(gathered(weights.centers, output))
+            if weights.sub_centers > 1:
+                metadata[SUB_CENTERS_ENTRY] = str(weights.sub_centers)
             if weights.identities:
                 names = json.dumps(weights.identities).encode("ascii")
                 entries[IDENTITIES_TENSOR] = torch.frombuffer(bytearray(names), dtype=torch.uint8)

@@ -25,6 +25,7 @@ from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
 from utils.planner import RunSettings, largest, measure_backbone, predict_memory  # noqa: E402
+from utils.training.optim import OPTIMIZERS, count_states  # noqa: E402
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,10 +47,15 @@ class Options:
     precision: str = flag("--precision", default="fp32", choices=PRECISIONS, help="bf16, fp16: with --enable-amp-mode")
     memory_gib: float | None = flag("--memory-gib", metavar="GIB", above=0, help="memory of each GPU",
                                     default_text=f"that of the visible GPU, else {ASSUMED_MEMORY_GIB:g}")
+    sub_centers: int = flag("--sub-centers", default=1, metavar="K", at_least=1, section="flags of main.py",
+                            help="centers of each class")
     enable_model_parallel: bool = flag("--enable-model-parallel", default=True, section="flags of main.py",
                                        help="shard the classes over all GPUs")
     enable_zero_optim: bool = flag("--enable-zero-optim", default=False, section="flags of main.py",
                                    help="shard the optimizer state of replicated parameters")
+    optimizer: str = flag("--optimizer", default="sgd", choices=OPTIMIZERS, section="flags of main.py",
+                          help="sgd keeps one value per weight, adamw two")
+    ema: bool = flag("--ema", default=False, section="flags of main.py", help="keep an average of the backbone")
     fuse_classifier_update: bool = flag("--fuse-classifier-update", default=False, section="flags of main.py",
                                         help="never store the gradient of the class centers")
     classifier_memory_mib: int | None = flag("--classifier-memory-mib", metavar="MIB", at_least=0,
@@ -68,8 +74,10 @@ def main() -> None:
     def predict(classes: int, world_size: int) -> dict[str, int]:
         return predict_memory(backbone, RunSettings(
             classes=classes, world_size=world_size, batch_size=options.batch_size, embedding_size=EMBEDDING_SIZE,
-            total_bytes=memory, cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
+            sub_centers=options.sub_centers, total_bytes=memory,
+            cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
+            optimizer_states=count_states(options.optimizer, momentum=0.9), ema=options.ema,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,
             matmul_dtype=matmul_dtype,
         ))
@@ -77,8 +85,9 @@ def main() -> None:
     def fits(classes: int, world_size: int) -> bool:
         return sum(predict(classes, world_size).values()) <= memory
 
-    print(f"{options.arch}, {options.classes:,} classes, {options.batch_size} images on {options.world_size} GPUs of "
-          f"{memory_gib:g} GiB, {options.precision}\n")
+    centers = f" with {options.sub_centers} centers each" if options.sub_centers > 1 else ""
+    print(f"{options.arch}, {options.classes:,} classes{centers}, {options.batch_size} images on {options.world_size} "
+          f"GPUs of {memory_gib:g} GiB, {options.precision}\n")
     parts = predict(options.classes, options.world_size)
     total, width = sum(parts.values()), max(map(len, parts))
     for name, size in parts.items():

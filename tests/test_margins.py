@@ -278,8 +278,6 @@ def test_inter_class_filter(pools, name, form, saved):
 
 TRAINING = {
     "base": (2, []),
-    "sharded": (1, ["--enable-model-parallel"]),
-    "sharded, uneven, accumulation": (3, ["--enable-model-parallel", "--accumulation-steps", "2"]),
     "sharded, torchshard": (2, ["--enable-model-parallel", "--classifier", "torchshard"]),
     "sharded, fused update": (2, ["--enable-model-parallel", "--fuse-classifier-update"]),
 }
@@ -292,3 +290,14 @@ def test_training_equals_a_single_process(pools, name, mode):
     outcomes = pools(world_size).run(run_training, 5, False, [*flags, "--precision", "float64"], name)
     truth = true_training(5, False, TRUTH[name])
     assert_equal(outcomes, truth, "--enable-model-parallel" in flags, 1e-9, 5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("name", TRUTH)
+def test_sharded_training_equals_a_single_process(pools, name, world_size):
+    for num_classes in (6, 5, 2):  # divides; does not; on three ranks, one has no class
+        truth = true_training(num_classes, False, TRUTH[name])
+        for micro_batches in (1, 2):
+            flags = ["--enable-model-parallel", "--accumulation-steps", str(micro_batches), "--precision", "float64"]
+            outcomes = pools(world_size).run(run_training, num_classes, False, flags, name)
+            assert_equal(outcomes, truth, True, 1e-9, num_classes)

@@ -36,20 +36,26 @@ PUBLISHED = {
     "--scale": (None, "S"),
     "--margin-gradient": ("exact", "exact|unit"),
     "--inter-class-filter": (None, "T"),
+    "--sub-centers": (1, "K"),
     "--epochs": (35, "N"),
     "--start-epoch": (None, "N"),
     "--max-steps": (None, "N"),
     "-b --batch-size": (512, "N"),
     "--accumulation-steps": (1, "K"),
-    "--lr --learning-rate": (0.1, "LR"),
+    "--lr --learning-rate": (None, "LR"),
     "--schedule": ("step", "NAME"),
-    "--lr-milestones": ((10.0, 16.0, 21.0), "E,E,..."),
+    "--lr-milestones": (None, "E,E,..."),
+    "--poly-power": (None, "P"),
     "--warmup-epochs": (0.0, "E"),
     "--optimizer": ("sgd", "NAME"),
-    "--momentum": (0.9, "M"),
-    "--wd --weight-decay": (1e-4, "W"),
     "--backbone-lr-scale": (None, "X"),
     "--freeze": ((), "PART,PART,..."),
+    "--momentum": (None, "M"),
+    "--wd --weight-decay": (None, "W"),
+    "--no-decay": (None, "KIND,KIND"),
+    "--clip-grad-norm": (None, "X"),
+    "--clip-centers": (False, None),
+    "--ema": (None, "DECAY"),
     "--seed": (None, "S"),
     "--output": (".", "DIR"),
     "--resume": ("", "PATH"),
@@ -97,7 +103,9 @@ def test_the_published_flags():
             for one in flags.values()} == PUBLISHED
     parsed = parse_options(["some/dir"])
     for field, one in flags.items():
-        assert getattr(parsed, field) == {"data": "some/dir", "scale": 64.0}.get(field, one.default), one.name
+        completed = {"data": "some/dir", "scale": 64.0, "lr_milestones": (10.0, 16.0, 21.0), "lr": 0.1, "momentum": 0.9,
+                     "weight_decay": 1e-4}
+        assert getattr(parsed, field) == completed.get(field, one.default), one.name
     assert parsed.training_arch == "iresnet50"
     iresnets = {f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)}
     assert set(flags["arch"].choices) >= iresnets | {"mobilefacenet"}
@@ -177,6 +185,16 @@ def test_the_options_cannot_be_changed():
     (["--lr", "-1"], ["--lr -1"]),
     (["--lr-milestones", "1,x"], ["--lr-milestones", "1,x"]),
     (["--lr-milestones", "5,3"], ["--lr-milestones 5,3"]),
+    (["--lr-milestones", "1,2", "--schedule", "poly"], ["--lr-milestones 1,2", "--schedule poly", "--schedule step"]),
+    (["--poly-power", "2"], ["--poly-power 2", "no effect with --schedule step", "--schedule poly"]),
+    (["--poly-power", "0", "--schedule", "poly"], ["--poly-power 0", "above 0"]),
+    (["--ema", "1"], ["--ema 1", "below 1"]),
+    (["--optimizer", "adamw", "--momentum", "0.9"], ["--momentum 0.9", "no effect with --optimizer adamw", "sgd"]),
+    (["--no-decay", "norm,prelu"], ["--no-decay norm,prelu", "norm, bias"]),
+    (["--clip-grad-norm", "0"], ["--clip-grad-norm 0", "above 0"]),
+    (["--clip-centers"], ["--clip-centers", "no effect without --clip-grad-norm"]),
+    (["--clip-grad-norm", "5", "--clip-centers", "--fuse-classifier-update", "--enable-model-parallel"],
+     ["--clip-centers with --fuse-classifier-update"]),
     (["--margin", "3"], ["--margin 3"]),
     (["--scale", "0"], ["--scale 0"]),
     (["--amp-dtype", "bf16"], ["--amp-dtype bf16", "--enable-amp-mode"]),

@@ -102,6 +102,9 @@ def test_replicated_classes_go_through_ddp_and_zero():
     assert predict(model_parallel=False, zero=True)["backbone momentum"] == 0  # another process has it
     assert predict(zero=True, world_size=2)["backbone momentum"] == 1000
     assert predict(zero=True, world_size=1)["backbone momentum"] == 1500
+    two = predict(optimizer_states=2, ema=True)
+    assert (two["backbone moments"], two["class centers' moments"]) == (3000, 2 * two["class centers"])
+    assert two["backbone average"] == 1550 and "backbone momentum" not in two
 
 
 @pytest.mark.parametrize("operands, value_bytes", [(None, 4), (torch.bfloat16, 2), (torch.float16, 4)])

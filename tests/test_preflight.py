@@ -150,6 +150,11 @@ def test_the_table_of_the_run(faces):
     assert rows["loss"] == "ArcFace, margin 0.5 (easy), scale 64"
     assert rows["schedule"] == "lr 0.1, step, lr-milestones 10,16,21, warmup-epochs 0"
     assert rows["optimizer"] == "sgd, momentum 0.9, wd 0.0001"
+    assert rows["class centers"] == "up to 1,000 per process: 2 MiB, 6 MiB with gradient and momentum"
+    adamw = table("--optimizer", "adamw", "--schedule", "cosine", "--ema", "0.9", "--no-decay", "norm,bias")
+    assert adamw["optimizer"].strip() == "adamw, wd 0.1, no-decay norm,bias, ema 0.9"
+    assert adamw["schedule"].strip() == "lr 0.001, cosine, warmup-epochs 0"
+    assert adamw["class centers"].strip().endswith("8 MiB with gradient and two moments")
     assert rows["images"].startswith("48 of 8 identities in ")
     assert rows["training"] == "35 epochs x 6 steps"
     changed = table("--margin", "0.3", "--no-easy-margin", "--scale", "32", "--max-steps", "4", "--enable-amp-mode")

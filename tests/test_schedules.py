@@ -1,8 +1,9 @@
-"""Learning rates: warm-up, the step schedule, and the registry."""
+"""Learning rates: warm-up, the schedules, and the registry."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from utils.training.schedules import SCHEDULES, ScheduleFlags, learning_rate
 
@@ -24,9 +25,45 @@ def test_warm_up_rises_linearly_before_any_schedule():
         1 / 2.4, 2 / 2.4, 1.0, 0.1]
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_poly_schedule(power):
+    """torch's LinearLR and PolynomialLR, one after the other; and the values at the steps that matter."""
+    flags = ScheduleFlags(lr=0.4, schedule="poly", poly_power=power, warmup_epochs=1.25)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+    true = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=35, power=power)
+    found = rates(flags, 40)
+    assert found[:5] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4])  # from the first step, and not at the full rate
+    for rate in found[5:]:
+        assert rate == pytest.approx(true.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        true.step()
+    assert found[5] == 0.4 and found[39] == pytest.approx(0.4 / 35**power) and true.get_last_lr() == [0.0]
+    assert rates(ScheduleFlags(lr=0.4, schedule="poly"), 4) == pytest.approx([0.4, 0.225, 0.1, 0.025])  # power 2
+
+
+def test_cosine_schedule():
+    flags = ScheduleFlags(lr=0.4, schedule="cosine", warmup_epochs=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+    true = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=38)
+    found = rates(flags, 40)
+    assert found[:3] == pytest.approx([0.2, 0.4, 0.4])
+    for rate in found[2:]:
+        assert rate == pytest.approx(true.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        true.step()
+    assert found[21] == pytest.approx(0.2) and 0 < found[39] < 1e-3 and true.get_last_lr() == [0.0]
+    assert learning_rate(10**9 - 1, 1000, 10**9, flags) > 0  # the last step of a long run
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warm_up_as_long_as_the_run(name):
+    flags = ScheduleFlags(lr=1.0, schedule=name, warmup_epochs=1.0, lr_milestones=None)
+    assert rates(flags, 4) == [0.25, 0.5, 0.75, 1.0]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_gives_a_factor_for_every_step(name):
-    assert all(0 <= rate <= 0.1 for rate in rates(ScheduleFlags(schedule=name), 120))
+    assert all(0 <= rate <= 0.1 for rate in rates(ScheduleFlags(lr=0.1, schedule=name), 120))
 
 
 def test_a_schedule_is_one_function_and_one_entry(monkeypatch):

@@ -21,7 +21,9 @@ from utils.dist.context import DistContext
 from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.options import EMBEDDING_SIZE, Options
-from utils.training.optim import Optimizers, RowSGD
+from utils.training.clip import GradientClip
+from utils.training.ema import WeightAverage
+from utils.training.optim import ROW_OPTIMIZERS, Optimizers, count_states
 from utils.training.scaler import SharedGradScaler, amp_dtype
 from utils.training.state import Position, TrainState
 
@@ -91,27 +93,34 @@ def build_training(
     frozen = freeze(backbone, options.freeze)
 
     weight = class_centers(shard, EMBEDDING_SIZE, seed, context.device, dtype,
-                           parallel_dim=(options.model_parallel_dim or 1) if sharded else None)
-    sgd = dict(lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+                           parallel_dim=(options.model_parallel_dim or 1) if sharded else None,
+                           sub_centers=options.sub_centers)
+    settings = options.optimizer_settings
     skip_nonfinite = options.on_nonfinite == "skip"
-    row_sgd = RowSGD(weight, skip_nonfinite=skip_nonfinite, **sgd) if options.fuse_classifier_update else None
+    row_optimizer = (ROW_OPTIMIZERS[options.optimizer](weight, skip_nonfinite=skip_nonfinite, **settings)
+                     if options.fuse_classifier_update else None)
     margin = options.build_margin()
     loss: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
         margin_softmax_torchshard, filter_above=options.inter_class_filter)
     if options.classifier == "fused":
         saved_probs_mib: float | None = options.classifier_memory_mib
         if saved_probs_mib is None:
-            saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update)
+            saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update,
+                                                   count_states(options.optimizer, options.momentum))
         loss = functools.partial(
             margin_softmax, filter_above=options.inter_class_filter, saved_probs_mib=saved_probs_mib,
-            update=row_sgd.update_rows if row_sgd else None,
+            update=row_optimizer.update_rows if row_optimizer else None,
             matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU
-    classifier = MarginClassifier(weight, shard, margin, scale=options.loss_scale, group=group, loss=loss)
+    classifier = MarginClassifier(weight, shard, margin, scale=options.loss_scale, group=group, loss=loss,
+                                  sub_centers=options.sub_centers)
 
     model = TrainingModel(backbone, classifier, autocast_dtype, frozen).to(context.device, dtype)
     let_ddp_ignore_shards(model)
-    optimizers = Optimizers(model, options.optimizer, sgd, zero=options.enable_zero_optim, skippable=skip_nonfinite,
-                            row_sgd=row_sgd, backbone_lr_scale=options.backbone_lr_scale or 1.0)
+    optimizers = Optimizers(
+        model, options.optimizer, settings, zero=options.enable_zero_optim, skippable=skip_nonfinite,
+        row_optimizer=row_optimizer, no_decay=options.no_decay or (),
+        backbone_lr_scale=options.backbone_lr_scale or 1.0)
+    clipped = [*backbone.parameters(), *([weight] if options.clip_centers else [])]
     scaler = SharedGradScaler(context.device.type, enabled=autocast_dtype == torch.float16)
     # Nodes may hold the images under other names: then all fingerprints count, on all ranks alike.
     images = "+".join(sorted(set(all_gather_json(fingerprint, context.device))))
@@ -124,5 +133,7 @@ def build_training(
         arch=options.training_arch, seed=seed, num_images=num_images, global_batch=global_batch,
         identities=list(identities), loss=options.loss,
         loss_settings={"scale": options.loss_scale, **options.loss_settings}, margin=margin, images=images,
+        ema=WeightAverage(backbone, options.ema) if options.ema is not None else None,
+        clip=GradientClip(options.clip_grad_norm, clipped) if options.clip_grad_norm is not None else None,
     )
     return state, wrapped

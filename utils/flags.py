@@ -166,7 +166,8 @@ def describe_section(options: Any, section: str) -> str:
     """The values of a section's flags, such as "lr 0.1, step, lr-milestones 10,16,21" of "schedule"."""
     return ", ".join(definition.describe(value).removeprefix("--").removeprefix(f"{section} ")
                      for field, definition in flags_of(type(options)).items()
-                     if definition.section == section and (value := getattr(options, field)) is not None)
+                     if definition.section == section and (value := getattr(options, field)) is not None
+                     and value is not False)
 
 
 def flag_tables(flags: Mapping[str, Flag], sections: Iterable[str] = ()) -> str:

@@ -14,8 +14,8 @@ from utils.checkpoint.reader import AUTO
 from utils.errors import Parser, UserError
 from utils.flags import Flag, add_flags, check_values, flag, flags_of
 from utils.launch.plan import ProcessFlags
-from utils.training.optim import OPTIMIZERS
-from utils.training.schedules import ScheduleFlags
+from utils.training.optim import NO_DECAY, OPTIMIZER_SETTINGS, OPTIMIZERS
+from utils.training.schedules import SCHEDULE_SETTINGS, ScheduleFlags
 
 EMBEDDING_SIZE = 512
 AUTO_CLASSES = 0  # --num-classes auto, until the training set is open
@@ -70,6 +70,11 @@ class Options(ProcessFlags, ScheduleFlags):
         "--inter-class-filter", metavar="T", at_least=-1, at_most=1, section="loss",
         help="leave out, for each image, other classes with a cosine above T: probably the same person again")
 
+    sub_centers: int = flag(
+        "--sub-centers", default=1, metavar="K", at_least=1, section="loss",
+        help="centers of each class, of which each image uses the closest: wrong images of an identity gather at "
+             "centers of their own. 3 in the publication")
+
     epochs: int = flag("--epochs", default=35, metavar="N", at_least=1, section="training", help="number of epochs")
     start_epoch: int | None = flag("--start-epoch", metavar="N", at_least=0, default_text="0", section="training",
                                    help="first epoch of a fresh run; a resumed run continues where it stopped")
@@ -88,14 +93,27 @@ class Options(ProcessFlags, ScheduleFlags):
                             section="training", help="seed of all random numbers")
     on_nonfinite: str = flag("--on-nonfinite", default="stop", choices=("stop", "skip"), section="training",
                              help="if the loss is inf or NaN: stop before anything is saved, or skip the step, "
-                                  "leaving weights, momentum and BatchNorm statistics unchanged")
+                                  "leaving weights, optimizer state and BatchNorm statistics unchanged")
 
     optimizer: str = flag("--optimizer", default="sgd", metavar="NAME", choices=OPTIMIZERS, section="optimizer",
                           help="optimizer of backbone and class centers")
-    momentum: float = flag("--momentum", default=0.9, metavar="M", at_least=0, below=1, section="optimizer",
-                           help="SGD momentum")
-    weight_decay: float = flag("--wd", "--weight-decay", default=1e-4, metavar="W", at_least=0, section="optimizer",
-                               help="weight decay")
+    momentum: float | None = flag("--momentum", metavar="M", at_least=0, below=1, section="optimizer",
+                                  default_text="0.9", help="SGD momentum")
+    weight_decay: float | None = flag("--wd", "--weight-decay", metavar="W", at_least=0, section="optimizer",
+                                      default_text="0.0001, adamw 0.1", help="weight decay")
+    no_decay: tuple[str, ...] | None = flag(
+        "--no-decay", metavar="KIND,KIND", choices=NO_DECAY, section="optimizer",
+        help="parameters of the backbone without weight decay (norm: weights and biases of normalisation layers; bias: "
+             "biases of all layers)")
+    clip_grad_norm: float | None = flag(
+        "--clip-grad-norm", metavar="X", above=0, section="optimizer",
+        help="scale the gradient of the backbone so that its norm is at most X")
+    clip_centers: bool = flag("--clip-centers", default=False, section="optimizer",
+                              help="with --clip-grad-norm: one norm of backbone and class centers")
+    ema: float | None = flag(
+        "--ema", metavar="DECAY", above=0, below=1, section="optimizer",
+        help="keep an exponential moving average of the backbone's weights, in checkpoints too: it is what is "
+             "evaluated, exported and read by --init-from")
     backbone_lr_scale: float | None = flag(
         "--backbone-lr-scale", metavar="X", above=0, section="optimizer", default_text="1",
         help="the backbone's learning rate is X times that of the class centers, which is --lr")
@@ -182,6 +200,11 @@ class Options(ProcessFlags, ScheduleFlags):
         """--scale, or the scale of the loss's publication."""
         return MARGINS[self.loss].default_scale if self.scale is None else self.scale
 
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """The optimizer's arguments."""
+        return {name: getattr(self, name) for name in OPTIMIZER_SETTINGS[self.optimizer]}
+
     def build_margin(self) -> Margin:
         """The margin of --loss, with its settings."""
         margin = MARGINS[self.loss](**self.loss_settings)
@@ -242,7 +265,9 @@ def check_options(options: Options) -> Options:
     for conflict, message in _conflicts(options):
         if conflict:
             raise UserError(message)
-    options = dataclasses.replace(options, scale=options.loss_scale,
+    defaults = {**SCHEDULE_SETTINGS.get(options.schedule, {}), **OPTIMIZER_SETTINGS[options.optimizer]}
+    own = {field: default for field, default in defaults.items() if getattr(options, field) is None}
+    options = dataclasses.replace(options, scale=options.loss_scale, **own,
                                   loss_settings=complete_loss_settings(options.loss, options.loss_settings))
     options.build_margin()  # Its settings may contradict each other.
     return options
@@ -262,7 +287,8 @@ def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
     changes = []
     for field, definition in main_flags().items():
         shows = definition.section in _CHANGEABLE or field in ("augment", "sync_bn")
-        if shows and field in before and field not in ("seed", "start_epoch", "max_steps"):
+        unused = now.get(field) is None and any(field in own for own in SCHEDULE_SETTINGS.values())
+        if shows and not unused and field in before and field not in ("seed", "start_epoch", "max_steps"):
             new, old = (definition.describe(definition.default_text or "off" if value is None else value)
                         for value in (now.get(field), before[field]))
             if new != old:
@@ -270,10 +296,30 @@ def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
     return ", ".join(changes)
 
 
+def _without_effect(
+    o: Options, choice: str, settings: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[bool, str]]:
+    """As `_conflicts`: settings {value of the flag `choice`: {field: default}} that only other values have."""
+    chosen, flags = getattr(o, choice), flags_of(Options)
+    for field in dict.fromkeys(field for own in settings.values() for field in own):
+        others = " or ".join(f"--{choice} {name}" for name, own in settings.items() if field in own)
+        value = getattr(o, field)
+        yield (value is not None and field not in settings.get(chosen, {}),
+               f"{flags[field].describe(value)}: has no effect with --{choice} {chosen}; drop it, or choose {others}")
+
+
 def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     """(condition that must not be true, error message)."""
-    yield (list(o.lr_milestones) != sorted(set(o.lr_milestones)),
-           f"--lr-milestones {','.join(f'{m:g}' for m in o.lr_milestones)}: give epochs in rising order, as 10,16,21")
+    milestones = list(o.lr_milestones or ())
+    yield (milestones != sorted(set(milestones)),
+           f"--lr-milestones {','.join(f'{m:g}' for m in milestones)}: give epochs in rising order, as 10,16,21")
+    yield from _without_effect(o, "schedule", SCHEDULE_SETTINGS)
+    yield from _without_effect(o, "optimizer", OPTIMIZER_SETTINGS)
+    yield (o.clip_centers and o.clip_grad_norm is None,
+           "--clip-centers: has no effect without --clip-grad-norm; add it, or drop --clip-centers")
+    yield (o.clip_centers and o.fuse_classifier_update,
+           "--clip-centers with --fuse-classifier-update: the class centers are updated within the backward pass, "
+           "before the norm of all gradients is known; drop one of them")
     for name, value in ("--save-freq", o.save_freq), ("--keep", o.keep):
         yield value is not None and o.no_save, f"{name} {value} with --no-save: drop one of them"
 

@@ -1,7 +1,7 @@
 """The memory of a training process, part by part, predicted before anything is started.
 
 Shapes: n images of this process, N rows that its classifier sees (n * W with sharded classes, else n), C classes, C_r
-classes of this process, K classes of a chunk of the margin softmax, d the embedding size.
+classes of this process, K centers of a chunk of the margin softmax, q centers of a class, d the embedding size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes
+from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, whole_classes
 from utils.dist.sharding import ClassShard
 
 IMAGE_VALUES = 3 * 112 * 112
@@ -44,8 +44,11 @@ class RunSettings:
     total_bytes: int  # memory of the GPU, or a process's share of the CPU's; for the automatic choice below
     cache_bytes: int  # the cache that a chunk of classes must fit
     embedding_size: int = 512  # d
+    sub_centers: int = 1  # q
     model_parallel: bool = True  # the classes are sharded; otherwise each process has them all, under DDP
-    zero: bool = False  # the momentum of replicated parameters is sharded, by whole parameters
+    zero: bool = False  # the optimizer state of replicated parameters is sharded, by whole parameters
+    optimizer_states: int = 1  # values that the optimizer keeps for each value of a parameter
+    ema: bool = False  # an average of the backbone is kept
     fused_update: bool = False  # the gradient of the class centers is never stored
     classifier_memory_mib: float | None = None  # for saved probabilities; None: the trainer's automatic choice
     matmul_dtype: torch.dtype | None = None  # of the classifier's matrix products in low precision
@@ -104,12 +107,11 @@ def saved_bytes(backbone: nn.Module, images: Tensor, device_type: str, autocast_
 def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]:
     """The bytes of each part at the peak of the process that needs most. Their sum is the peak.
 
-    Assumes float32 parameters, SGD with momentum and weight decay, DistributedDataParallel, and the fused margin
-    softmax.
+    Assumes float32 parameters, SGD or AdamW with weight decay, DistributedDataParallel, and the fused margin softmax.
     """
     d = run.embedding_size
     sharded = run.model_parallel or run.fused_update and run.world_size == 1
-    size = ClassShard(run.classes, 0, run.world_size if sharded else 1).size
+    size = ClassShard(run.classes, 0, run.world_size if sharded else 1).size * run.sub_centers
     images = -(-run.batch_size // run.world_size)
     rows = images * run.world_size if sharded else images
     low = run.matmul_dtype.itemsize if run.matmul_dtype is not None else 0
@@ -120,26 +122,32 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     momentum = optimized + (centers if sharded else 0)
 
     # The buffers of losses.fused for a chunk in the forward and in the backward pass, and what connects the two.
-    chunk = min(chunk_classes(rows, d, run.cache_bytes), size)
+    chunk = whole_classes(min(chunk_classes(rows, d, run.cache_bytes, FLOAT, run.sub_centers), size), run.sub_centers)
     chunks = -(-size // chunk)
     block = rows * (chunk + SPARE_COLUMNS)
     saved_block = block * (2 if run.matmul_dtype == torch.bfloat16 else FLOAT)
-    budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update) if run.classifier_memory_mib is None
+    budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update, run.optimizer_states)
+              if run.classifier_memory_mib is None
               else int(run.classifier_memory_mib * 2**20))
     low_centers = chunk * d * (FLOAT + low) if low else 0
-    forward = 2 * block * FLOAT + low_centers
-    backward = block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers
+    # The closest center of each class, int64, and which others are farther, bool, of this chunk and of the last one.
+    closest = rows * chunk * (LABEL + 2 * run.sub_centers) // run.sub_centers if run.sub_centers > 1 else 0
+    forward = 2 * block * FLOAT + low_centers + closest
+    backward = block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers + closest
 
+    state, states = "moments" if run.optimizer_states > 1 else "momentum", run.optimizer_states
+    average = trained + backbone.fixed if run.ema else 0
     parts = {
         "backbone weights": trained + backbone.fixed,
         "backbone gradients": trained,
         "DDP buckets": sum(replicated),
-        "backbone momentum": max(0, momentum - centers),
+        f"backbone {state}": max(0, momentum - centers) * states,
+        **({"backbone average": average} if run.ema else {}),
         "images": images * IMAGE_VALUES * (1 + FLOAT),
         "activations": backbone.activations + images * backbone.activations_per_image,
         "class centers": centers,
         "class centers' gradient": 0 if run.fused_update else centers,
-        "class centers' momentum": min(centers, momentum),
+        f"class centers' {state}": min(centers, momentum) * states,
         "saved probabilities": min(chunks, budget // saved_block) * saved_block,
         "chunk buffers": max(forward, backward) + chunks * rows * (LABEL + FLOAT) + size * FLOAT,
         # All rows: gathered, in matmul_dtype, their gradient and a chunk's part of it. This process's rows: before and
@@ -148,9 +156,10 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         "optimizer, beyond activations": 0,
         "CUDA, cuDNN, NCCL": CUDA_ALLOWANCE if run.device_type == "cuda" else 0,
     }
-    # Weight decay copies the gradients of replicated parameters; the backward pass has freed its inputs by then.
+    # Weight decay copies the gradients of replicated parameters, AdamW makes roots of one of its states, and the
+    # average of --ema differences; the backward pass has freed its inputs by then.
     freed = sum(parts[name] for name in ("images", "activations", "saved probabilities", "chunk buffers", "embeddings"))
-    parts["optimizer, beyond activations"] = max(0, optimized - freed)
+    parts["optimizer, beyond activations"] = max(0, optimized - freed, average - freed)
     return parts
 
 

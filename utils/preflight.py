@@ -28,6 +28,7 @@ from utils.memory import host_bytes
 from utils.options import AUTO_CLASSES, EMBEDDING_SIZE, Options, loss_flags
 from utils.planner import BackboneMemory, RunSettings, predict_memory
 from utils.training.metrics import TENSORBOARD_DIRECTORY
+from utils.training.optim import count_states
 from utils.training.scaler import amp_dtype
 
 
@@ -78,26 +79,28 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
     kept = sum(weight.nbytes for weight in backbone.parameters()) - sum(weights)
     gpu = torch.cuda.get_device_properties(plan.gpu or 0) if plan.device_type == "cuda" else None
     total, sharing = (gpu.total_memory, 1) if gpu else (host_bytes(), plan.processes_per_node)
+    states = count_states(options.optimizer, options.momentum)
     parts = predict_memory(BackboneMemory(weights, kept, 0, 0), RunSettings(
-        classes=options.num_classes, batch_size=options.batch_size * plan.nodes // options.accumulation_steps,
+        classes=options.num_classes, sub_centers=options.sub_centers,
+        batch_size=options.batch_size * plan.nodes // options.accumulation_steps,
         world_size=plan.world_size, total_bytes=total // sharing, cache_bytes=gpu.L2_cache_size if gpu else 2**23,
         model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
-        fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib or 0,
+        optimizer_states=states, ema=options.ema is not None, fused_update=options.fuse_classifier_update,
+        classifier_memory_mib=options.classifier_memory_mib or 0,
         device_type="cpu"))
     parts["optimizer, beyond activations"] = 0  # depends on the activations
     if options.enable_zero_optim and sharing > 1:  # the largest share is one process's: together they hold all once
-        parts["backbone momentum"] = sum(weights) // plan.world_size
+        of_backbone, of_centers = (name for name in parts if name.endswith(("momentum", "moments")))
+        parts[of_backbone] = states * sum(weights) // plan.world_size
         if not options.enable_model_parallel:
-            parts["class centers' momentum"] = parts["class centers"] // plan.world_size
-    if not options.momentum:
-        parts |= {name: 0 for name in parts if name.endswith("momentum")}
+            parts[of_centers] = states * parts["class centers"] // plan.world_size
     need = sum(parts.values()) * (2 if options.precision == "float64" else 1)
     text = (f"at least {_size(need)} per process, without activations; "
             + ("a GPU" if gpu else "this machine" if sharing == 1 else f"{sharing} processes share a machine that")
             + f" has {_size(total)}")
     if need * sharing > total:
-        of_centers = sum(size for name, size in parts.items() if "class centers" in name)
-        flag = (f"--num-classes {options.num_classes}" if 2 * of_centers > sum(parts.values())
+        centers = sum(size for name, size in parts.items() if "class centers" in name)
+        flag = (f"--num-classes {options.num_classes}" if 2 * centers > sum(parts.values())
                 else f"--batch-size {options.batch_size}")
         raise UserError(f"{flag}: the run needs {text}; "
                         + memory_remedies(options, plan.world_size, activations="batch" in flag))
@@ -115,6 +118,7 @@ def memory_remedies(options: Options, world_size: int, *, activations: bool = Tr
         ("--precision float32", options.precision == "float64"),
         ("--enable-amp-mode", activations and not options.enable_amp_mode and options.precision == "float32"),
         ("a smaller --batch-size", activations),
+        ("fewer --sub-centers", options.sub_centers > 1),
         ("fewer classes", True),
     ) if helps) + " (scripts/plan.py predicts the need)"
 
@@ -224,7 +228,10 @@ def run_table(
     freeze(backbone, options.freeze)
     fixed = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
-    center_mib = shard.size * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
+    centers, own_centers = (classes * options.sub_centers for classes in (options.num_classes, shard.size))
+    center_mib = own_centers * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
+    stores_gradient, states = not options.fuse_classifier_update, count_states(options.optimizer, options.momentum)
+    held = ["gradient"] * stores_gradient + [[], ["momentum"], ["two moments"]][states]
     global_batch = options.batch_size * plan.nodes
     micro_batch = global_batch // plan.world_size // options.accumulation_steps
     device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
@@ -242,11 +249,13 @@ def run_table(
         "backbone": f"{options.training_arch}, {sum(p.numel() for p in backbone.parameters()):,} parameters, "
                     f"embedding {EMBEDDING_SIZE}" + (", synchronized BatchNorm" if options.sync_bn else "")
                     + (f", frozen: {', '.join(options.freeze)} ({fixed:,} parameters)" if options.freeze else ""),
-        "classifier": f"{options.num_classes:,} classes{without}, {options.num_classes * EMBEDDING_SIZE:,} parameters, "
+        "classifier": f"{options.num_classes:,} classes{without}, "
+                      + (f"{options.sub_centers} centers each, " if options.sub_centers > 1 else "")
+                      + f"{centers * EMBEDDING_SIZE:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
-        "class centers": f"up to {shard.size:,} per process: {center_mib:,.0f} MiB, "
-                         + (f"{2 * center_mib:,.0f} MiB with momentum" if options.fuse_classifier_update
-                            else f"{3 * center_mib:,.0f} MiB with gradient and momentum"),
+        "class centers": f"up to {own_centers:,} per process: {center_mib:,.0f} MiB"
+                         + (f", {(1 + stores_gradient + states) * center_mib:,.0f} MiB with {' and '.join(held)}"
+                             if held else ""),
         "loss": f"{options.build_margin().describe()}, scale {options.loss_scale:g}"
                 + (", slope 1" if options.margin_gradient == "unit" else "")
                 + (f", classes above {options.inter_class_filter:g} left out"

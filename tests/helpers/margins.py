@@ -47,19 +47,19 @@ class TrueLoss:
 def true_softmax(
     embedding: Tensor, label: Tensor, centers: Tensor, scale: float, phi: Callable[..., Tensor],
     negatives: Callable[..., Tensor] | None = None, norm: Tensor | None = None,
-    penalty: Callable[..., Tensor] | None = None,
+    penalty: Callable[..., Tensor] | None = None, sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and num_closer by the equation.
+    """Loss and num_closer by the equation. Each class has `sub_centers` rows of the centers, one after the other.
 
     phi(cosine, norm), negatives(cosine, target, phi) and penalty(norm) are differentiable.
     """
-    cosine = embedding @ F.normalize(centers).t()
+    cosine = (embedding @ F.normalize(centers).t()).view(len(label), -1, sub_centers).amax(2)
     rows = torch.arange(len(label))
     target = cosine[rows, label]
     value = phi(target, norm)
     others = cosine if negatives is None else negatives(cosine, target.detach()[:, None], value.detach()[:, None])
     # Written as cross_entropy would be, but with the target left out of the sum, which float64 needs near p = 1.
-    others = (scale * others).masked_fill(F.one_hot(label, len(centers)).bool(), -torch.inf).logsumexp(1)
+    others = (scale * others).masked_fill(F.one_hot(label, cosine.shape[1]).bool(), -torch.inf).logsumexp(1)
     loss = torch.logaddexp(others - scale * value, torch.zeros((), dtype=value.dtype)).mean()
     if penalty is not None:
         loss = loss + penalty(norm).mean()
@@ -68,10 +68,11 @@ def true_softmax(
 
 def true_gradients(inputs: list[Tensor | None], label: Tensor, scale: float, phi: Callable[..., Tensor],
                    negatives: Callable[..., Tensor] | None = None,
-                   penalty: Callable[..., Tensor] | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+                   penalty: Callable[..., Tensor] | None = None,
+                   sub_centers: int = 1) -> tuple[Tensor, list[Tensor], Tensor]:
     """Loss, gradients of embeddings, centers (and norms), and num_closer."""
     embedding, centers, norm = (None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs)
-    loss, closer = true_softmax(embedding, label, centers, scale, phi, negatives, norm, penalty)
+    loss, closer = true_softmax(embedding, label, centers, scale, phi, negatives, norm, penalty, sub_centers)
     leaves = [embedding, centers] if norm is None else [embedding, centers, norm]
     return loss.detach(), list(torch.autograd.grad(loss, leaves, materialize_grads=True)), closer
 

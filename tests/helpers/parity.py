@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -43,8 +44,9 @@ def run_training(
     """Three steps of main.py's training loop on this rank; `loss`: one of MARGINS with its default settings."""
     options = parse_options(
         ["unused", "--num-classes", str(num_classes), "--batch-size", str(BATCH), "--augment", "none",
-         "--lr", str(SETTINGS["lr"]), "--momentum", str(SETTINGS["momentum"]), "--wd", str(SETTINGS["weight_decay"]),
-         "--scale", str(SETTINGS["scale"]), *flags, *([] if loss is None else ["--loss", loss])]
+         "--lr", str(SETTINGS["lr"]), "--wd", str(SETTINGS["weight_decay"]), "--scale", str(SETTINGS["scale"]),
+         *([] if "adamw" in flags else ["--momentum", str(SETTINGS["momentum"])]), *flags,
+         *([] if loss is None else ["--loss", loss])]
     )
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     dataset = RandomFaces(num_classes)
@@ -81,16 +83,27 @@ def mean_over_ranks(loss: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
-def true_training(num_classes: int, batch_norm: bool, true: TrueLoss, micro_batches: int = 1) -> Outcome:
+Parameters = dict[str, nn.Parameter]  # by name, "backbone.conv.weight"
+
+
+def true_sgd(named: Parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(named.values(), lr=SETTINGS["lr"], momentum=SETTINGS["momentum"],
+                           weight_decay=SETTINGS["weight_decay"])
+
+
+def true_training(
+    num_classes: int, batch_norm: bool, true: TrueLoss, micro_batches: int = 1,
+    make_optimizer: Callable[[Parameters], torch.optim.Optimizer] = true_sgd,
+    clip: Callable[[Parameters], object] = lambda named: None, sub_centers: int = 1,
+) -> Outcome:
     """The same steps with plain PyTorch in one process."""
     statistics: dict[str, Any] = dict(true.statistics)
     torch.manual_seed(SEED)
     backbone = TinyBackbone(batch_norm).double()
-    centers = nn.Parameter(initial_centers(ClassShard(num_classes, 0, 1), 512, SEED).double())
-    named = {f"backbone.{name}": parameter for name, parameter in backbone.named_parameters()}
+    centers = nn.Parameter(initial_centers(ClassShard(num_classes * sub_centers, 0, 1), 512, SEED).double())
+    named: Parameters = {f"backbone.{name}": parameter for name, parameter in backbone.named_parameters()}
     named["classifier.weight"] = centers
-    optimizer = torch.optim.SGD(named.values(), lr=SETTINGS["lr"], momentum=SETTINGS["momentum"],
-                                weight_decay=SETTINGS["weight_decay"])
+    optimizer = make_optimizer(named)
     dataset = RandomFaces(num_classes)
     order = [index for batch in GlobalBatchSampler(len(dataset), BATCH, 1, 0, 1, SEED) for index in batch]
     outcome = Outcome([], [], {}, [])
@@ -105,12 +118,14 @@ def true_training(num_classes: int, batch_norm: bool, true: TrueLoss, micro_batc
             embedding = backbone(images)
             norm = embedding.norm(dim=1)
             loss, num_closer = true_softmax(F.normalize(embedding), label, centers, SETTINGS["scale"], phi, negatives,
-                                            norm, penalty)
-            cosines.append((F.normalize(embedding) * F.normalize(centers)[label]).sum(1).detach())
+                                            norm, penalty, sub_centers)
+            own = F.normalize(centers).view(num_classes, sub_centers, -1)[label]
+            cosines.append((F.normalize(embedding)[:, None] * own).sum(2).amax(1).detach())
             norms.append(norm.detach())
             (loss / micro_batches).backward()
             losses.append(loss.item())
             closer.append(num_closer)
+        clip(named)
         outcome.gradients.append({name: parameter.grad.numpy().copy() for name, parameter in named.items()})
         optimizer.step()
         if true.update is not None:
@@ -123,13 +138,15 @@ def true_training(num_classes: int, batch_norm: bool, true: TrueLoss, micro_batc
     return outcome
 
 
-def assert_equal(outcomes: list[Outcome], truth: Outcome, sharded: bool, tolerance: float, num_classes: int) -> None:
+def assert_equal(
+    outcomes: list[Outcome], truth: Outcome, sharded: bool, tolerance: float, num_classes: int, sub_centers: int = 1
+) -> None:
     """Losses, gradients of every parameter, weights after the steps, num_closer; replicas equal to the bit."""
 
     def whole(name: str, parts: list[np.ndarray]) -> np.ndarray:
         if sharded and name == "classifier.weight":
             for rank, part in enumerate(parts):
-                assert len(part) == ClassShard(num_classes, rank, len(outcomes)).size
+                assert len(part) == ClassShard(num_classes, rank, len(outcomes)).size * sub_centers
             return np.concatenate(parts)
         for part in parts[1:]:
             np.testing.assert_array_equal(part, parts[0], err_msg=name)

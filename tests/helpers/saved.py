@@ -15,13 +15,16 @@ def saved_training(output: Path) -> dict[str, Tensor]:
     """{name: tensor} of everything in the newest checkpoint: weights, class centers and the optimizers' state."""
     state = torch.load(output / "checkpoint.pth.tar", weights_only=True)
     directory = str((output / "checkpoint.pth.tar").resolve().parent)
-    shape = (state["num_classes"], state["embedding_size"])
+    shape = (state["num_classes"] * state.get("sub_centers", 1), state["embedding_size"])
     stored = open_shards(directory, state["shards"], shape, read_manifest(directory))
     tensors = {name: torch.cat([rows for _, rows in matrix.blocks()]) for name, matrix in stored.items()}
     tensors.update({f"weight {name}": tensor for name, tensor in state["state_dict"].items()})
     tensors.update({
         f"{key} {name}": tensor for name, values in state["optimizer"].items() for key, tensor in values.items()
     })
+    if "ema" in state:
+        tensors.update({f"ema {name}": tensor for name, tensor in state["ema"]["state_dict"].items()})
+        tensors["ema updates"] = state["ema"]["updates"]
     return tensors
 
 

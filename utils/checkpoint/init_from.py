@@ -13,8 +13,11 @@ from utils.checkpoint.weights import Weights, open_weights
 from utils.errors import UserError
 
 
-def check_init_from(path: str, arch: str, embedding_size: int) -> Weights:
-    """Raise UserError unless a run with this backbone can start from the file at `path`. Returns what it holds."""
+def check_init_from(path: str, arch: str, embedding_size: int, sub_centers: int = 1) -> Weights:
+    """Raise UserError unless a run with this backbone and this number of centers of a class can start from a file.
+
+    Returns what the file at `path` holds.
+    """
     try:
         weights = open_weights(path, with_centers=True)
     except UserError as error:
@@ -26,6 +29,11 @@ def check_init_from(path: str, arch: str, embedding_size: int) -> Weights:
     if found != embedding_size:
         raise UserError(f"--init-from {path}: has embedding size {found}, but runs have {embedding_size}; give "
                         "another file")
+    if weights.sub_centers > sub_centers:
+        # Only the training images would tell which of a class's centers most of them belong to.
+        raise UserError(f"--init-from {path}: has {weights.sub_centers} centers of each class, and this run has "
+                        f"{sub_centers}; give --sub-centers {weights.sub_centers}, or take the backbone alone: write "
+                        "it to a file with scripts/export.py --format insightface")
     return weights
 
 
@@ -35,17 +43,19 @@ def init_from(
     """Collective. Copy the weights in a file into a run that has not begun. Returns a line that says what was copied.
 
     Class centers are matched by identity name if both the file and the training set have names; otherwise all of them
-    are copied if the number of classes is the same. Everything else keeps its initial value.
+    are copied if the number of classes is the same. Everything else keeps its initial value. If the run has more
+    centers of each class than the file, the file's become the first ones.
 
     backbone, classifier: the run's own, changed in place. The classifier has this rank's classes. identities: names of
     the training set by label, at most as many as there are classes. Raises UserError on every rank.
     """
-    weights = check_init_from(path, arch, classifier.weight.shape[1])
+    weights = check_init_from(path, arch, classifier.weight.shape[1], classifier.sub_centers)
     backbone.load_state_dict(weights.backbone.state_dict())
+    path += " (EMA weights)" if weights.averaged else ""
     centers, names, shard = weights.centers, weights.identities or [], classifier.shard
     if centers is None:
         return f"starting from {path}: backbone; the file has no class centers, so all of them are initialized"
-    stored_classes, rows = centers.shape[0], np.arange(shard.start, shard.stop)
+    stored_classes, rows = centers.shape[0] // weights.sub_centers, np.arange(shard.start, shard.stop)
     same_size = stored_classes == shard.num_classes
     by_name = _are_names(names) and _are_names(identities) and not (same_size and names == list(identities))
     if by_name:
@@ -57,18 +67,33 @@ def init_from(
                 f"{shard.num_classes:,} classes, so all of them are initialized")
 
     def copy_own() -> int:
-        centers.copy_rows(rows, classifier.weight.detach())
+        centers.copy_rows(rows_of_classes(rows, weights.sub_centers, classifier.sub_centers),
+                          classifier.weight.detach())
         return int(np.count_nonzero(rows >= 0))
 
     try:
         counts = run_together(copy_own, classifier.weight.device)
     except (UserError, RankFailed) as error:
         raise UserError(f"--init-from {path}: {error}") from None
+    several = ("" if classifier.sub_centers == 1 else f" ({weights.sub_centers} of each class)"
+               if weights.sub_centers == classifier.sub_centers else
+               f" ({weights.sub_centers} of each class; its other centers are initialized)")
     if not by_name:
-        return f"starting from {path}: backbone, all {stored_classes:,} class centers"
+        return f"starting from {path}: backbone, all {stored_classes:,} class centers{several}"
     kept = sum(counts) if classifier.group is not None else counts[0]
-    return (f"starting from {path}: backbone, class centers by identity: {kept:,} kept, "
+    return (f"starting from {path}: backbone, class centers by identity{several}: {kept:,} kept, "
             f"{len(identities) - kept:,} new with initial values, {len(names) - kept:,} dropped")
+
+
+def rows_of_classes(classes: np.ndarray, stored: int, own: int) -> np.ndarray:
+    """int64 (M * own,): the stored row for each row of a run with `own` centers of a class; -1: it stays as it is.
+
+    classes: int64 (M,), the stored class of each of the run's classes, or -1. stored: the number of centers of a stored
+    class, at most `own`.
+    """
+    rows = np.full((len(classes), own), -1)
+    rows[:, :stored] = np.where(classes[:, None] >= 0, classes[:, None] * stored + np.arange(stored), -1)
+    return rows.ravel()
 
 
 def _are_names(identities: Sequence[str]) -> bool:

@@ -31,6 +31,7 @@ AUTO = "auto"  # --resume auto: the newest undamaged checkpoint in --output
 
 # Parameters of the training model are called backbone.<name> and classifier.weight.
 BACKBONE_PREFIX, CENTERS_PARAMETER = "backbone.", "classifier.weight"
+EMA = "ema"  # the entry of --ema: {"updates", "state_dict"}
 CENTERS, OPTIMIZER = "centers", "optimizer"  # tensors in shards/: centers, optimizer/classifier.weight/<state>
 # What format 2 calls a tensor in shards/.
 _FORMAT_2_NAMES = {f"{OPTIMIZER}/{CENTERS_PARAMETER}/momentum_buffer": "momentum"}
@@ -42,7 +43,7 @@ class Resume:
 
     path: --resume: a state file, a link to one, or "auto". Rank 0's counts.
     output: --output, where "auto" looks.
-    num_classes, seed: None accepts the checkpoint's.
+    num_classes, seed, optimizer: None accepts the checkpoint's.
     timeout: seconds to wait for another rank that reads or sends.
     """
 
@@ -51,7 +52,9 @@ class Resume:
     arch: str
     num_classes: int | None
     loss: str = "arcface"
+    sub_centers: int = 1
     seed: int | None = None
+    optimizer: str | None = None
     timeout: float = 1800.0
 
 
@@ -222,13 +225,17 @@ def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
                         "with the program that wrote it, or start a new run in another --output")
     try:
         contents = _from_format_2(contents) if version == 2 else contents
-        stored_values = contents["arch"], contents["num_classes"], contents["loss"]["name"], contents["seed"]
+        contents = {"sub_centers": 1, **contents}  # older files have one center per class
+        stored_values = (contents["arch"], contents["num_classes"], contents["loss"]["name"], contents["sub_centers"],
+                         contents["seed"],
+                         contents["options"].get("optimizer", "sgd"))  # the only one of older versions
         if not all(isinstance(value, (str, int)) for value in stored_values):
             raise TypeError
     except (LookupError, TypeError, AttributeError, RuntimeError):  # any entry can be a tensor
         raise DamagedCheckpoint(f"{path}: is not the state of a training run, or is damaged") from None
-    given_values = resume.arch, resume.num_classes, resume.loss, resume.seed
-    for flag, given, stored in zip(("--arch", "--num-classes", "--loss", "--seed"), given_values, stored_values):
+    given_values = resume.arch, resume.num_classes, resume.loss, resume.sub_centers, resume.seed, resume.optimizer
+    flags = "--arch", "--num-classes", "--loss", "--sub-centers", "--seed", "--optimizer"
+    for flag, given, stored in zip(flags, given_values, stored_values):
         if given not in (stored, None):
             raise UserError(f"{path}: was trained with {flag} {stored}, this run has {flag} {given}; give {flag} "
                             f"{stored}, or start a run in another --output with --init-from {path}")
@@ -341,9 +348,14 @@ def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
 
 def _load(state: TrainState, checkpoint: Checkpoint, read: ReadBytes | None = None) -> None:
     contents, weight, shard = checkpoint.contents, state.classifier.weight.detach(), state.classifier.shard
+    sub_centers = state.classifier.sub_centers
     try:
         state.backbone.load_state_dict(contents["state_dict"])
         state.margin.load_state_dict(contents["loss"]["state"])
+        if state.ema is not None:
+            state.ema.restart()
+            if EMA in contents:
+                state.ema.load(contents[EMA])
     except RuntimeError as error:  # Names or shapes differ from what the file says it holds.
         raise UserError(f"does not hold {contents['arch']} with {contents['loss']['name']}: "
                         f"{first_words(error)}") from None
@@ -355,12 +367,12 @@ def _load(state: TrainState, checkpoint: Checkpoint, read: ReadBytes | None = No
     # In format 3, a tensor in shards/ has the name it has here.
     stored_names = _FORMAT_2_NAMES if contents["format_version"] == 2 else {}
     stored = open_shards(checkpoint.directory, [stored_names.get(name, name) for name in contents["shards"]],
-                         (shard.num_classes, weight.shape[1]), checkpoint.files, read)
+                         (shard.num_classes * sub_centers, weight.shape[1]), checkpoint.files, read)
     for name, rows in zip(contents["shards"], stored.values()):
         target = weight
         if name != CENTERS:
             target = optimizer.setdefault(CENTERS_PARAMETER, {})[name.rpartition("/")[2]] = torch.zeros_like(weight)
-        rows.copy_rows(np.arange(shard.start, shard.stop), target)
+        rows.copy_rows(np.arange(shard.start * sub_centers, shard.stop * sub_centers), target)
     state.optimizers.load_state(optimizer)
     if contents["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(contents["scaler"])

@@ -21,6 +21,7 @@ from utils.files import open_regular
 
 SAFETENSORS_EXTENSION = ".safetensors"
 IDENTITIES_TENSOR = "identities.json"  # in a safetensors file with class centers: the identity names as JSON, uint8
+SUB_CENTERS_ENTRY = "sub_centers"  # in its metadata, and in a state file: the number of centers of each class
 
 _ZIP_MAGIC = b"PK\x03\x04"  # first bytes of what torch.save writes since torch 1.6
 # First bytes of other files that users take for weights, and what to say about them.
@@ -39,7 +40,9 @@ def read_weights(path: str) -> Any:
 
 
 def read_safetensors(path: str) -> dict[str, Any]:
-    """{"state_dict": tensors, mapped into memory, "identities": names, if the file has them}. Raises UserError."""
+    """{"state_dict": tensors, mapped into memory, "identities": names, "sub_centers": centers of a class}, the last two
+    if the file has them. Raises UserError.
+    """
     try:
         import safetensors  # Only this format needs it.
     except ImportError:
@@ -49,7 +52,10 @@ def read_safetensors(path: str) -> dict[str, Any]:
         open_regular(path).close()
         with safetensors.safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
         content: dict[str, Any] = {"state_dict": weights}
+        if SUB_CENTERS_ENTRY in metadata:
+            content[SUB_CENTERS_ENTRY] = int(metadata[SUB_CENTERS_ENTRY])
         if IDENTITIES_TENSOR in weights:
             content["identities"] = json.loads(weights.pop(IDENTITIES_TENSOR).numpy().tobytes())
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:

@@ -4,7 +4,8 @@ The files follow the format of torch.distributed.checkpoint, which can read them
 each as torch.save writes a tensor, and .metadata, a pickle that says where each block lies. Neither torch's writer nor
 its reader is used: its reader executes what the pickle asks for, and both need collectives of their own.
 
-Shapes: a tensor is (C, d). A rank's shard is its rows [start, start + C_r).
+Shapes: a tensor is (C, d), where C counts class centers: all of them if a class has several. A rank's shard is its rows
+[start, start + C_r).
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def open_shards(
         raise DamagedCheckpoint(f"{path}: {error}") from None
     except Exception:  # Damaged bytes can be any pickle instructions, so any exception can come out.
         raise DamagedCheckpoint(
-            f"{path}: is damaged: does not describe {' and '.join(names)} of {shape[0]} classes") from None
+            f"{path}: is damaged: does not describe {' and '.join(names)} of {shape[0]} rows") from None
     return opened
 
 

@@ -41,6 +41,8 @@ class Weights:
     centers: the class centers, in the file; None if it has none, or if they were not asked for.
     identities: the centers' names by class; None if the file has no names.
     mean_face: of the training images, float32 (3, 28, 28); None if the file has none.
+    sub_centers: q, how many rows of `centers` each class has: class c has [c * q, c * q + q).
+    averaged: the backbone has the average of the run's weights (--ema).
     """
 
     backbone: nn.Module
@@ -49,6 +51,12 @@ class Weights:
     centers: StoredRows | None
     identities: list[str] | None
     mean_face: Tensor | None = None
+    sub_centers: int = 1
+    averaged: bool = False
+
+    def describe(self, path: str) -> str:
+        """Words for the log: "iresnet50 of checkpoint.pth.tar"."""
+        return f"{self.arch} of {path}" + (", EMA weights" if self.averaged else "")
 
 
 def open_weights(path: str, arch: str | None = None, *, with_centers: bool = False) -> Weights:
@@ -59,7 +67,7 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     centers are those of its GPU; a state dict below one of _WRAPPERS; or any of these weights as FILE.safetensors. All
     names of the backbone may have one prefix, such as "module."; then other entries are ignored. The file says its
     arch, or the names of the weights suggest it. Counters that old versions of torch did not write
-    (num_batches_tracked) become 0.
+    (num_batches_tracked) become 0. Of a checkpoint of a run with --ema, the backbone gets the average of the weights.
 
     arch: what the file must hold; None accepts any architecture.
 
@@ -69,7 +77,9 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     if arch is not None:
         check_arch(arch)
     content: Any = read_weights(path)
-    entries = _unwrap(content)
+    is_checkpoint = isinstance(content, Mapping) and "shards" in content and "position" in content
+    averaged = is_checkpoint and isinstance(content.get("ema"), Mapping)
+    entries = _unwrap(content["ema"] if averaged else content)
     if (not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries)
             or not any(isinstance(value, Tensor) for value in entries.values())):
         entries = ", ".join(f"{str(name):.40}" for name in list(content)[:5]) if isinstance(content, Mapping) else ""
@@ -78,16 +88,17 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     backbone, found = _build(path, content, entries)
     if arch not in (found, None):
         raise UserError(f"{path}: holds {found}, but --arch says {arch}; give {found}, or leave --arch out")
-    is_checkpoint = "shards" in content and "position" in content
     position = content["position"] if is_checkpoint else content
     epoch = position.get("epoch") if isinstance(position, Mapping) else None
-    centers = None
+    centers, sub_centers = None, content.get("sub_centers", 1)  # 1 in files of older versions and other programs
+    if with_centers and (not isinstance(sub_centers, int) or sub_centers < 1):
+        raise UserError(f"{path}: its number of sub-centers is damaged; copy the file again")
     if with_centers and is_checkpoint:
         try:
-            shape = content["num_classes"], content["embedding_size"]
+            shape = content["num_classes"] * sub_centers, content["embedding_size"]
             directory = step_directory(path, content)
             centers = open_shards(directory, ["centers"], shape, read_manifest(directory))["centers"]
-        except (UserError, KeyError) as error:
+        except (UserError, KeyError, TypeError) as error:
             raise UserError(f"{path}: its class centers are missing or damaged: {error}") from None
     elif with_centers:
         found_centers = {name: entries[name] for name in filter(_CENTERS_ENTRY.fullmatch, entries)}
@@ -97,15 +108,20 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
             if not is_plain(weight) or weight.ndim != 2 or weight.shape[1] != backbone.embedding_size:
                 raise UserError(f"{path}: its {name} is not a matrix of class centers "
                                 f"(classes, {backbone.embedding_size})")
+            if len(weight) % sub_centers:
+                raise UserError(f"{path}: its {name} has {len(weight):,} rows, which are not {sub_centers} for each "
+                                "class; copy the file again")
             centers = rows_of(weight.detach())
     identities = content.get("identities") or None
     names = isinstance(identities, list) and all(isinstance(name, str) for name in identities)
-    if identities is not None and (not names or centers is not None and len(identities) > centers.shape[0]):
+    most = len(identities or []) if centers is None else centers.shape[0] // sub_centers
+    if identities is not None and (not names or len(identities) > most):
         raise UserError(f"{path}: its list of identities is damaged; copy the file again")
     mean_face = content.get("mean_face")
     if not isinstance(mean_face, Tensor) or mean_face.shape != SHAPE or not mean_face.is_floating_point():
         mean_face = None  # of an older version, or another program's
-    return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities, mean_face)
+    return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities, mean_face,
+                   sub_centers if centers is not None else 1, averaged)
 
 
 def _unwrap(content: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from utils.checkpoint import layout, shards
 from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.layout import LATEST, METADATA_FILE, STATE_FILE
-from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, FORMAT_VERSION, OPTIMIZER
+from utils.checkpoint.reader import AUTO, BACKBONE_PREFIX, CENTERS, CENTERS_PARAMETER, EMA, FORMAT_VERSION, OPTIMIZER
 from utils.checkpoint.transfer import Asking, Exchange, PeerFailed, answer
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -93,7 +93,8 @@ class CheckpointWriter:
         if asynchronous:
             tensors, contents = _copied_to_cpu(tensors), _copied_to_cpu(contents)
         blocked = time.perf_counter() - started if asynchronous else None
-        job = contents, tensors, state.classifier.shard.start, state.position.step, started, blocked
+        first_row = state.classifier.shard.start * state.classifier.sub_centers
+        job = contents, tensors, first_row, state.position.step, started, blocked
         self._thread = threading.Thread(target=self._write_in_thread, args=job, daemon=True)
         self._thread.start()
         if not asynchronous:
@@ -242,7 +243,7 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
     replicated = {parameter.removeprefix(BACKBONE_PREFIX): values for parameter, values in optimizer.items()}
     tensors = {CENTERS: weight}
     for name, value in of_centers.items():
-        if value.shape == weight.shape:  # A row per class: sharded like the class centers.
+        if value.shape == weight.shape:  # A row per class center: sharded like the class centers.
             tensors[f"{OPTIMIZER}/{CENTERS_PARAMETER}/{name}"] = value
         else:  # A scalar such as Adam's step: the same on every rank.
             replicated.setdefault(CENTERS_PARAMETER, {})[name] = value
@@ -251,6 +252,7 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
         "arch": state.arch,
         "embedding_size": state.backbone.embedding_size,
         "num_classes": state.classifier.shard.num_classes,
+        "sub_centers": state.classifier.sub_centers,
         "state_dict": dict(state.backbone.state_dict()),
         "loss": {"name": state.loss, "settings": dict(state.loss_settings), "state": dict(state.margin.state_dict())},
         OPTIMIZER: replicated,
@@ -262,6 +264,7 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
         "mean_face": state.mean_face,
         "options": options,
         "shards": list(tensors),
+        **({EMA: state.ema.state()} if state.ema is not None else {}),
     }
 
 

@@ -1,62 +1,145 @@
-"""The optimizers of a run, and the SGD step that the fused classifier update takes."""
+"""The optimizers of a run, and the steps that the fused classifier update takes."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.optim import SGD, Optimizer
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from utils.dist.sharding import is_sharded
 
 
-def make_momentum(optimizer: Optimizer) -> None:
-    """Give the optimizer the zeros from which momentum starts, where it has none yet.
+def make_state(optimizer: Optimizer) -> None:
+    """Give SGD or AdamW the zeros from which its state starts, where it has none yet.
 
-    torch makes momentum in the first step. That is too late for a step that a mask on the device may skip, and a shard
+    torch makes the state in the first step. That is too late for a step that a mask on the device may skip, and a shard
     without classes, which never steps, needs it because the checkpoint expects it.
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            if optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if "betas" in group and not state:
+                # torch's fused step takes the counter on the device, the others on the CPU.
+                state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            elif group.get("momentum") and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-class RowSGD(SGD):
-    """SGD of one parameter (rows, d) that can step some rows at a time, within the backward pass (`update_rows`).
+class RowOptimizer(Optimizer):
+    """An optimizer of one parameter (rows, d) that can step some rows at a time, within the backward pass.
 
-    skip_nonfinite: skip the steps of a loss that is inf or NaN. settings: lr, momentum, ... as in torch.optim.SGD.
+    skip_nonfinite: skip the steps of a loss that is inf or NaN. settings: lr, ... of the torch.optim class.
     """
 
     def __init__(self, weight: nn.Parameter, *, skip_nonfinite: bool, **settings: Any) -> None:
-        super().__init__([weight], **settings, fused=True)
+        torch_class: Any = super()  # SGD or AdamW
+        torch_class.__init__([weight], **settings, fused=True)
         self._skip_nonfinite = skip_nonfinite
 
     @torch.no_grad()
     def update_rows(self, rows: slice, grad: Tensor, finite: Tensor) -> None:
         """The optimizer's step for some rows of the parameter. Their gradient may be overwritten.
 
-        finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and momentum unchanged.
+        finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and state unchanged.
         """
-        make_momentum(self)
-        (settings,) = self.param_groups
-        (weight,) = settings["params"]
-        momentum = [self.state[weight]["momentum_buffer"][rows] if settings["momentum"] else None]
-        sgd([weight.detach()[rows]], [grad], momentum, fused=True,
-            found_inf=finite.logical_not().float() if self._skip_nonfinite else None, lr=settings["lr"],
-            **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
+        make_state(self)
+        (weight,) = self.param_groups[0]["params"]
+        here = [weight.detach()[rows], *(self.state[weight][name][rows] for name in self._state_names())]
+        self._step_rows(here, grad, finite.logical_not().float() if self._skip_nonfinite else None)
         # The fused kernel does not say that it writes. Now a second backward through the old weights is an error.
         increment_version(weight)
 
+    def _state_names(self) -> tuple[str, ...]:
+        """The state with a row for each row of the parameter."""
+        raise NotImplementedError
 
-# --optimizer NAME -> class
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD}
+    def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
+        """Step rows in place. here: the rows of the parameter, then of its state. found_inf: 1 leaves them as they are.
+        """
+        raise NotImplementedError
+
+
+class RowSGD(RowOptimizer, SGD):
+    """SGD by rows."""
+
+    def _state_names(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.param_groups[0]["momentum"] else ()
+
+    def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
+        (settings,) = self.param_groups
+        momentum: Any = here[1:] or [None]
+        sgd(here[:1], [grad], momentum, fused=True, found_inf=found_inf, lr=settings["lr"],
+            **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
+
+
+class RowAdamW(RowOptimizer, AdamW):
+    """AdamW by rows. Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2.
+
+    Its bias correction counts the optimizer steps of the run that were not skipped: one per step for all rows, however
+    many calls step them, and also for rows that a step leaves out. `step` counts, after the calls of `update_rows`.
+    """
+
+    def _state_names(self) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
+        (settings,) = self.param_groups
+        weight, average, average_of_squares = here
+        beta1, beta2 = settings["betas"]
+        count = self.state[settings["params"][0]]["step"].clone()  # torch counts on in it
+        adamw([weight], [grad], [average], [average_of_squares], [], [count], fused=True, found_inf=found_inf,
+              beta1=beta1, beta2=beta2, **{name: settings[name] for name in (
+                  "lr", "weight_decay", "eps", "amsgrad", "maximize")})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Count a step whose rows are done."""
+        make_state(self)
+        (weight,) = self.param_groups[0]["params"]
+        assert weight.grad is None
+        found_inf = getattr(self, "found_inf", None)  # as torch's fused optimizers get it
+        self.state[weight]["step"] += 1 if found_inf is None else 1 - found_inf
+
+
+# --optimizer NAME -> class, the class that steps rows, and the flags that it takes with their defaults. insightface's
+# AdamW recipes have these values.
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW}
+ROW_OPTIMIZERS: dict[str, type[RowOptimizer]] = {"sgd": RowSGD, "adamw": RowAdamW}
+OPTIMIZER_SETTINGS: dict[str, dict[str, float]] = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.1},
+}
+
+# --no-decay: which parameters have no weight decay
+NO_DECAY = ("norm", "bias")
+
+
+def count_states(name: str, momentum: float | None) -> int:
+    """How many values the optimizer keeps for each value of a parameter."""
+    return 2 if name == "adamw" else 1 if momentum else 0
+
+
+def undecayed(module: nn.Module, kinds: Collection[str]) -> set[str]:
+    """Names of the parameters without weight decay.
+
+    kinds: of NO_DECAY. "norm": weights and biases of normalisation layers, as in AdaFace's split_parameters. "bias":
+    the biases of all layers. PReLU's slopes are neither, as there.
+    """
+    return {f"{prefix}.{name}" if prefix else name
+            for prefix, layer in module.named_modules() for name, _ in layer.named_parameters(recurse=False)
+            if "norm" in kinds and isinstance(layer, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+            or "bias" in kinds and name.endswith("bias")}
 
 
 class Optimizers:
@@ -69,22 +152,26 @@ class Optimizers:
         model: its sharded parameters are registered (`utils.dist.sharding.register_parallel_dim`).
         name: in OPTIMIZERS.
         settings: the optimizer's arguments, such as lr, momentum and weight_decay.
+        no_decay: kinds of replicated parameters without weight decay, of NO_DECAY.
         zero: shard the replicated parameters' state with ZeroRedundancyOptimizer.
         skippable: a mask on the device can skip a step, which of torch's implementations only the fused one offers.
-        row_sgd: the shard's optimizer, if it steps within the backward pass.
+        row_optimizer: the shard's optimizer, if it steps within the backward pass.
         backbone_lr_scale: the learning rate of backbone.* is that of the class centers times this.
     """
 
     def __init__(
         self, model: nn.Module, name: str, settings: dict[str, Any], *, zero: bool = False, skippable: bool = False,
-        row_sgd: RowSGD | None = None, backbone_lr_scale: float = 1.0,
+        row_optimizer: RowOptimizer | None = None, no_decay: Collection[str] = (),
+        backbone_lr_scale: float = 1.0,
     ) -> None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         replicated, sharded = ([pair for pair in trained if is_sharded(pair[1]) == wanted] for wanted in (False, True))
+        without = undecayed(model, no_decay)
 
         def group_of(named: tuple[str, nn.Parameter]) -> tuple[tuple[str, float], ...]:
             """The settings of the parameter's group that differ from those of all."""
-            return (("lr_scale", backbone_lr_scale if named[0].startswith("backbone.") else 1.0),)
+            decay = (("weight_decay", 0.0),) if named[0] in without else ()
+            return ("lr_scale", backbone_lr_scale if named[0].startswith("backbone.") else 1.0), *decay
 
         replicated.sort(key=group_of)  # stable; the optimizer counts parameters group by group
         groups = [{"params": [parameter for _, parameter in members], **dict(own)}
@@ -103,7 +190,7 @@ class Optimizers:
             self._named.append((make_replicated(groups, **settings, **fused), replicated))
         if sharded:
             # Fused: torch's other implementations copy the gradient, which is as large as the shard, for weight decay.
-            shard = row_sgd or make([parameter for _, parameter in sharded], **settings, fused=True)
+            shard = row_optimizer or make([parameter for _, parameter in sharded], **settings, fused=True)
             self._named.append((shard, sharded))
 
     @property
@@ -148,6 +235,11 @@ class Optimizers:
                 for index, (name, parameter) in enumerate(named) if name in state
             }
             optimizer.load_state_dict(packed)
+            local = getattr(optimizer, "optim", optimizer)  # ZeRO moves AdamW's counter to the CPU
+            for group in local.param_groups:
+                for parameter in group["params"] if group.get("fused") else ():
+                    if "step" in (values := local.state[parameter]):
+                        values["step"] = values["step"].to(parameter.device)
 
 
 def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:

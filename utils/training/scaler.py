@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from utils.training.optim import make_momentum
+from utils.training.clip import GradientClip
+from utils.training.optim import make_state
 
 
 class SharedGradScaler(torch.amp.GradScaler):
@@ -19,13 +20,17 @@ class SharedGradScaler(torch.amp.GradScaler):
     the others step, and the replicas would silently diverge.
     """
 
-    def step_all(self, optimizers: Sequence[Optimizer], nonfinite: Tensor | None = None) -> Tensor | None:
+    def step_all(
+        self, optimizers: Sequence[Optimizer], nonfinite: Tensor | None = None, clip: GradientClip | None = None
+    ) -> Tensor | None:
         """Collective when enabled. Unscale, agree on whether any gradient anywhere is inf or NaN, step or skip, update.
 
         Args:
             optimizers: all of this rank's. With `nonfinite` they must be torch's fused ones, or ZeRO of them.
-            nonfinite: float32 scalar on the device, the same on all ranks. Where it is 1, weights and momentum stay.
+            nonfinite: float32 scalar on the device, the same on all ranks. Where it is 1, weights and state stay.
                 The scale stays too, since it cannot have caused a loss that is inf or NaN. None: no step is masked.
+            clip: limits the gradients after they are unscaled. If their norm is inf or NaN, a step that can be skipped
+                is skipped.
 
         Returns a float32 scalar on the device: 1 if the step was skipped; None if it cannot have been.
         """
@@ -33,8 +38,12 @@ class SharedGradScaler(torch.amp.GradScaler):
             # torch's fused SGD allocates momentum without writing it, for the first step to fill. If that step is
             # skipped, the second one would read whatever the memory holds.
             for optimizer in optimizers:
-                make_momentum(_local_optimizer(optimizer))
+                make_state(_local_optimizer(optimizer))
         if not self.is_enabled():
+            if clip is not None:
+                norm = clip()
+                if nonfinite is not None:
+                    nonfinite = torch.maximum(nonfinite, norm.isfinite().logical_not().float())
             for optimizer in optimizers:
                 if nonfinite is not None:
                     _local_optimizer(optimizer).found_inf = nonfinite  # type: ignore[attr-defined]  # of fused steps
@@ -44,7 +53,10 @@ class SharedGradScaler(torch.amp.GradScaler):
             self.unscale_(optimizer)
         found = [flag for optimizer in optimizers
                  for flag in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()]
-        skipped = torch.stack(found if nonfinite is None else [*found, nonfinite]).max()
+        masks = found if nonfinite is None else [*found, nonfinite]
+        if clip is not None:
+            masks = [*masks, clip().isfinite().logical_not().float()]
+        skipped = torch.stack(masks).max()
         dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
         for flag in found:
             flag.fill_(skipped)

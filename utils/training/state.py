@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.classifier import MarginClassifier
+from utils.training.clip import GradientClip
+from utils.training.ema import WeightAverage
 from utils.training.optim import Optimizers
 from utils.training.scaler import SharedGradScaler
 
@@ -42,6 +44,8 @@ class TrainState:
     images: TrainingSet.fingerprint(), the same on all ranks; "" if it is unknown.
     identities: names of the training set by label.
     mean_face: of the training set, for evaluations to compare with; only rank 0 has it.
+    ema: the average of the backbone's weights; None without --ema.
+    clip: limits the gradients; None without --clip-grad-norm.
     """
 
     backbone: nn.Module
@@ -59,6 +63,8 @@ class TrainState:
     loss_settings: dict[str, Any] = field(default_factory=dict)
     margin: nn.Module = field(default_factory=nn.Module)
     mean_face: Tensor | None = None
+    ema: WeightAverage | None = None
+    clip: GradientClip | None = None
 
     def has_same_images(self, sampler: dict[str, Any]) -> bool:
         """Whether `sampler`, an entry of a checkpoint, was counted in the images of this run, in the same order.
