@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.augment import prepare_batch
 from data.loader import DeviceBatches, GlobalBatchSampler, NoBatch, TrainBatch, build_train_loader
 from data.training_set import TrainingSet
+from models.randomness import image_keys
 from utils import preflight
 from utils.build import Unaveraged, build_training
 from utils.checkpoint.init_from import check_init_from, init_from
@@ -48,7 +49,7 @@ from utils.files import OutputLock, lock_output
 from utils.launch.plan import ProcessPlan, is_first_process, plan_processes, warn_of_unused_environment
 from utils.launch.spawn import launch
 from utils.memory import explain_out_of_memory
-from utils.options import EMBEDDING_SIZE, Options, describe_changes, parse_options
+from utils.options import Options, describe_changes, parse_options
 from utils.signals import EXIT_SAVED
 from utils.training.evaluator import Evaluator
 from utils.training.guard import NotFinite, StepGuard, require_finite_weights
@@ -72,7 +73,8 @@ def main() -> None:
     decides = plan.node_rank == 0
     resumed = read_resumable(resume_request(options)) if options.resume and decides else None
     if options.init_from and resumed is None and (decides or not options.resume):
-        check_init_from(options.init_from, options.training_arch, EMBEDDING_SIZE, options.sub_centers)
+        check_init_from(options.init_from, options.training_arch, options.embedding_size, options.sub_centers,
+                        options.channel_order)
     preflight.check_freeze(options, fresh=decides and resumed is None)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)
@@ -233,9 +235,10 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
         for number, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch,
                                    indices=indices)
+            keys = image_keys(state.seed, position.step, indices).to(images.device, non_blocking=True)
             seed_random_numbers(state.seed, position.step * micro_batches + number, run.context)
             with contextlib.nullcontext() if number == micro_batches - 1 else run.model.no_sync():
-                loss, num_closer, embeddings_finite = run.model(images, labels)
+                loss, num_closer, embeddings_finite = run.model(images, labels, keys)
                 state.scaler.scale(loss / micro_batches).backward()
             losses.append(loss.detach())
             closer.append(num_closer)
@@ -334,7 +337,8 @@ def set_starting_point(
     if options.start_epoch:
         position.epoch, position.step = options.start_epoch, options.start_epoch * steps_per_epoch
     if options.init_from:
-        note = init_from(options.init_from, state.arch, state.backbone, state.classifier, state.identities)
+        note = init_from(options.init_from, state.arch, state.backbone, state.classifier, state.identities,
+                         options.channel_order)
         if state.ema is not None:
             state.ema.restart()
         return ", " + note
@@ -350,13 +354,13 @@ def choose_seed(options: Options, context: DistContext) -> int:
 
 def resume_request(options: Options) -> Resume:
     return Resume(options.resume, options.output, arch=options.training_arch, num_classes=options.num_classes or None,
-                  loss=options.loss, sub_centers=options.sub_centers, optimizer=options.optimizer,
-                  seed=options.seed, timeout=options.dist_timeout)
+                  embedding_size=options.embedding_size, loss=options.loss, sub_centers=options.sub_centers,
+                  optimizer=options.optimizer, seed=options.seed, timeout=options.dist_timeout)
 
 
 def evaluate(options: Options, plan: ProcessPlan) -> None:
     """--evaluate: score the model of --resume on --pair-list, in this process."""
-    weights = open_weights(options.resume, options.arch)
+    weights = open_weights(options.resume, options.arch, channel_order=options.channel_order)
     assert options.pair_list is not None
     (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root,
                                  options.skip_missing_pairs)])

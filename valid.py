@@ -21,8 +21,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from models import BACKBONES, build_backbone
-from utils.checkpoint.weights import open_weights
+from models import ANY_TIMM, BACKBONES, build_backbone, check_arch
+from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights
 from utils.dist.context import DistContext
 from utils.errors import UserError, exit_on_user_error, require_printed
 from utils.evaluation import plots
@@ -50,8 +50,12 @@ class Options(NodeFlags):
                                 help="sets in one file each, such as lfw.bin,cfp_fp.bin, with or without a list")
     resume: str | None = flag("--resume", metavar="PATH", section="model",
                               help="checkpoint.pth.tar, or the weights of a published backbone")
-    arch: str | None = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, default_text="that of the checkpoint",
-                            section="model", help="architecture, required with --untrained")
+    arch: str | None = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, more_choices=ANY_TIMM,
+                            default_text="that of the checkpoint", section="model",
+                            help="architecture, required with --untrained")
+    channel_order: str | None = flag(
+        "--channel-order", choices=CHANNEL_ORDERS, default_text="that of the file", section="model",
+        help="order of the colors that the network in --resume was trained with")
     untrained: bool = flag("--untrained", default=False, section="model",
                            help="random initial weights instead of --resume, as a baseline")
     seed: int | None = flag("--seed", metavar="S", at_least=0, below=2**63, section="model", default_text="0",
@@ -83,7 +87,8 @@ def main() -> None:
         # A result replaces an older one.
         require_writable(name, path, force=True, inputs=filter(None, [options.resume, options.pair_list, *options.bin]))
     if options.resume and plan.launcher != "single":
-        open_weights(options.resume, options.arch)  # reports unusable weights before processes are started
+        # reports unusable weights before processes are started
+        open_weights(options.resume, options.arch, channel_order=options.channel_order)
     if is_first_process():
         for eval_set in sets:
             print(f"=> {eval_set.name}: {eval_set.contents}")
@@ -145,7 +150,7 @@ def write(name: str, path: str, results: dict[str, Result]) -> None:
 def load(options: Options) -> tuple[nn.Module, str, Tensor | None]:
     """The backbone, what it is in words, and the mean face that it was trained on, if known. Raises UserError."""
     if options.resume:
-        weights = open_weights(options.resume, options.arch)
+        weights = open_weights(options.resume, options.arch, channel_order=options.channel_order)
         return weights.backbone, weights.describe(options.resume), weights.mean_face
     assert options.arch is not None
     torch.manual_seed(options.seed or 0)
@@ -175,6 +180,10 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise UserError("--untrained: give the architecture with -a ARCH, such as -a mobilefacenet")
     if o.seed is not None and not o.untrained:
         raise UserError(f"--seed {o.seed}: only --untrained draws random weights; drop one of them, or add --untrained")
+    if o.arch:
+        check_arch(o.arch)
+    if o.untrained and o.channel_order is not None:
+        raise UserError(f"--channel-order {o.channel_order}: is for the weights of --resume; drop the flag")
     if o.resume and not os.path.exists(o.resume):
         raise UserError(f"--resume {o.resume}: no such file")
     flag_of: dict[str, str] = {}

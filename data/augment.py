@@ -42,17 +42,21 @@ _UINT64 = 2**64 - 1
 
 
 def random_uniform(seed: int, epoch: int, indices: torch.Tensor, stream: int) -> torch.Tensor:
-    """u[i] = 2^-53 * (h(h(h(h(seed) ^ epoch) ^ stream) ^ indices[i]) >> 11), h = splitmix64: uniform in [0, 1).
+    """u[i] = 2^-53 * (random_bits[i] >> 11): uniform in [0, 1), float64 (n,) on the CPU. Arguments of `random_bits`."""
+    return torch.from_numpy((random_bits(seed, epoch, indices, stream) >> np.uint64(11)) * 2.0**-53)
 
-    indices: int64 (n,) on the CPU. Returns float64 (n,) on the CPU. h(z) adds 0x9E3779B97F4A7C15 and applies the
-    finalizer of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014), as published
-    with splitmix64: a bijection, so two indices of a stream never share their 64 bits.
+
+def random_bits(seed: int, epoch: int, indices: torch.Tensor, stream: int) -> np.ndarray:
+    """uint64 (n,): h(h(h(h(seed) ^ epoch) ^ stream) ^ indices[i]), h = splitmix64.
+
+    indices: int64 (n,) on the CPU. h(z) adds 0x9E3779B97F4A7C15 and applies the finalizer of Steele, Lea and Flood,
+    "Fast splittable pseudorandom number generators" (OOPSLA 2014), as published with splitmix64: a bijection, so two
+    indices of a stream never share their 64 bits.
     """
     key = np.array([seed & _UINT64], dtype=np.uint64)
     for word in (epoch, stream):
         key = _splitmix64(key) ^ np.uint64(word)
-    bits = _splitmix64(_splitmix64(key) ^ indices.numpy().astype(np.uint64))
-    return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
+    return _splitmix64(_splitmix64(key) ^ indices.numpy().astype(np.uint64))
 
 
 def _splitmix64(z: np.ndarray) -> np.ndarray:

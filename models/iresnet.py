@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from models.checkpointing import Block
+
 # Residual blocks of layer1 .. layer4.
 BLOCK_COUNTS: dict[str, tuple[int, int, int, int]] = {
     "iresnet18": (2, 2, 2, 2),
@@ -30,7 +32,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
 
 
-class IBasicBlock(nn.Module):
+class IBasicBlock(Block):
     """y = bn3(conv2(prelu(bn2(conv1(bn1(x)))))) + shortcut(x), (n, c_in, h, h) -> (n, c_out, h/s, h/s)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:

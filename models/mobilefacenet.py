@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checkpointing import Block
+
 # Rows of table 1: (expansion t, output channels c, blocks n, stride s of the first block).
 BOTTLENECKS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
 
@@ -80,7 +82,7 @@ def linear(conv: Conv2d) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """y = project(depthwise(expand(x))), + x where the shapes agree: (n, c_in, h, h) -> (n, c_out, h/s, h/s)."""
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:

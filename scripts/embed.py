@@ -27,7 +27,7 @@ import torch
 from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS, describe_files, is_image, unused_extension  # noqa: E402
 from models import check_arch  # noqa: E402
-from utils.checkpoint.weights import open_weights  # noqa: E402
+from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights  # noqa: E402
 from utils.dist.context import DistContext, choose_device  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation.embed import embed_images  # noqa: E402
@@ -44,6 +44,8 @@ class Options:
     resume: str = flag("--resume", default="", metavar="PATH",
                        help="checkpoint.pth.tar, or the weights of a published backbone")
     arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="that of the checkpoint", help="architecture")
+    channel_order: str | None = flag("--channel-order", choices=CHANNEL_ORDERS, default_text="that of the file",
+                                     help="order of the colors that the network in --resume was trained with")
     output: str | None = flag(
         "--output", metavar="FILE.npy",
         help="float32 (images, d) go there, and the images' paths to FILE.txt beside it; without it, give two images "
@@ -82,7 +84,9 @@ def main() -> None:
     if output is None and not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):
         raise UserError("--output is missing: give the .npy file to write, or two image files to compare")
 
-    weights = open_weights(options.resume, options.arch)
+    weights = open_weights(options.resume, options.arch, channel_order=options.channel_order)
+    if weights.channel_order != "rgb":
+        print(weights.describe(options.resume), flush=True)
     embeddings = embed_images(
         weights.backbone, ImageFiles(paths), context, batch_size=options.batch_size, workers=options.workers,
         flip=options.flip, progress=output is not None, print_freq=options.print_freq, mean_face=weights.mean_face,

@@ -5,8 +5,9 @@
     python3 scripts/export.py --resume checkpoint.pth.tar --format onnx        --output backbone.onnx
     python3 scripts/export.py --resume checkpoint.pth.tar --format safetensors --output backbone.safetensors [--centers]
 
-In every format, the network's input is RGB, (n, 3, 112, 112), (value / 255 - 0.5) / 0.5 = (value - 127.5) / 127.5. Its
-output (n, d) is not L2-normalized: compare embeddings by their cosine. Weights are written in float32.
+The network's input is RGB, (n, 3, 112, 112), (value / 255 - 0.5) / 0.5 = (value - 127.5) / 127.5. Only ir* networks in
+the insightface format take BGR, because other programs expect it of a bare state dict with these names. The output
+(n, d) is not L2-normalized: compare embeddings by their cosine. Weights are written in float32.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ import torch
 from torch import Tensor, nn
 
 from data.decode import IMAGE_SIZE  # noqa: E402
-from models import check_arch  # noqa: E402
+from models import check_arch, first_convolution  # noqa: E402
+from models.ir import IR_VARIANTS  # noqa: E402
 from utils.checkpoint.safe_load import IDENTITIES_TENSOR, SAFETENSORS_EXTENSION, SUB_CENTERS_ENTRY  # noqa: E402
 from utils.checkpoint.shards import StoredRows  # noqa: E402
-from utils.checkpoint.weights import Weights, open_weights  # noqa: E402
+from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.files import atomic_write, require_writable  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
@@ -54,7 +56,8 @@ def main() -> None:
     options = parse_options()
     require_writable("--output", options.output, force=options.force, inputs=[options.resume])
     with_centers = options.centers or options.format == "torchshard"
-    weights = open_weights(options.resume, options.arch, with_centers=with_centers)
+    weights = open_weights(options.resume, options.arch, with_centers=with_centers,
+                           channel_order=options.channel_order)
     if with_centers and weights.centers is None:
         needed_by = "--centers" if options.centers else "--format torchshard"
         raise UserError(f"--resume {options.resume}: has no class centers, which {needed_by} needs; "
@@ -106,16 +109,20 @@ def write_torchshard(weights: Weights, output: str) -> str:
         named = {f"module.{name}": tensor for name, tensor in entries.items()}
         identities = {"identities": weights.identities} if weights.identities else {}
         several = {SUB_CENTERS_ENTRY: weights.sub_centers} if weights.sub_centers > 1 else {}
-        torch.save({"epoch": weights.epoch, "arch": weights.arch, "state_dict": named, **identities, **several},
-                   temporary)
+        torch.save({"epoch": weights.epoch, "arch": weights.arch, "channel_order": "rgb", "state_dict": named,
+                    **identities, **several}, temporary)
     return f"backbone and {len(centers):,} class centers"
 
 
 def write_insightface(weights: Weights, output: str) -> str:
-    """The bare state dict of the backbone, like insightface's backbone.pth."""
+    """The bare state dict of the backbone, like insightface's backbone.pth. In AdaFace's naming it takes BGR."""
+    entries, order = weights.backbone.state_dict(), "RGB"
+    if weights.arch in IR_VARIANTS:
+        name, convolution = first_convolution(weights.backbone)
+        entries[name], order = convolution.flip(1), "BGR, as AdaFace's programs expect"
     with replacing(output) as temporary:
-        torch.save(weights.backbone.state_dict(), temporary)
-    return "backbone"
+        torch.save(entries, temporary)
+    return f"backbone, which takes {order}"
 
 
 def write_safetensors(weights: Weights, output: str) -> str:
@@ -125,7 +132,8 @@ def write_safetensors(weights: Weights, output: str) -> str:
     """
     save_file = _require("safetensors.torch", "safetensors").save_file
     entries = {name: tensor.contiguous() for name, tensor in weights.backbone.state_dict().items()}
-    metadata = {"format": "pt", "arch": weights.arch, "embedding_size": str(weights.backbone.embedding_size)}
+    metadata = {"format": "pt", "arch": weights.arch, "channel_order": "rgb",
+                "embedding_size": str(weights.backbone.embedding_size)}
     with contextlib.ExitStack() as stack:
         if weights.centers is not None:
             entries[CENTERS_NAME] = stack.enter_context(gathered(weights.centers, output))
@@ -214,6 +222,8 @@ class Options:
     output: str = flag("--output", required=True, metavar="FILE", help="file to write")
     force: bool = flag("--force", default=False, help="replace an existing file once the new one is complete")
     arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="any", help="fail unless the file holds this")
+    channel_order: str | None = flag("--channel-order", choices=CHANNEL_ORDERS, default_text="that of the file",
+                                     help="order of the colors that the network in --resume was trained with")
     centers: bool = flag("--centers", default=False, help="with --format safetensors: also the class centers")
 
 

@@ -20,7 +20,8 @@ if __name__ == "__main__":
 
 import torch
 
-from models import BACKBONES, build_backbone  # noqa: E402
+from models import ANY_TIMM, BACKBONES, build_backbone, check_arch, is_timm  # noqa: E402
+from utils.checkpoint.weights import MAX_EMBEDDING_SIZE  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
@@ -43,7 +44,10 @@ class Options:
                            help="GPUs of all nodes, with a process each")
     batch_size: int = flag("--batch-size", default=512, metavar="N", at_least=2,
                            help="images of a micro-batch, over all GPUs")
-    arch: str = flag("-a", "--arch", default="iresnet50", metavar="ARCH", choices=BACKBONES, help="backbone")
+    arch: str = flag("-a", "--arch", default="iresnet50", metavar="ARCH", choices=BACKBONES,
+                      more_choices=ANY_TIMM, help="backbone")
+    embedding_size: int = flag("--embedding-size", default=EMBEDDING_SIZE, metavar="D", at_least=1,
+                               at_most=MAX_EMBEDDING_SIZE, section="flags of main.py", help="numbers of an embedding")
     precision: str = flag("--precision", default="fp32", choices=PRECISIONS, help="bf16, fp16: with --enable-amp-mode")
     memory_gib: float | None = flag("--memory-gib", metavar="GIB", above=0, help="memory of each GPU",
                                     default_text=f"that of the visible GPU, else {ASSUMED_MEMORY_GIB:g}")
@@ -58,6 +62,8 @@ class Options:
     ema: bool = flag("--ema", default=False, section="flags of main.py", help="keep an average of the backbone")
     fuse_classifier_update: bool = flag("--fuse-classifier-update", default=False, section="flags of main.py",
                                         help="never store the gradient of the class centers")
+    checkpoint_activations: bool = flag("--checkpoint-activations", default=False, section="flags of main.py",
+                                        help="keep only the input of each block of the backbone")
     classifier_memory_mib: int | None = flag("--classifier-memory-mib", metavar="MIB", at_least=0,
                                              section="flags of main.py", help="memory for saved probabilities")
 
@@ -68,13 +74,13 @@ def main() -> None:
     memory_gib = options.memory_gib or (visible.total_memory / GIB if visible else ASSUMED_MEMORY_GIB)
     memory, matmul_dtype = int(memory_gib * GIB), PRECISIONS[options.precision]
     backbone = measure_backbone(
-        lambda: build_backbone(options.arch, EMBEDDING_SIZE), device_type="cuda", autocast_dtype=matmul_dtype
-    )
+        lambda: build_backbone(options.arch, options.embedding_size), device_type="cuda", autocast_dtype=matmul_dtype,
+        checkpointed=options.checkpoint_activations)
 
     def predict(classes: int, world_size: int) -> dict[str, int]:
         return predict_memory(backbone, RunSettings(
-            classes=classes, world_size=world_size, batch_size=options.batch_size, embedding_size=EMBEDDING_SIZE,
-            sub_centers=options.sub_centers, total_bytes=memory,
+            classes=classes, world_size=world_size, batch_size=options.batch_size,
+            embedding_size=options.embedding_size, sub_centers=options.sub_centers, total_bytes=memory,
             cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
             optimizer_states=count_states(options.optimizer, momentum=0.9), ema=options.ema,
@@ -111,6 +117,10 @@ def parse_options(argv: list[str] | None = None) -> Options:
     o = parse_flags(
         Options, "plan.py", "Memory of a training run on each GPU, part by part, and how many classes would fit.", argv
     )
+    check_arch(o.arch)
+    if o.checkpoint_activations and is_timm(o.arch):
+        raise UserError(f"--checkpoint-activations with --arch {o.arch}: main.py does not support this; drop one of "
+                        "them")
     if o.batch_size % o.world_size:
         raise UserError(f"--batch-size {o.batch_size}: must divide by --processes {o.world_size}")
     if o.fuse_classifier_update and o.precision == "fp16":

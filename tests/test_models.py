@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers.published import BLOCKS, images, iresnet_entries, plain_iresnet, random_weights, relative_error, shapes
 from torch import Tensor, nn
 
-from models import BACKBONES, build_backbone
+from models import build_backbone
 from models.mobilefacenet import Bottleneck, Conv2d, PReLU, activated
 from utils.errors import UserError
 
@@ -24,12 +24,8 @@ PARAMETERS = {
 }
 
 
-def test_archs():
-    assert set(BACKBONES) == PARAMETERS.keys()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", BACKBONES)
+@pytest.mark.parametrize("arch", PARAMETERS)  # the others: test_backbones.py
 def test_names_shapes_and_counts(arch):
     model = build_backbone(arch)
     assert model.embedding_size == 512

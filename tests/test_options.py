@@ -30,6 +30,7 @@ PUBLISHED = {
     "--augment": ("flip", "none|flip|standard|strong"),
     "-j --workers": (4, "N"),
     "-a --arch": (None, "ARCH"),
+    "--embedding-size": (512, "D"),
     "--num-classes": (1000, "C"),
     "--sync-bn": (False, None),
     "--loss": ("arcface", "NAME"),
@@ -60,6 +61,7 @@ PUBLISHED = {
     "--output": (".", "DIR"),
     "--resume": ("", "PATH"),
     "--init-from": ("", "PATH"),
+    "--channel-order": (None, "rgb|bgr"),
     "--no-save": (False, None),
     "--save-freq": (None, "N"),
     "--keep": (None, "N"),
@@ -92,6 +94,7 @@ PUBLISHED = {
     "--classifier": ("fused", "fused|torchshard"),
     "--classifier-memory-mib": (None, "MIB"),
     "--fuse-classifier-update": (False, None),
+    "--checkpoint-activations": (False, None),
     "--compile": (False, None),
     "--channels-last": (False, None),
 }

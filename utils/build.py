@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from losses.fused import margin_softmax
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone
+from models.checkpointing import checkpoint_activations
 from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
 from models.freeze import freeze
 from models.sync_batchnorm import convert_sync_batchnorm
@@ -20,7 +21,7 @@ from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
 from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
-from utils.options import EMBEDDING_SIZE, Options
+from utils.options import Options
 from utils.training.clip import GradientClip
 from utils.training.ema import WeightAverage
 from utils.training.optim import ROW_OPTIMIZERS, Optimizers, count_states
@@ -46,11 +47,14 @@ class TrainingModel(nn.Module):
             module.eval()
         return self
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """images (n, 3, 112, 112), labels (n,) -> loss and num_closer of MarginClassifier; bool scalar, whether all
-        embeddings of this rank are finite."""
+        embeddings of this rank are finite.
+
+        keys: int64 (n,), models.randomness.image_keys, for the backbone's random numbers if it draws any.
+        """
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            embedding = self.backbone(images)
+            embedding = self.backbone(images, *([keys] if getattr(self.backbone, "takes_keys", False) else []))
         return *self.classifier(embedding, labels), embedding.detach().isfinite().all()
 
 
@@ -83,7 +87,7 @@ def build_training(
     autocast_dtype = amp_dtype(options.amp_dtype, context.device.type) if options.enable_amp_mode else None
 
     torch.manual_seed(seed)
-    backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    backbone = build_backbone(options.training_arch, options.embedding_size)
     if options.channels_last:
         backbone = backbone.to(memory_format=torch.channels_last)
     if options.compile:
@@ -91,8 +95,10 @@ def build_training(
     if options.sync_bn:
         backbone = convert_sync_batchnorm(backbone, context.device.type)
     frozen = freeze(backbone, options.freeze)
+    if options.checkpoint_activations:
+        checkpoint_activations(backbone)
 
-    weight = class_centers(shard, EMBEDDING_SIZE, seed, context.device, dtype,
+    weight = class_centers(shard, options.embedding_size, seed, context.device, dtype,
                            parallel_dim=(options.model_parallel_dim or 1) if sharded else None,
                            sub_centers=options.sub_centers)
     settings = options.optimizer_settings

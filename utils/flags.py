@@ -38,6 +38,7 @@ class Flag:
     default: Any = None
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
+    more_choices: str | None = None  # such as "timm:NAME": every value that begins like it is valid too
     default_text: str | None = None  # the default as --help shows it, if the value would not explain it; "" shows none
     required: bool = False  # the command line must contain the flag; its dataclass field has no default
     per_node: bool = False  # nodes of one run may have different values
@@ -62,7 +63,10 @@ class Flag:
 
     def describe_help(self) -> str:
         """The help, with the choices unless the metavar shows them."""
-        return f"{self.help}: {', '.join(self.choices)}" if self.choices and self.metavar else self.help
+        return f"{self.help}: {self._choices_text()}" if self.choices and self.metavar else self.help
+
+    def _choices_text(self) -> str:
+        return ", ".join([*(self.choices or ()), *([self.more_choices] if self.more_choices else [])])
 
     def describe(self, value: Any) -> str:
         """Name and value as on the command line: "--lr 0.1", "--compile", "--no-easy-margin"; or "no --compile"."""
@@ -75,9 +79,11 @@ class Flag:
         if value is None or value in self.words.values():
             return
         values = value if self.is_list else (value,)
-        if self.choices is not None and not set(values) <= set(self.choices):
+        prefix = self.more_choices.removesuffix("NAME") if self.more_choices else None
+        if self.choices is not None and not all(
+                one in self.choices or prefix is not None and one.startswith(prefix) for one in values):
             raise UserError(f"{self.describe(value)}: choose {'from' if self.is_list else 'one of'} "
-                            f"{', '.join(self.choices)}")
+                            f"{self._choices_text()}")
         bounds = [(words, bound, holds) for words, bound, holds in (
             ("of at least", self.at_least, operator.ge), ("above", self.above, operator.gt),
             ("up to", self.at_most, operator.le), ("below", self.below, operator.lt)) if bound is not None]

@@ -9,15 +9,16 @@ from typing import Any
 
 from data.union import IDENTITIES
 from losses.margins import MARGINS, Margin
-from models import BACKBONES
+from models import ANY_TIMM, BACKBONES, check_arch, is_timm
 from utils.checkpoint.reader import AUTO
+from utils.checkpoint.weights import CHANNEL_ORDERS, MAX_EMBEDDING_SIZE
 from utils.errors import Parser, UserError
 from utils.flags import Flag, add_flags, check_values, flag, flags_of
 from utils.launch.plan import ProcessFlags
 from utils.training.optim import NO_DECAY, OPTIMIZER_SETTINGS, OPTIMIZERS
 from utils.training.schedules import SCHEDULE_SETTINGS, ScheduleFlags
 
-EMBEDDING_SIZE = 512
+EMBEDDING_SIZE = 512  # the default
 AUTO_CLASSES = 0  # --num-classes auto, until the training set is open
 
 SECTIONS = ("data", "model", "loss", "training", "schedule", "optimizer", "output", "evaluation",
@@ -48,8 +49,10 @@ class Options(ProcessFlags, ScheduleFlags):
     workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0, section="data", per_node=True,
                         help="data loading processes of this node, shared among its ranks")
 
-    arch: str | None = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, default_text="iresnet50",
-                            section="model", help="backbone")
+    arch: str | None = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, more_choices=ANY_TIMM,
+                            default_text="iresnet50", section="model", help="backbone")
+    embedding_size: int = flag("--embedding-size", default=EMBEDDING_SIZE, metavar="D", at_least=1,
+                               at_most=MAX_EMBEDDING_SIZE, section="model", help="numbers of an embedding")
     num_classes: int = flag("--num-classes", default=1000, metavar="C", at_least=2, section="model",
                             words={"auto": AUTO_CLASSES},
                             help="classes of the classifier, at least the number of identities; auto: that number")
@@ -128,6 +131,9 @@ class Options(ProcessFlags, ScheduleFlags):
         "--init-from", default="", metavar="PATH", section="output", per_node=True,
         help="start a fresh run from the weights in a checkpoint.pth.tar, a published backbone, or a file from "
              "scripts/export.py; class centers are matched by identity name where both sides have names")
+    channel_order: str | None = flag(
+        "--channel-order", choices=CHANNEL_ORDERS, default_text="that of the file", section="output",
+        help="order of the colors that the network in --init-from, or in --evaluate's --resume, was trained with")
     no_save: bool = flag("--no-save", default=False, section="output", help="write no checkpoints")
     save_freq: int | None = flag("--save-freq", metavar="N", at_least=1, section="output",
                                  help="save every N steps, in addition to every epoch and the end of the run")
@@ -183,6 +189,9 @@ class Options(ProcessFlags, ScheduleFlags):
     fuse_classifier_update: bool = flag("--fuse-classifier-update", default=False, section="speed and memory",
                                         help="update the class centers within the backward pass: their gradient is "
                                              "never stored, which takes 8 bytes per value instead of 12")
+    checkpoint_activations: bool = flag(
+        "--checkpoint-activations", default=False, section="speed and memory",
+        help="keep only the input of each block of the backbone, and compute the block again in the backward pass")
     compile: bool = flag("--compile", default=False, section="speed and memory", help="torch.compile the backbone")
     channels_last: bool = flag("--channels-last", default=False, section="speed and memory",
                                help="NHWC memory layout of the backbone: faster with half precision on GPUs")
@@ -262,6 +271,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
 def check_options(options: Options) -> Options:
     """The options with all settings of their loss. Raises UserError for a value out of range and for a conflict."""
     check_values(options)
+    check_arch(options.training_arch)
     for conflict, message in _conflicts(options):
         if conflict:
             raise UserError(message)
@@ -350,6 +360,16 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     ):
         yield (setting is not None and not has_other,
                f"{name} {setting}: has no effect without {other}; add it, or drop {name}")
+
+    yield (o.channel_order is not None and not (o.init_from or o.evaluate),
+           f"--channel-order {o.channel_order}: is for weights of another program; add --init-from PATH or --evaluate, "
+           "or drop it")
+    yield (o.checkpoint_activations and is_timm(o.training_arch),
+           f"--checkpoint-activations with --arch {o.training_arch}: a network of timm would update BatchNorm's "
+           "statistics twice in a step; drop one of them")
+    yield (o.checkpoint_activations and o.compile,
+           "--checkpoint-activations with --compile: torch.compile decides itself what to compute twice; drop one of "
+           "them")
 
     # --resume auto is allowed: a job that is requeued starts from these weights once, and later from its own.
     yield (bool(o.init_from) and o.resume not in ("", AUTO),

@@ -10,12 +10,14 @@ import bisect
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, whole_classes
+from models.checkpointing import Block
 from utils.dist.sharding import ClassShard
 
 IMAGE_VALUES = 3 * 112 * 112
@@ -56,7 +58,7 @@ class RunSettings:
 
 
 def measure_backbone(
-    build: Callable[[], nn.Module], *, device_type: str, autocast_dtype: torch.dtype | None
+    build: Callable[[], nn.Module], *, device_type: str, autocast_dtype: torch.dtype | None, checkpointed: bool = False
 ) -> BackboneMemory:
     """Run the backbone's forward pass on fake tensors, which needs no GPU, no memory and no arithmetic.
 
@@ -66,32 +68,56 @@ def measure_backbone(
         build: makes the backbone, images (n, 3, 112, 112) -> (n, d).
         device_type: "cuda" or "cpu", which save different tensors.
         autocast_dtype: of the forward pass, or None for float32.
+        checkpointed: with --checkpoint-activations. Then this is an upper bound: all that is kept outside of blocks and
+            their inputs, and the activations of the largest block, which is computed again.
     """
     from torch._subclasses import FakeTensorMode  # Importing it takes seconds.
 
-    with FakeTensorMode(), torch.device(device_type):
+    with torch.device("meta"):  # Some initial values cannot be drawn as fake tensors.
         backbone = build().train()
-        small, large = (saved_bytes(backbone, torch.empty(n, 3, 112, 112), device_type, autocast_dtype) for n in (2, 4))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device_type):
+        backbone.to_empty(device=device_type)
+        small, large = (saved_bytes(backbone, torch.empty(n, 3, 112, 112), device_type, autocast_dtype, checkpointed)
+                        for n in (2, 4))
         trained = tuple(parameter.nbytes for parameter in backbone.parameters() if parameter.requires_grad)
         everything = sum(tensor.nbytes for tensor in [*backbone.parameters(), *backbone.buffers()])
     per_image = (large - small) // 2
     return BackboneMemory(trained, everything - sum(trained), small - 2 * per_image, per_image)
 
 
-def saved_bytes(backbone: nn.Module, images: Tensor, device_type: str, autocast_dtype: torch.dtype | None) -> int:
+def saved_bytes(
+    backbone: nn.Module, images: Tensor, device_type: str, autocast_dtype: torch.dtype | None,
+    checkpointed: bool = False,
+) -> int:
     """Bytes that autograd saves for the backward pass of backbone(images), without images, parameters and buffers.
 
-    Tensors that share memory count once.
+    Tensors that share memory count once. checkpointed: as in `measure_backbone`.
     """
     own = {tensor.untyped_storage()._cdata for tensor in [images, *backbone.parameters(), *backbone.buffers()]}
-    saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, because a freed address could be used again
+    # The storages, because a freed address could be used again; each with the block that saved it, 0 outside of blocks.
+    saved: dict[int, tuple[int, torch.UntypedStorage]] = {}
+    block = 0
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            saved[storage._cdata] = storage
+            saved.setdefault(storage._cdata, (block, storage))
         return tensor
 
+    def enter(number: int, inputs: tuple[Any, ...]) -> None:
+        nonlocal block
+        block = number
+        storage = inputs[0].untyped_storage()
+        saved[storage._cdata] = 0, storage
+
+    def leave() -> None:
+        nonlocal block
+        block = 0
+
+    for number, module in enumerate(backbone.modules()):
+        if checkpointed and isinstance(module, Block):
+            module.register_forward_pre_hook(lambda _, inputs, number=number: enter(number, inputs))
+            module.register_forward_hook(lambda *_: leave())
     if autocast_dtype is not None:  # torch.autocast("cuda") refuses to be enabled on a machine without a GPU
         torch.set_autocast_dtype(device_type, autocast_dtype)
         torch.set_autocast_enabled(device_type, True)
@@ -101,7 +127,10 @@ def saved_bytes(backbone: nn.Module, images: Tensor, device_type: str, autocast_
     finally:
         torch.set_autocast_enabled(device_type, False)
         torch.clear_autocast_cache()
-    return sum(storage.nbytes() for storage in saved.values())
+    bytes_of: dict[int, int] = {}
+    for number, storage in saved.values():
+        bytes_of[number] = bytes_of.get(number, 0) + storage.nbytes()
+    return bytes_of.pop(0, 0) + max(bytes_of.values(), default=0)
 
 
 def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 
 from data.formats import open_training_set
 from data.training_set import TrainingSet
-from models import build_backbone
+from models import build_backbone, is_timm
 from models.freeze import freeze
 from utils.checkpoint.layout import BEST, LATEST, STEPS_DIRECTORY
 from utils.checkpoint.reader import AUTO, Checkpoint
@@ -25,7 +25,7 @@ from utils.flags import describe_section, flags_of
 from utils.launch.fingerprint import program_fingerprint
 from utils.launch.plan import ProcessPlan, is_first_process
 from utils.memory import host_bytes
-from utils.options import AUTO_CLASSES, EMBEDDING_SIZE, Options, loss_flags
+from utils.options import AUTO_CLASSES, Options, loss_flags
 from utils.planner import BackboneMemory, RunSettings, predict_memory
 from utils.training.metrics import TENSORBOARD_DIRECTORY
 from utils.training.optim import count_states
@@ -64,7 +64,7 @@ def check_freeze(options: Options, *, fresh: bool) -> None:
         raise UserError(f"--freeze {','.join(options.freeze)}: --resume {options.resume} finds no checkpoint, and a "
                         "fresh run would keep random initial weights; give other weights with --init-from")
     with torch.device("meta"):
-        freeze(build_backbone(options.training_arch, EMBEDDING_SIZE), options.freeze)
+        freeze(build_backbone(options.training_arch, options.embedding_size), options.freeze)
 
 
 def check_memory(options: Options, plan: ProcessPlan) -> str:
@@ -73,7 +73,7 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
     The backbone's activations are left out: it takes seconds to predict them, and the first step needs them all.
     """
     with torch.device("meta"):
-        backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+        backbone = build_backbone(options.training_arch, options.embedding_size)
         freeze(backbone, options.freeze)
     weights = tuple(weight.nbytes for weight in backbone.parameters() if weight.requires_grad)
     kept = sum(weight.nbytes for weight in backbone.parameters()) - sum(weights)
@@ -86,7 +86,7 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
         world_size=plan.world_size, total_bytes=total // sharing, cache_bytes=gpu.L2_cache_size if gpu else 2**23,
         model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
         optimizer_states=states, ema=options.ema is not None, fused_update=options.fuse_classifier_update,
-        classifier_memory_mib=options.classifier_memory_mib or 0,
+        classifier_memory_mib=options.classifier_memory_mib or 0, embedding_size=options.embedding_size,
         device_type="cpu"))
     parts["optimizer, beyond activations"] = 0  # depends on the activations
     if options.enable_zero_optim and sharing > 1:  # the largest share is one process's: together they hold all once
@@ -117,6 +117,8 @@ def memory_remedies(options: Options, world_size: int, *, activations: bool = Tr
         ("--fuse-classifier-update", fused),
         ("--precision float32", options.precision == "float64"),
         ("--enable-amp-mode", activations and not options.enable_amp_mode and options.precision == "float32"),
+        ("--checkpoint-activations", activations and not (options.checkpoint_activations or options.compile
+                                                          or is_timm(options.training_arch))),
         ("a smaller --batch-size", activations),
         ("fewer --sub-centers", options.sub_centers > 1),
         ("fewer classes", True),
@@ -224,12 +226,13 @@ def run_table(
     resumed: Checkpoint | None = None,
 ) -> str:
     """A description of the run, one line per topic. resumed: the checkpoint that it is likely to continue."""
-    backbone = build_backbone(options.training_arch, EMBEDDING_SIZE)
+    with torch.device("meta"):
+        backbone = build_backbone(options.training_arch, options.embedding_size)
     freeze(backbone, options.freeze)
     fixed = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
     shard = ClassShard(options.num_classes, 0, plan.world_size if options.enable_model_parallel else 1)
     centers, own_centers = (classes * options.sub_centers for classes in (options.num_classes, shard.size))
-    center_mib = own_centers * EMBEDDING_SIZE * getattr(torch, options.precision).itemsize / 2**20
+    center_mib = own_centers * options.embedding_size * getattr(torch, options.precision).itemsize / 2**20
     stores_gradient, states = not options.fuse_classifier_update, count_states(options.optimizer, options.momentum)
     held = ["gradient"] * stores_gradient + [[], ["momentum"], ["two moments"]][states]
     global_batch = options.batch_size * plan.nodes
@@ -247,11 +250,12 @@ def run_table(
         "processes": f"{plan.world_size} = {plan.nodes} nodes x {plan.processes_per_node} ({plan.launcher}), "
                      f"this is node {plan.node_rank}",
         "backbone": f"{options.training_arch}, {sum(p.numel() for p in backbone.parameters()):,} parameters, "
-                    f"embedding {EMBEDDING_SIZE}" + (", synchronized BatchNorm" if options.sync_bn else "")
+                    f"embedding {options.embedding_size}" + (", synchronized BatchNorm" if options.sync_bn else "")
+                    + (", blocks computed twice" if options.checkpoint_activations else "")
                     + (f", frozen: {', '.join(options.freeze)} ({fixed:,} parameters)" if options.freeze else ""),
         "classifier": f"{options.num_classes:,} classes{without}, "
                       + (f"{options.sub_centers} centers each, " if options.sub_centers > 1 else "")
-                      + f"{centers * EMBEDDING_SIZE:,} parameters, "
+                      + f"{centers * options.embedding_size:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
         "class centers": f"up to {own_centers:,} per process: {center_mib:,.0f} MiB"
                          + (f", {(1 + stores_gradient + states) * center_mib:,.0f} MiB with {' and '.join(held)}"

@@ -20,7 +20,7 @@ STATE = Path(__file__).resolve().parent.parent / "data/format-2/step-00000003/st
 EMBEDDING_SIZE = 8
 FLAGS = ["-b", "8", "-j", "0", "--num-classes", "5", "--enable-model-parallel", "--precision", "float64",
          "--epochs", "2", "--lr-milestones", "1", "--lr", "0.05", "--margin", "0.5", "--scale", "16",
-         "-p", "1", "--sync-bn"]
+         "-p", "1", "--sync-bn", "--embedding-size", str(EMBEDDING_SIZE)]
 # Of steps 1 to 10, seed 1. The checkpoint is of step 3.
 LOSSES = [7.245673076040976, 9.30014505579855, 11.347105092519127, 13.03489724885905, 9.15885987122599,
           8.705296488369346, 8.486215762234265, 13.217753103153317, 8.560934730298674, 7.730406391321415]
@@ -65,7 +65,6 @@ class Drawn(Dataset):
 def train(rank: int, world_size: int, argv: list[str], nodes: int = 1) -> int:
     options = parse_options(["drawn", *FLAGS, *argv])
     os.makedirs(options.output, exist_ok=True)
-    with (mock.patch.object(build, "build_backbone", lambda arch, embedding_size: Mean()),
-          mock.patch.object(build, "EMBEDDING_SIZE", EMBEDDING_SIZE)):
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: Mean()):
         context = DistContext(rank, world_size, world_size // nodes, torch.device("cpu"))
         return main.train(context, options, Drawn())

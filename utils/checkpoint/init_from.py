@@ -13,13 +13,15 @@ from utils.checkpoint.weights import Weights, open_weights
 from utils.errors import UserError
 
 
-def check_init_from(path: str, arch: str, embedding_size: int, sub_centers: int = 1) -> Weights:
+def check_init_from(
+    path: str, arch: str, embedding_size: int, sub_centers: int = 1, channel_order: str | None = None
+) -> Weights:
     """Raise UserError unless a run with this backbone and this number of centers of a class can start from a file.
 
     Returns what the file at `path` holds.
     """
     try:
-        weights = open_weights(path, with_centers=True)
+        weights = open_weights(path, with_centers=True, channel_order=channel_order)
     except UserError as error:
         raise UserError(f"--init-from {error}") from None
     if weights.arch != arch:
@@ -27,8 +29,8 @@ def check_init_from(path: str, arch: str, embedding_size: int, sub_centers: int 
                         f"{weights.arch}, or weights of {arch}")
     found = weights.backbone.embedding_size
     if found != embedding_size:
-        raise UserError(f"--init-from {path}: has embedding size {found}, but runs have {embedding_size}; give "
-                        "another file")
+        raise UserError(f"--init-from {path}: has embedding size {found}, and this run {embedding_size}; give "
+                        f"--embedding-size {found}, or another file")
     if weights.sub_centers > sub_centers:
         # Only the training images would tell which of a class's centers most of them belong to.
         raise UserError(f"--init-from {path}: has {weights.sub_centers} centers of each class, and this run has "
@@ -38,7 +40,8 @@ def check_init_from(path: str, arch: str, embedding_size: int, sub_centers: int 
 
 
 def init_from(
-    path: str, arch: str, backbone: nn.Module, classifier: MarginClassifier, identities: Sequence[str]
+    path: str, arch: str, backbone: nn.Module, classifier: MarginClassifier, identities: Sequence[str],
+    channel_order: str | None = None,
 ) -> str:
     """Collective. Copy the weights in a file into a run that has not begun. Returns a line that says what was copied.
 
@@ -49,12 +52,13 @@ def init_from(
     backbone, classifier: the run's own, changed in place. The classifier has this rank's classes. identities: names of
     the training set by label, at most as many as there are classes. Raises UserError on every rank.
     """
-    weights = check_init_from(path, arch, classifier.weight.shape[1], classifier.sub_centers)
+    weights = check_init_from(path, arch, classifier.weight.shape[1], classifier.sub_centers, channel_order)
+    start = f"starting from {path}: backbone{weights.describe_order()}"
     backbone.load_state_dict(weights.backbone.state_dict())
     path += " (EMA weights)" if weights.averaged else ""
     centers, names, shard = weights.centers, weights.identities or [], classifier.shard
     if centers is None:
-        return f"starting from {path}: backbone; the file has no class centers, so all of them are initialized"
+        return f"{start}; the file has no class centers, so all of them are initialized"
     stored_classes, rows = centers.shape[0] // weights.sub_centers, np.arange(shard.start, shard.stop)
     same_size = stored_classes == shard.num_classes
     by_name = _are_names(names) and _are_names(identities) and not (same_size and names == list(identities))
@@ -63,7 +67,7 @@ def init_from(
         rows[:] = -1  # Classes without an identity keep -1.
         rows[:len(own)] = rows_by_name(names, own)
     elif not same_size:
-        return (f"starting from {path}: backbone; its {stored_classes:,} class centers have no names and this run has "
+        return (f"{start}; its {stored_classes:,} class centers have no names and this run has "
                 f"{shard.num_classes:,} classes, so all of them are initialized")
 
     def copy_own() -> int:
@@ -79,9 +83,9 @@ def init_from(
                if weights.sub_centers == classifier.sub_centers else
                f" ({weights.sub_centers} of each class; its other centers are initialized)")
     if not by_name:
-        return f"starting from {path}: backbone, all {stored_classes:,} class centers{several}"
+        return f"{start}, all {stored_classes:,} class centers{several}"
     kept = sum(counts) if classifier.group is not None else counts[0]
-    return (f"starting from {path}: backbone, class centers by identity{several}: {kept:,} kept, "
+    return (f"{start}, class centers by identity{several}: {kept:,} kept, "
             f"{len(identities) - kept:,} new with initial values, {len(names) - kept:,} dropped")
 
 

@@ -43,7 +43,7 @@ class Resume:
 
     path: --resume: a state file, a link to one, or "auto". Rank 0's counts.
     output: --output, where "auto" looks.
-    num_classes, seed, optimizer: None accepts the checkpoint's.
+    num_classes, embedding_size, seed, optimizer: None accepts the checkpoint's.
     timeout: seconds to wait for another rank that reads or sends.
     """
 
@@ -51,6 +51,7 @@ class Resume:
     output: str
     arch: str
     num_classes: int | None
+    embedding_size: int | None = None
     loss: str = "arcface"
     sub_centers: int = 1
     seed: int | None = None
@@ -226,15 +227,16 @@ def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
     try:
         contents = _from_format_2(contents) if version == 2 else contents
         contents = {"sub_centers": 1, **contents}  # older files have one center per class
-        stored_values = (contents["arch"], contents["num_classes"], contents["loss"]["name"], contents["sub_centers"],
-                         contents["seed"],
+        stored_values = (contents["arch"], contents["num_classes"], contents["embedding_size"],
+                         contents["loss"]["name"], contents["sub_centers"], contents["seed"],
                          contents["options"].get("optimizer", "sgd"))  # the only one of older versions
         if not all(isinstance(value, (str, int)) for value in stored_values):
             raise TypeError
     except (LookupError, TypeError, AttributeError, RuntimeError):  # any entry can be a tensor
         raise DamagedCheckpoint(f"{path}: is not the state of a training run, or is damaged") from None
-    given_values = resume.arch, resume.num_classes, resume.loss, resume.sub_centers, resume.seed, resume.optimizer
-    flags = "--arch", "--num-classes", "--loss", "--sub-centers", "--seed", "--optimizer"
+    given_values = (resume.arch, resume.num_classes, resume.embedding_size, resume.loss, resume.sub_centers,
+                    resume.seed, resume.optimizer)
+    flags = "--arch", "--num-classes", "--embedding-size", "--loss", "--sub-centers", "--seed", "--optimizer"
     for flag, given, stored in zip(flags, given_values, stored_values):
         if given not in (stored, None):
             raise UserError(f"{path}: was trained with {flag} {stored}, this run has {flag} {given}; give {flag} "

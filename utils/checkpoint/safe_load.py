@@ -40,8 +40,8 @@ def read_weights(path: str) -> Any:
 
 
 def read_safetensors(path: str) -> dict[str, Any]:
-    """{"state_dict": tensors, mapped into memory, "identities": names, "sub_centers": centers of a class}, the last two
-    if the file has them. Raises UserError.
+    """{"state_dict": tensors, mapped into memory, "identities": names, "sub_centers": centers of a class, "arch",
+    "channel_order"}, all but the first if the file has them. Raises UserError.
     """
     try:
         import safetensors  # Only this format needs it.
@@ -54,6 +54,7 @@ def read_safetensors(path: str) -> dict[str, Any]:
             weights = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
         content: dict[str, Any] = {"state_dict": weights}
+        content |= {name: metadata[name] for name in ("arch", "channel_order") if name in metadata}
         if SUB_CENTERS_ENTRY in metadata:
             content[SUB_CENTERS_ENTRY] = int(metadata[SUB_CENTERS_ENTRY])
         if IDENTITIES_TENSOR in weights:

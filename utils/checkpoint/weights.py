@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import BACKBONES, build_backbone, check_arch
+from models import BACKBONES, build_backbone, check_arch, first_convolution, is_timm
+from models.ir import IR_VARIANTS
 from models.iresnet import BLOCK_COUNTS
+from models.mbf import MBF_VARIANTS
+from models.vit import VIT_VARIANTS
 from utils.checkpoint.layout import read_manifest, step_directory
 from utils.checkpoint.safe_load import first_words, is_plain, read_weights
 from utils.checkpoint.shards import StoredRows, open_shards, rows_of
@@ -23,26 +26,33 @@ _CLASSIFIER_ENTRY = re.compile(r"(arcface_linear|arcface|classifier|logits)\.(we
 # The name of the class centers, in torchshard's files and in ours.
 _CENTERS_ENTRY = re.compile(r"(.*\.)?(arcface_linear|classifier)\.weight")
 # A weight that every backbone has, and what a wrapper writes in front of all names: "module.", "model._orig_mod.", ...
-_BACKBONE_ENTRY = re.compile(r"(?P<prefix>(?:.*?\.)?)(?:layer1|bottlenecks)\.0\.")
+_BACKBONE_ENTRY = re.compile(r"(?P<prefix>(?:.*?\.)?)(?:(?:layer1|bottlenecks|input_layer)\.0\.|conv_sep\.layers\.0\."
+                             r"|patch_embed\.proj\.)")
+_TIMM_ENTRY = re.compile(r"(?P<prefix>(?:.*?\.)?)body\.")
+# A vector of d values in the last BatchNorm of every backbone.
+_EMBEDDING_ENTRIES = "features.bias", "output_layer.4.running_mean", "features.layers.3.bias", "feature.3.bias"
 # Where training programs keep the backbone's weights, the first that is there counts; insightface's class centers.
 _WRAPPERS = ("state_dict", "state_dict_backbone", "backbone", "model_state_dict", "model", "module", "net", "network",
              "weights", "params", "state_dict_ema", "model_ema", "ema", "ema_state_dict")
 _INSIGHTFACE_CENTERS = "state_dict_softmax_fc"
 # The largest embedding that a file may claim. Published backbones have up to 2,048 values.
-_MAX_EMBEDDING_SIZE = 4096
+MAX_EMBEDDING_SIZE = 4096
+CHANNEL_ORDERS = ("rgb", "bgr")
 
 
 @dataclass(frozen=True)
 class Weights:
     """What `open_weights` found in a file.
 
-    backbone: in evaluation mode, on the CPU, in float32. It does not depend on the file anymore.
+    backbone: in evaluation mode, on the CPU, in float32. It takes RGB and does not depend on the file anymore.
     epoch: of the file's run, 0 if unknown.
     centers: the class centers, in the file; None if it has none, or if they were not asked for.
     identities: the centers' names by class; None if the file has no names.
     mean_face: of the training images, float32 (3, 28, 28); None if the file has none.
     sub_centers: q, how many rows of `centers` each class has: class c has [c * q, c * q + q).
     averaged: the backbone has the average of the run's weights (--ema).
+    channel_order: of the images that the network in the file takes.
+    order_is_assumed: the names of the weights suggest channel_order, and nothing says so.
     """
 
     backbone: nn.Module
@@ -53,13 +63,24 @@ class Weights:
     mean_face: Tensor | None = None
     sub_centers: int = 1
     averaged: bool = False
+    channel_order: str = "rgb"
+    order_is_assumed: bool = False
 
     def describe(self, path: str) -> str:
         """Words for the log: "iresnet50 of checkpoint.pth.tar"."""
-        return f"{self.arch} of {path}" + (", EMA weights" if self.averaged else "")
+        return f"{self.arch}{self.describe_order()} of {path}" + (", EMA weights" if self.averaged else "")
+
+    def describe_order(self) -> str:
+        """What was done about the colors; "" if nothing."""
+        if self.channel_order == "rgb":
+            return ""
+        why = ", as AdaFace's do; --channel-order rgb if these do not" if self.order_is_assumed else ""
+        return f" (weights for BGR images{why})"
 
 
-def open_weights(path: str, arch: str | None = None, *, with_centers: bool = False) -> Weights:
+def open_weights(
+    path: str, arch: str | None = None, *, with_centers: bool = False, channel_order: str | None = None
+) -> Weights:
     """Read the backbone in a file, and open its class centers if asked for. The global random state does not change.
 
     The file is a checkpoint of this program; a published backbone's bare state dict; torchshard's {"epoch", "arch",
@@ -70,9 +91,12 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     (num_batches_tracked) become 0. Of a checkpoint of a run with --ema, the backbone gets the average of the weights.
 
     arch: what the file must hold; None accepts any architecture.
+    channel_order: of the images that the file's network takes, one of CHANNEL_ORDERS. None: what the file says, else
+        "bgr" for weights in AdaFace's naming, and "rgb" for all others. A network that takes BGR becomes one that takes
+        RGB: red and blue of its first convolution are swapped.
 
     Raises UserError, which names the file, if it is missing or not a checkpoint, contains code, fits none of BACKBONES,
-    holds another architecture than `arch`, or has damaged class centers.
+    holds another architecture than `arch`, contradicts `channel_order`, or has damaged class centers.
     """
     if arch is not None:
         check_arch(arch)
@@ -88,6 +112,14 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     backbone, found = _build(path, content, entries)
     if arch not in (found, None):
         raise UserError(f"{path}: holds {found}, but --arch says {arch}; give {found}, or leave --arch out")
+    said = content.get("channel_order", "rgb" if is_checkpoint else None)
+    if said in CHANNEL_ORDERS and channel_order not in (said, None):
+        raise UserError(f"{path}: takes {said.upper()} images, but --channel-order says {channel_order}; drop the flag")
+    assumed = "bgr" if found in IR_VARIANTS else "rgb"
+    order = said if said in CHANNEL_ORDERS else channel_order or assumed
+    if order == "bgr":
+        _, convolution = first_convolution(backbone)
+        convolution.copy_(convolution.flip(1))
     position = content["position"] if is_checkpoint else content
     epoch = position.get("epoch") if isinstance(position, Mapping) else None
     centers, sub_centers = None, content.get("sub_centers", 1)  # 1 in files of older versions and other programs
@@ -121,7 +153,8 @@ def open_weights(path: str, arch: str | None = None, *, with_centers: bool = Fal
     if not isinstance(mean_face, Tensor) or mean_face.shape != SHAPE or not mean_face.is_floating_point():
         mean_face = None  # of an older version, or another program's
     return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities, mean_face,
-                   sub_centers if centers is not None else 1, averaged)
+                   sub_centers if centers is not None else 1, averaged, order,
+                   channel_order is None and said not in CHANNEL_ORDERS)
 
 
 def _unwrap(content: Any) -> Any:
@@ -137,23 +170,28 @@ def _unwrap(content: Any) -> Any:
 
 def _build(path: str, content: Mapping[str, Any], entries: Mapping[str, Any]) -> tuple[nn.Module, str]:
     """The backbone with the entries' values, and its arch."""
-    prefixes = {match["prefix"] for match in map(_BACKBONE_ENTRY.match, entries) if match}
+    said = content.get("arch")
+    said = said if isinstance(said, str) and (said in BACKBONES or is_timm(said)) else None
+    pattern = _TIMM_ENTRY if said and is_timm(said) else _BACKBONE_ENTRY
+    prefixes = {match["prefix"] for match in map(pattern.match, entries) if match}
     if len(prefixes) > 1:
         raise UserError(f"{path}: holds weights under {' and '.join(repr(p) for p in sorted(prefixes))}; keep one of "
                         "them, in a file of its own")
     prefix = prefixes.pop() if prefixes else ""
     weights = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
     weights = {name: value for name, value in weights.items() if not _CLASSIFIER_ENTRY.fullmatch(name)}
-    said = content.get("arch")
-    arch = said if isinstance(said, str) and said in BACKBONES else _nearest_arch(path, weights)
-    bias = weights.get("features.bias")  # of the last BatchNorm: d values
+    arch = said or _nearest_arch(path, weights)
+    vector = next((weights[name] for name in _EMBEDDING_ENTRIES if name in weights), None)
     embedding_size = content.get("embedding_size")
     if not isinstance(embedding_size, int) or embedding_size < 1:
-        embedding_size = bias.numel() if isinstance(bias, Tensor) and bias.numel() else 512
-    if embedding_size > _MAX_EMBEDDING_SIZE:
-        raise UserError(f"{path}: claims an embedding size of {embedding_size}; {_MAX_EMBEDDING_SIZE} is the most")
+        embedding_size = vector.numel() if isinstance(vector, Tensor) and vector.numel() else 512
+    if embedding_size > MAX_EMBEDDING_SIZE:
+        raise UserError(f"{path}: claims an embedding size of {embedding_size}; {MAX_EMBEDDING_SIZE} is the most")
     with torch.random.fork_rng(devices=[]):  # Initial values, which are overwritten, must not use up random numbers.
-        backbone = build_backbone(arch, embedding_size)
+        try:
+            backbone = build_backbone(arch, embedding_size)
+        except UserError as error:  # of timm
+            raise UserError(f"{path}: {error}") from None
     counters = {name: value for name, value in backbone.state_dict().items() if name.endswith(".num_batches_tracked")}
     try:
         for name, value in weights.items():
@@ -167,9 +205,27 @@ def _build(path: str, content: Mapping[str, Any], entries: Mapping[str, Any]) ->
 
 
 def _nearest_arch(path: str, weights: Mapping[str, Any]) -> str:
-    """The arch that the names suggest; an IResNet has a typical number of residual blocks in each stage."""
+    """The arch that the names suggest: of those with such names, the nearest by numbers of blocks and by width."""
+
+    def blocks_in(pattern: str) -> int:
+        return len({match[1] for match in map(re.compile(pattern).match, weights) if match})
+
+    def channels(name: str, dim: int) -> int:
+        value = weights[name]
+        return value.shape[dim] if isinstance(value, Tensor) and value.dim() > dim else 0
+
     if any(name.startswith("bottlenecks.") for name in weights):
         return "mobilefacenet"
+    if (name := "conv_sep.layers.0.weight") in weights:
+        return min(MBF_VARIANTS, key=lambda arch: abs(128 * MBF_VARIANTS[arch][0] - channels(name, 1)))
+    if (name := "patch_embed.proj.weight") in weights:
+        depth, width = blocks_in(r"blocks\.(\d+)\."), channels(name, 0)
+        return min(VIT_VARIANTS, key=lambda arch: (
+            abs(VIT_VARIANTS[arch].depth - depth), abs(VIT_VARIANTS[arch].width - width)))
+    if any(name.startswith("input_layer.") for name in weights):
+        squeeze, depth = any(".se_block." in name for name in weights), blocks_in(r"body\.(\d+)\.")
+        return min(IR_VARIANTS, key=lambda arch: (
+            IR_VARIANTS[arch][1] != squeeze, abs(sum(IR_VARIANTS[arch][0]) - depth)))
     blocks = {tuple(name.split(".")[:2]) for name in weights if re.match(r"layer[1-4]\.\d+\.", name)}
     if not blocks:
         raise UserError(f"{path}: holds none of {', '.join(BACKBONES)}, but {', '.join(list(weights)[:3])}")

@@ -251,6 +251,7 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
         "format_version": FORMAT_VERSION,
         "arch": state.arch,
         "embedding_size": state.backbone.embedding_size,
+        "channel_order": "rgb",
         "num_classes": state.classifier.shard.num_classes,
         "sub_centers": state.classifier.sub_centers,
         "state_dict": dict(state.backbone.state_dict()),
