@@ -68,6 +68,7 @@ def main() -> None:
         return
     preflight.check_batch(options, plan)
     preflight.check_fused_update(options, plan)
+    preflight.check_sampling(options, plan)
     preflight.check_shared_memory(options, plan)
     # Only to check them here: every rank reads the files itself. Node 0 chooses the checkpoint; others may not see it.
     decides = plan.node_rank == 0
@@ -232,6 +233,7 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
         state.optimizers.set_learning_rate(lr)
         losses, closer, finite = [], [], []
         run.guard.snapshot()
+        state.classifier.start_step(position.step)
         for number, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch,
                                    indices=indices)

@@ -17,6 +17,7 @@ The (N, R) logits never exist. losses/README.md describes the walk.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +29,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from losses.margins import Margin
+from losses.sampling import Sample, join_targets
 from utils.dist.collectives import all_gather_rows, all_reduce_sum
 
 # Makes the step of some rows: (rows of the centers, their gradient (K, d), whether the loss is finite, a bool scalar).
-RowUpdate = Callable[[slice, Tensor, Tensor], None]
+# Of sampled classes the rows are an int64 tensor (K,). Those of the targets may be there twice, and come with a bool
+# tensor (K,), which of them have had their step; of equal rows the first one counts.
+RowUpdate = Callable[..., None]
 
 # Logit of a column that is left out: exp(this - any logit) is 0, and this - this is no NaN, as it would be of -inf.
 LEFT_OUT = -1e30
@@ -52,7 +56,7 @@ def margin_softmax(
     embedding: Tensor, target: Tensor, centers: Tensor, margin: Margin, *, scale: float,
     group: dist.ProcessGroup | None, norm: Tensor | None = None, filter_above: float | None = None,
     saved_probs_mib: float = 0.0, matmul_dtype: torch.dtype | None = None, update: RowUpdate | None = None,
-    chunk: int | None = None, sub_centers: int = 1,
+    chunk: int | None = None, sub_centers: int = 1, drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collective over `group`. The loss of the module's docstring, and how many classes are closer than the target.
 
@@ -75,6 +79,9 @@ def margin_softmax(
             needs no (R, d) gradient. `centers.grad` stays None. It is called at least once, without rows if R is 0.
         chunk: K, rounded down to whole classes; None: as many centers as stay in the cache.
         sub_centers: q.
+        drawn: classes (S,), int64 and ascending. Only these and the targets take part, in the loss and in num_closer.
+            The gradient of `centers` is a sparse tensor with the rows of S + N classes, some of them twice. None: all
+            classes take part.
 
     Returns:
         loss: scalar, the mean over all N rows, the same on every rank. Its gradient with respect to `centers` is
@@ -84,9 +91,13 @@ def margin_softmax(
     """
     backward_follows = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (embedding, centers, norm))
+    sample = None if drawn is None else join_targets(drawn, target, sub_centers)
+    size, widest = ((len(centers), len(centers)) if sample is None
+                    else (len(sample.rows), max(sample.drawn, len(sample.left_out))))
     walk = _Walk(
-        margin=margin, scale=scale, filter_above=filter_above, group=group, size=len(centers), sub_centers=sub_centers,
-        chunk=whole_classes(min(chunk or _chunk_size(embedding, sub_centers), len(centers)), sub_centers),
+        margin=margin, scale=scale, filter_above=filter_above, group=group, sample=sample, size=size,
+        sub_centers=sub_centers,
+        chunk=whole_classes(min(chunk or _chunk_size(embedding, sub_centers), widest), sub_centers),
         saved_bytes=int(saved_probs_mib * 2**20) if backward_follows else 0,
         matmul_dtype=matmul_dtype if matmul_dtype != centers.dtype else None, update=update,
     )
@@ -101,12 +112,13 @@ def _chunk_size(embedding: Tensor, sub_centers: int = 1) -> int:
 
 @dataclass(frozen=True)
 class _Walk:
-    """How the centers are walked: the arguments of `margin_softmax`."""
+    """How the centers are walked: the arguments of `margin_softmax`. `size`: how many columns the logits would have."""
 
     margin: Margin
     scale: float
     filter_above: float | None
     group: dist.ProcessGroup | None
+    sample: Sample | None
     size: int
     sub_centers: int
     chunk: int
@@ -114,17 +126,46 @@ class _Walk:
     matmul_dtype: torch.dtype | None
     update: RowUpdate | None
 
+    def parts(self) -> list[tuple[int, int]]:
+        """Columns that form chunks of their own: all, or those of the drawn rows and those of the targets."""
+        drawn = self.size if self.sample is None else self.sample.drawn
+        return [(0, drawn), (drawn, self.size)]
+
     def chunks(self) -> list[slice]:
-        """Rows of the centers, K at a time."""
-        return [slice(first, min(first + self.chunk, self.size)) for first in range(0, self.size, self.chunk)]
+        """The columns of all logits, K at a time."""
+        return [slice(first, min(first + self.chunk, stop)) for start, stop in self.parts()
+                for first in range(start, stop, self.chunk)]
 
     def columns(self, target: Tensor) -> Tensor:
         """(chunks, N) int64: the column of the target's row in each chunk, or the spare column K if it is not there.
 
         target: rows of the centers, (N,) int64.
         """
-        column = target - torch.arange(0, self.size, self.chunk, device=target.device).unsqueeze(1)
-        return torch.where((column >= 0) & (column < self.chunk), column, self.chunk)
+        start = torch.cat([torch.arange(*part, self.chunk, device=target.device) for part in self.parts()]).unsqueeze(1)
+        stop = F.pad(start[1:], (0, 0, 0, 1), value=self.size)
+        if self.sample is not None:
+            target = torch.where(target >= 0, self.sample.place + target % self.sub_centers, -1)
+        return torch.where((target >= start) & (target < stop), target - start, self.chunk)
+
+    def rows(self, classes: slice) -> slice | Tensor:
+        """Which rows of the centers a chunk has."""
+        return classes if self.sample is None else self.sample.rows[classes]
+
+    def gather(self, centers: Tensor, classes: slice, buffer: Tensor) -> Tensor:
+        """The centers of a chunk (K, d): a view, or sampled rows in `buffer`."""
+        if self.sample is None:
+            return centers[classes]
+        return torch.index_select(centers, 0, self.sample.rows[classes], out=buffer[:classes.stop - classes.start])
+
+    def new_buffer(self, centers: Tensor) -> Tensor:
+        """For `gather`."""
+        return centers.new_empty(0 if self.sample is None else self.chunk, centers.shape[1])
+
+    def repeated(self, classes: slice) -> Tensor | None:
+        """Which columns of a chunk are there already, (K,) bool; None: no one is."""
+        if self.sample is None or classes.start < self.sample.drawn:
+            return None
+        return self.sample.left_out[classes.start - self.sample.drawn:classes.stop - self.sample.drawn]
 
     def class_columns(self, column: Tensor) -> Tensor:
         """(N, q): the columns of all centers of the class that has the center in `column`, (N,), an entry of `columns`.
@@ -146,10 +187,15 @@ class _Walk:
         closest = logits.unflatten(1, (-1, self.sub_centers)).argmax(dim=2, keepdim=True)
         return (closest != torch.arange(self.sub_centers, device=logits.device)).flatten(1)
 
-    def leave_out(self, buffer: Tensor, column: Tensor, farther: Tensor | None) -> None:
-        """In a chunk's buffer, set the columns of the target's class and the `farther_centers` to LEFT_OUT."""
-        if farther is not None:
-            buffer[:, :farther.shape[1]].masked_fill_(farther, LEFT_OUT)
+    def left_out(self, classes: slice, logits: Tensor) -> Tensor | None:
+        """Which columns take no part, `farther_centers` and `repeated` ones: (K,) or (N, K) bool, or None."""
+        masks = [mask for mask in (self.farther_centers(logits), self.repeated(classes)) if mask is not None]
+        return functools.reduce(torch.logical_or, masks) if masks else None
+
+    def leave_out(self, buffer: Tensor, column: Tensor, left_out: Tensor | None) -> None:
+        """In a chunk's buffer, set the columns of the target's class and those of `left_out` to LEFT_OUT."""
+        if left_out is not None:
+            buffer[:, :left_out.shape[-1]].masked_fill_(left_out, LEFT_OUT)
         buffer.scatter_(1, self.class_columns(column), LEFT_OUT)
 
     def rounded(self, tensor: Tensor) -> Tensor:
@@ -217,25 +263,25 @@ class _MarginSoftmax(torch.autograd.Function):
         saved_chunks = min(len(chunks), walk.saved_bytes // (buffer.numel() * saved_dtype.itemsize))
         saved_probs = buffer.new_empty(saved_chunks, *buffer.shape, dtype=saved_dtype)
         columns = walk.columns(target)
-        factor = centers.new_empty(centers.shape[0])
+        factor, gathered = centers.new_empty(walk.size), walk.new_buffer(centers)
         running_max = embedding.new_empty(len(chunks), rows)  # after each chunk
         maximum = embedding.new_full((rows,), LEFT_OUT)
         sum_exp = embedding.new_zeros(rows)
         not_closer = embedding.new_zeros(rows, dtype=torch.float64)
         operand = walk.rounded(embedding)
         for number, classes in enumerate(chunks):
-            here, chunk_factor, save = centers[classes], factor[classes], number < saved_chunks
+            here, chunk_factor, save = walk.gather(centers, classes, gathered), factor[classes], number < saved_chunks
             torch.linalg.vector_norm(here, dim=1, out=chunk_factor).clamp_(min=1e-12).reciprocal_().mul_(walk.scale)
             block = saved_probs[number] if save and saved_dtype == dtype else buffer
             logits = block[:, :len(here)]
             walk.scaled_cosines(operand, walk.operand(here, chunk_factor), chunk_factor, logits)
-            farther = walk.farther_centers(logits)
-            walk.leave_out(block, columns[number], farther)
+            left_out = walk.left_out(classes, logits)
+            walk.leave_out(block, columns[number], left_out)
             # "<=" and not ">": a NaN on either side must count against the hit.
             not_closer += torch.le(logits, bar, out=compared[:, :len(here)]).sum(dim=1)
             negative_slope = walk.map_negatives(logits, cosine, phi)
             if negative_slope is not None:
-                walk.leave_out(block, columns[number], farther)
+                walk.leave_out(block, columns[number], left_out)
             previous, maximum = maximum, torch.maximum(maximum, logits.amax(dim=1), out=running_max[number])
             logits.sub_(maximum.unsqueeze(1)).exp_()
             sum_exp.mul_((previous - maximum).exp_()).add_(logits.sum(dim=1))
@@ -286,21 +332,21 @@ class _MarginSoftmax(torch.autograd.Function):
         product = embedding.new_empty(walk.chunk, size)
         embedding_grad, part = torch.zeros_like(embedding), torch.empty_like(embedding)
         needs_centers = ctx.needs_input_grad[1]
-        centers_grad = torch.empty_like(centers) if needs_centers and walk.update is None else None
+        centers_grad = centers.new_empty(walk.size, size) if needs_centers and walk.update is None else None
         chunk_grad = product if walk.update is None else torch.empty_like(product)
-        operand = walk.rounded(embedding)
+        operand, gathered = walk.rounded(embedding), walk.new_buffer(centers)
         for number, classes in enumerate(walk.chunks()):
-            here, chunk_factor = centers[classes], factor[classes]
+            here, chunk_factor = walk.gather(centers, classes, gathered), factor[classes]
             center_operand, probability = walk.operand(here, chunk_factor), buffer[:, :len(here)]
             if number < len(saved_probs):
                 torch.mul(saved_probs[number, :, :len(here)], (running_max[number].unsqueeze(1) - shift).exp_(),
                           out=probability)
             else:
                 walk.scaled_cosines(operand, center_operand, chunk_factor, probability)
-                farther = walk.farther_centers(probability)
+                left_out = walk.left_out(classes, probability)
                 negative_slope = walk.map_negatives(probability, cosine, phi)
-                if farther is not None:
-                    walk.leave_out(buffer, columns[number], farther)
+                if left_out is not None:
+                    walk.leave_out(buffer, columns[number], left_out)
                 probability.sub_(shift).exp_()
                 if negative_slope is not None:
                     probability.mul_(negative_slope)
@@ -323,9 +369,13 @@ class _MarginSoftmax(torch.autograd.Function):
             along.mul_((chunk_factor / walk.scale).square_())
             grad.addcmul_(here, along.unsqueeze(1), value=-1)
             if walk.update is not None:
-                walk.update(classes, grad, ctx.finite)
+                repeated = walk.repeated(classes)
+                walk.update(walk.rows(classes), grad, ctx.finite, *([] if repeated is None else [repeated]))
         if walk.update is not None and walk.size == 0:
-            walk.update(slice(0, 0), torch.empty_like(centers), ctx.finite)
+            walk.update(slice(0, 0), centers.new_empty(0, size), ctx.finite)
+        if centers_grad is not None and walk.sample is not None:
+            centers_grad = torch.sparse_coo_tensor(walk.sample.rows.unsqueeze(0), centers_grad, centers.shape,
+                                                   check_invariants=False)
         if walk.matmul_dtype is not None:
             embedding_grad *= unit
         return embedding_grad, centers_grad, None if norm_grad is None else norm_grad * grad_loss, None, None
@@ -364,6 +414,9 @@ def whole_classes(centers: int, sub_centers: int) -> int:
     return max(sub_centers, centers // sub_centers * sub_centers)
 
 
-def automatic_memory_bytes(centers: int, total_bytes: int, fused_update: bool, optimizer_states: int = 1) -> int:
-    """For saved probabilities: a quarter of the bytes that the centers, their gradient and momentum leave."""
-    return max(0, total_bytes - (1 + max(1, optimizer_states) + (not fused_update)) * centers) // 4
+def automatic_memory_bytes(
+    centers: int, total_bytes: int, fused_update: bool, optimizer_states: int = 1, sample_rate: float = 1.0
+) -> int:
+    """For saved probabilities: a quarter of the bytes that the centers, their gradient and optimizer state leave."""
+    gradient = 0 if fused_update else int(sample_rate * centers)
+    return max(0, total_bytes - (1 + max(1, optimizer_states)) * centers - gradient) // 4

@@ -33,17 +33,31 @@ class MarginClassifier(nn.Module):
         scale: s.
         loss: `margin_softmax`, usually with some of its arguments bound, or a form of `losses.softmax`.
         sub_centers: q. Class c of the shard, counted from its first, has the rows [c * q, c * q + q) of `weight`.
+        draw: step -> classes of the shard, counted from its first: a step uses only these and its targets, such as
+            `losses.sampling.draw_classes` with the other arguments bound. None: all classes. Only for `margin_softmax`.
     """
 
     def __init__(
         self, weight: nn.Parameter, shard: ClassShard, margin: Margin, *, scale: float,
         group: dist.ProcessGroup | None, loss: Callable[..., tuple[Tensor, Tensor]] = margin_softmax,
-        sub_centers: int = 1,
+        sub_centers: int = 1, draw: Callable[[int], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.sub_centers = sub_centers
+        self.sub_centers, self._draw = sub_centers, draw
+        self._drawn: dict[str, Tensor] = {}  # an argument of the loss
         self.weight, self.margin, self._loss = weight, margin, loss
         self.shard, self.scale, self.group = shard, scale, group
+
+    def start_step(self, step: int) -> None:
+        """Draw the classes of a step, for all its micro-batches. The training loop calls this before each step.
+
+        step: counted over all epochs, so that a resumed run draws what the interrupted one would have.
+        """
+        if self._draw is not None:
+            drawn = self._draw(step)
+            if self.weight.is_cuda:
+                drawn = drawn.pin_memory()
+            self._drawn = {"drawn": drawn.to(self.weight.device, non_blocking=True)}
 
     def forward(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Collective over the group. Embeddings (n, d), any float dtype, not normalised, and labels (n,) int64 -> loss,
@@ -51,9 +65,10 @@ class MarginClassifier(nn.Module):
 
         loss: scalar in the centers' dtype.
         num_closer: int64, (N,) sharded or (n,) replicated: how many classes are closer to the embedding than its own
-            (0: a top-1 hit).
+            (0: a top-1 hit). With `draw`, of the classes that the step uses.
         """
         # Out of autocast: a logit of 64 * cos in bf16 would be off by up to 0.12.
+        assert self._draw is None or self._drawn, "start_step draws the classes"
         with torch.autocast(embedding.device.type, enabled=False):
             embedding = embedding.to(self.weight.dtype)
             norm = torch.linalg.vector_norm(embedding, dim=1) if self.margin.uses_norm else None
@@ -68,7 +83,7 @@ class MarginClassifier(nn.Module):
             start, stop = self.shard.start, self.shard.stop
             target = torch.where((label >= start) & (label < stop), label - start, -1)
             return self._loss(embedding, target, self.weight, self.margin, scale=self.scale, group=self.group,
-                              norm=norm, sub_centers=self.sub_centers)
+                              norm=norm, sub_centers=self.sub_centers, **self._drawn)
 
     @torch.no_grad()
     def end_step(self, skipped: Tensor | None = None) -> None:
@@ -93,15 +108,18 @@ class MarginClassifier(nn.Module):
                 buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
-def automatic_memory_mib(centers: Tensor, processes: int, fused_update: bool, optimizer_states: int = 1) -> float:
+def automatic_memory_mib(
+    centers: Tensor, processes: int, fused_update: bool, optimizer_states: int = 1, sample_rate: float = 1.0
+) -> float:
     """MiB of this process for saved probabilities: a quarter of what class centers, gradient and optimizer state leave.
 
     It depends on the machine's whole memory, not on what is free now: a resumed run must compute as before. `processes`
-    share the CPU's memory; a GPU belongs to one process. With `fused_update` there is no gradient.
+    share the CPU's memory; a GPU belongs to one process. With `fused_update` there is no gradient, and `sample_rate` is
+    the part of the classes that have one.
     """
     total = (torch.cuda.get_device_properties(centers.device).total_memory if centers.is_cuda
              else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes)
-    return automatic_memory_bytes(centers.nbytes, total, fused_update, optimizer_states) / 2**20
+    return automatic_memory_bytes(centers.nbytes, total, fused_update, optimizer_states, sample_rate) / 2**20
 
 
 # Class centers are drawn in blocks of this many rows, each from its own generator: a rank draws only the blocks that

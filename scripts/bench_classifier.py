@@ -5,7 +5,8 @@
 
 A step is the classifier's part of a training step, on random embeddings: gather the rows of all ranks, forward,
 backward, reduce-scatter the rows' gradient and, with --update, step the class centers. The implementations must agree
-before they are timed, and take turns on the same inputs in the same processes.
+before they are timed, and take turns on the same inputs in the same processes. --sample-rate adds steps of sampled
+classes, with their draw; they are not checked here.
 
 GEMM floor: the 6 * N * C_r * d floating-point operations of the three matrix products, at this machine's rate for the
 shapes of a walk in chunks, (K, d)(d, N), (N, K)(K, d) and (K, N)(N, d), measured in turns with the implementations.
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 
 from losses.fused import margin_softmax  # noqa: E402
 from losses.margins import ArcFace  # noqa: E402
+from losses.sampling import draw_classes  # noqa: E402
 from losses.softmax import margin_softmax_torchshard  # noqa: E402
 from models.classifier import MarginClassifier, automatic_memory_mib  # noqa: E402
 from scripts import measure  # noqa: E402
@@ -52,6 +54,8 @@ from utils.options import EMBEDDING_SIZE  # noqa: E402
 from utils.training.optim import RowSGD  # noqa: E402
 
 OPERANDS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+SGD = dict(momentum=0.9, weight_decay=5e-4)
 
 # Agreement is checked with at most this many classes, and (N, C) logits: more would not fit in memory twice.
 CHECKED_CLASSES, CHECKED_LOGITS = 100_000, 2**27
@@ -82,6 +86,10 @@ class Options(measure.StepFlags):
     classifier_memory_mib: float | None = flag(
         "--classifier-memory-mib", metavar="M", at_least=0, default_text="automatic",
         help="fused: memory of a process for probabilities that are saved for the backward pass; 0: recompute them")
+    sample_rate: tuple[float, ...] = flag("--sample-rate", default=(), metavar="R,R,...", above=0, below=1,
+                                          help="fused: also steps that use these parts of the classes")
+    embedding_size: int = flag("--embedding-size", default=EMBEDDING_SIZE, metavar="D", at_least=1,
+                               help="embedding size")
     operands: str = flag("--operands", choices=OPERANDS, default="float32",
                          help="fused, on GPUs: dtype of the matrix products' operands")
 
@@ -97,12 +105,14 @@ def run(context: DistContext, options: Options) -> None:
     device, group = context.device, init_model_parallel(context.world_size)
     if "fused" in options.impl:
         check_agreement(context, options, group)
-    inputs = Inputs(context, options.classes, options.batch, options.sub_centers)
+    inputs = Inputs(context, options.classes, options.batch, options.embedding_size, options.sub_centers)
+    optimizer = RowSGD(inputs.centers, lr=0.0, skip_nonfinite=False, **SGD)  # lr 0: all steps have the same centers
     gemm = GemmWalk(inputs, options, group)
     works, extra_mib = {"floor": partial(measure.timed, gemm.run, device)}, {}
-    for name in options.impl:
-        step = ClassifierStep(name, inputs, options, group)
-        needs = 0 if name == "fused" else options.logits_bytes * options.sub_centers
+    rates = {f"fused, rate {rate:g}": rate for rate in options.sample_rate if "fused" in options.impl}
+    for name in (*options.impl, *rates):
+        step = ClassifierStep(name.partition(",")[0], inputs, options, group, optimizer, rates.get(name, 1.0))
+        needs = options.logits_bytes * options.sub_centers if name == "torchshard" else 0
         if measure.fits_in_memory(name, step.run, device, needs):
             held = measure.restart_peak(device)
             step.run()
@@ -113,8 +123,7 @@ def run(context: DistContext, options: Options) -> None:
     if context.is_main:
         median = {name: float(np.median(values)) for name, values in seconds.items()}
         floor = median["floor"] * len(inputs.centers) / gemm.classes
-        common = {**asdict(options), **measure.describe_machine(device), "embedding_size": EMBEDDING_SIZE,
-                  "gemm_floor_s": floor}
+        common = {**asdict(options), **measure.describe_machine(device), "gemm_floor_s": floor}
         measure.report([
             {**common, "impl": name, **measure.spread(seconds[name], "_s"), "extra_mib": extra,
              "over_floor": median[name] / floor,
@@ -128,37 +137,42 @@ class Inputs:
 
     q: sub_centers."""
 
-    def __init__(self, context: DistContext, num_classes: int, batch: int, sub_centers: int = 1) -> None:
+    def __init__(self, context: DistContext, num_classes: int, batch: int, size: int, sub_centers: int = 1) -> None:
         self.shard = ClassShard(num_classes, context.rank, context.world_size)
         generator = torch.Generator(context.device).manual_seed(context.rank)
         rows, random = batch // context.world_size, partial(torch.randn, device=context.device, generator=generator)
-        self.embedding = F.normalize(random(rows, EMBEDDING_SIZE)).requires_grad_()
+        self.embedding = F.normalize(random(rows, size)).requires_grad_()
         self.label = torch.randint(num_classes, (rows,), device=context.device, generator=generator)
         # In place, since twice a shard of millions may not fit. The rows have a norm of about 1.
-        self.centers = nn.Parameter(random(self.shard.size * sub_centers, EMBEDDING_SIZE).mul_(EMBEDDING_SIZE**-0.5))
+        self.centers = nn.Parameter(random(self.shard.size * sub_centers, size).mul_(size**-0.5))
 
 
 class ClassifierStep:
-    """Collective. A training step by one of the implementations. With lr 0 all steps compute with the same centers."""
+    """Collective. A training step by one of the implementations."""
 
-    def __init__(self, name: str, inputs: Inputs, options: Options, group: dist.ProcessGroup, lr: float = 0.0) -> None:
+    def __init__(
+        self, name: str, inputs: Inputs, options: Options, group: dist.ProcessGroup, optimizer: RowSGD,
+        sample_rate: float = 1.0,
+    ) -> None:
         centers, loss = inputs.centers, margin_softmax_torchshard
-        optimizer = RowSGD(centers, lr=lr, skip_nonfinite=False, momentum=0.9, weight_decay=5e-4)
         self._step = optimizer.step if options.update else None
         if name == "fused":
             memory_mib = options.classifier_memory_mib
             if memory_mib is None:
-                memory_mib = automatic_memory_mib(centers, options.world_size, options.update)
+                memory_mib = automatic_memory_mib(centers, options.world_size, options.update,
+                                                  sample_rate=sample_rate)
             loss = partial(margin_softmax, saved_probs_mib=memory_mib, matmul_dtype=OPERANDS[options.operands],
                            update=optimizer.update_rows if options.update else None)
             self._step = None
-        self._inputs = inputs
+        self._inputs, self._steps = inputs, itertools.count()
+        draw = partial(draw_classes, inputs.shard, sample_rate, 0) if sample_rate < 1 else None
         self._classifier = MarginClassifier(centers, inputs.shard, ArcFace(), scale=64.0, group=group, loss=loss,
-                                            sub_centers=options.sub_centers)
+                                            sub_centers=options.sub_centers, draw=draw)
 
     def run(self) -> Tensor:
         """Free the last gradients; gather, forward, backward, update. Returns the loss."""
         self._inputs.centers.grad = self._inputs.embedding.grad = None
+        self._classifier.start_step(next(self._steps))
         loss, _ = self._classifier(self._inputs.embedding, self._inputs.label)
         loss.backward()
         if self._step is not None:
@@ -212,9 +226,10 @@ def check_agreement(context: DistContext, options: Options, group: dist.ProcessG
     classes = min(options.classes, min(CHECKED_CLASSES, CHECKED_LOGITS // options.batch) // options.sub_centers)
 
     def first_step(name: str) -> list[Tensor]:
-        inputs = Inputs(context, classes, options.batch, options.sub_centers)
+        inputs = Inputs(context, classes, options.batch, options.embedding_size, options.sub_centers)
         before = inputs.centers.detach().clone()
-        loss = ClassifierStep(name, inputs, options, group, lr=1.0).run()
+        optimizer = RowSGD(inputs.centers, lr=1.0, skip_nonfinite=False, **SGD)
+        loss = ClassifierStep(name, inputs, options, group, optimizer).run()
         change = before - inputs.centers.detach() if options.update else inputs.centers.grad
         assert inputs.embedding.grad is not None and change is not None
         return [loss, inputs.embedding.grad, change]
@@ -232,6 +247,8 @@ def check_agreement(context: DistContext, options: Options, group: dist.ProcessG
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse and check the command line and look for devices. Raises UserError."""
     options = parse_flags(Options, "bench_classifier.py", "Step time and memory of the sharded classifier.", argv)
+    if options.sample_rate and "fused" not in options.impl:
+        raise UserError("--sample-rate without fused in --impl: torchshard's form does not sample; drop one of them")
     device = options.plan().device_type
     if device == "cpu" and options.operands != "float32":
         raise UserError(f"--operands {options.operands}: is for GPUs, and this run is on the CPU; drop it")

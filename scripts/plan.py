@@ -64,6 +64,8 @@ class Options:
                                         help="never store the gradient of the class centers")
     checkpoint_activations: bool = flag("--checkpoint-activations", default=False, section="flags of main.py",
                                         help="keep only the input of each block of the backbone")
+    sample_rate: float = flag("--sample-rate", default=1.0, metavar="R", above=0, at_most=1, section="flags of main.py",
+                              help="part of the classes that each step uses")
     classifier_memory_mib: int | None = flag("--classifier-memory-mib", metavar="MIB", at_least=0,
                                              section="flags of main.py", help="memory for saved probabilities")
 
@@ -85,7 +87,7 @@ def main() -> None:
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
             optimizer_states=count_states(options.optimizer, momentum=0.9), ema=options.ema,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,
-            matmul_dtype=matmul_dtype,
+            sample_rate=options.sample_rate, matmul_dtype=matmul_dtype,
         ))
 
     def fits(classes: int, world_size: int) -> bool:
@@ -106,7 +108,7 @@ def main() -> None:
     print(f"most classes that fit on {options.world_size} GPUs: {most:,}" if most else
           f"no number of classes fits on {options.world_size} GPUs; use a smaller batch or --precision bf16")
     counts = [count for count in range(1, options.batch_size // 2 + 1) if options.batch_size % count == 0]
-    if options.fuse_classifier_update and not options.enable_model_parallel:
+    if (options.fuse_classifier_update or options.sample_rate < 1) and not options.enable_model_parallel:
         counts = [1]
     fewest = next((count for count in counts if fits(options.classes, count)), None)
     print(f"fewest GPUs that {options.classes:,} classes fit on with this batch: {fewest or 'no number is enough'}")
@@ -126,9 +128,10 @@ def parse_options(argv: list[str] | None = None) -> Options:
     if o.fuse_classifier_update and o.precision == "fp16":
         raise UserError("--fuse-classifier-update with --precision fp16: main.py does not support this; use bf16, or "
                         "drop one of them")
-    if o.fuse_classifier_update and o.world_size > 1 and not o.enable_model_parallel:
-        raise UserError("--fuse-classifier-update with --no-enable-model-parallel: works on one GPU only; drop one of "
-                        "them")
+    for name, is_set in (("--fuse-classifier-update", o.fuse_classifier_update),
+                         (f"--sample-rate {o.sample_rate:g}", o.sample_rate < 1)):
+        if is_set and o.world_size > 1 and not o.enable_model_parallel:
+            raise UserError(f"{name} with --no-enable-model-parallel: works on one GPU only; drop one of them")
     return o
 
 

@@ -29,11 +29,12 @@ def read_rows(path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_classifier_command(tmp_path):
-    flags = ["--classes", 1001, "--batch", 8, "--world-size", 2, "--steps", 2, "--update", "--device", "cpu"]
+    flags = ["--classes", 1001, "--batch", 8, "--world-size", 2, "--steps", 2, "--update", "--device", "cpu",
+             "--sample-rate", "0.3", "--embedding-size", 64]
     table = tmp_path / "rows.csv"
     printed = run("scripts/bench_classifier.py", *flags, "--csv", table)
     rows = read_rows(table)
-    assert [row["impl"] for row in rows] == ["fused", "torchshard"]
+    assert [row["impl"] for row in rows] == ["fused", "torchshard", "fused, rate 0.3"]
     for row in rows:
         assert (row["classes"], row["batch"], row["world_size"], row["update"]) == ("1001", "8", "2", "True")
         assert 0 < float(row["p20_s"]) <= float(row["p50_s"]) <= float(row["p80_s"]) and float(row["gemm_floor_s"]) > 0
@@ -76,6 +77,7 @@ def test_a_wrong_implementation_is_one_line(monkeypatch, capsys, script):
     ("--classes 1 --batch 4", "--classes 1"),
     ("--classes 9 --batch 5 --world-size 2", "--batch 5: must divide"),
     ("--classes 9 --batch 4 --operands bf16", "--operands bf16"),
+    ("--classes 9 --batch 4 --impl torchshard --sample-rate 0.3", "--sample-rate without fused"),
 ])
 def test_classifier_options(flags, words):
     with pytest.raises(UserError, match=words):

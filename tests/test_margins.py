@@ -1,19 +1,18 @@
 """Every margin against its definition: itself, in both forms of the loss, and in training. Float64, plain PyTorch.
 
-A new margin needs an entry in MARGINS and one here.
+A new margin needs an entry in MARGINS and one in TRUTH (helpers/margins.py).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.margins import TrueLoss, true_arcface, true_gradients
+from helpers.margins import TRUTH, true_arcface, true_gradients
 from helpers.parity import assert_equal, run_training, true_training
 
 from losses.fused import margin_softmax
@@ -22,83 +21,6 @@ from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
 from utils.dist.sharding import ClassShard, init_model_parallel
 from utils.flags import check_values, flags_of
 
-
-def true_cosface(cosine, norm=None, margin=0.35):
-    return cosine - margin
-
-
-def true_combined(cosine, norm=None, m1=1.0, m2=0.3, m3=0.2):
-    angle = m1 * cosine.acos() + m2
-    beyond = cosine - math.cos(min((math.pi - m2) / m1, math.pi)) - 1  # continuous: phi is -1 - m3 where it begins
-    return torch.where(angle <= math.pi, angle.cos(), beyond) - m3
-
-
-def true_sphereface(cosine, norm=None, margin=1.7):
-    angle = margin * cosine.acos()
-    k = (angle / math.pi).floor()
-    return (-1.0) ** k * angle.cos() - 2 * k
-
-
-def true_adaface(cosine, norm=None, margin=0.4, concentration=0.333, norm_momentum=0.01, norm_mean=20.0,
-                 norm_std=100.0):
-    quality = (concentration * (norm.detach().clip(0.001, 100) - norm_mean) / (norm_std + 0.001)).clip(-1, 1)
-    angle = (cosine.acos() - margin * quality).clip(0.001, math.pi - 0.001)
-    return angle.cos() - (margin + margin * quality)
-
-
-def next_adaface(cosine, norm, norm_mean, norm_std, norm_momentum=0.01):
-    norm = norm.clip(0.001, 100)
-    return dict(norm_mean=norm_momentum * norm.mean() + (1 - norm_momentum) * norm_mean,
-                norm_std=norm_momentum * norm.std() + (1 - norm_momentum) * norm_std)
-
-
-def true_curricular(cosine, norm=None, margin=0.5, curriculum_momentum=0.01, t=0.0):
-    return true_arcface(cosine, norm, margin, easy_margin=False)
-
-
-def harder_curricular(cosine, target, phi, margin=0.5, curriculum_momentum=0.01, t=0.0):
-    return torch.where(cosine > (target.acos() + margin).cos(), cosine * (t + cosine), cosine)
-
-
-def true_mv_softmax(cosine, norm=None, margin=0.35, mv_target="am", mv_weight=1.12, easy_margin=True):
-    if mv_target == "arc":
-        return true_arcface(cosine, norm, margin, easy_margin)
-    return torch.where(cosine > 0, cosine - margin, cosine) if easy_margin else cosine - margin
-
-
-def harder_mv_softmax(cosine, target, phi, mv_weight=1.12, **_):
-    return torch.where(cosine > phi, mv_weight * cosine + mv_weight - 1, cosine)
-
-
-def true_magface(cosine, norm=None, low_norm=10.0, high_norm=110.0, low_margin=0.45, high_margin=0.8, norm_weight=35.0,
-                 easy_margin=True):
-    norm = norm.clip(low_norm, high_norm)
-    margin = low_margin + (high_margin - low_margin) * (norm - low_norm) / (high_norm - low_norm)
-    theta = cosine.acos()
-    inside = cosine > 0 if easy_margin else theta < math.pi - margin
-    return torch.where(inside, (theta + margin).cos(), cosine if easy_margin else cosine - margin * margin.sin())
-
-
-def penalty_magface(norm, low_norm=10.0, high_norm=110.0, norm_weight=35.0, **_):
-    norm = norm.clip(low_norm, high_norm)
-    return norm_weight * (norm / high_norm**2 + 1 / norm)
-
-
-TRUTH = {
-    "arcface": TrueLoss(true_arcface, [dict(margin=m, easy_margin=e) for m in (0.0, 0.1, 0.5, 1.2)
-                                       for e in (True, False)]),
-    "cosface": TrueLoss(true_cosface, [dict(margin=m) for m in (0.0, 0.35, 0.8)]),
-    "combined": TrueLoss(true_combined, [dict(), dict(m1=0.9, m2=0.4, m3=0.15), dict(m1=1.35, m2=0.0, m3=0.0)]),
-    "sphereface": TrueLoss(true_sphereface, [dict(margin=m) for m in (1.0, 1.7, 4.0)]),
-    "adaface": TrueLoss(true_adaface, [dict(), dict(margin=0.7, concentration=2.0)],
-                        statistics=dict(norm_mean=20.0, norm_std=100.0), update=next_adaface),
-    "curricularface": TrueLoss(
-        true_curricular, [dict(), dict(margin=0.3)], harder_curricular, statistics=dict(t=0.0),
-        update=lambda cosine, norm, t: dict(t=0.01 * cosine.mean() + 0.99 * t)),
-    "mv-softmax": TrueLoss(true_mv_softmax, [dict(), dict(mv_target="arc", margin=0.5), dict(easy_margin=False)],
-                           harder_mv_softmax),
-    "magface": TrueLoss(true_magface, [dict(), dict(easy_margin=False)], penalty=penalty_magface),
-}
 CASES = [(name, settings) for name, true in TRUTH.items() for settings in true.tried]
 FORMS = {"fused": margin_softmax, "torchshard": margin_softmax_torchshard}
 GRID = torch.linspace(-0.999, 0.999, 1001, dtype=torch.float64)

@@ -38,6 +38,7 @@ PUBLISHED = {
     "--margin-gradient": ("exact", "exact|unit"),
     "--inter-class-filter": (None, "T"),
     "--sub-centers": (1, "K"),
+    "--sample-rate": (1.0, "R"),
     "--epochs": (35, "N"),
     "--start-epoch": (None, "N"),
     "--max-steps": (None, "N"),

@@ -91,6 +91,22 @@ def test_parts_by_arithmetic():
     assert predict(device_type="cuda")["CUDA, cuDNN, NCCL"] > GIB
 
 
+def test_parts_of_sampled_classes_by_arithmetic():
+    chunk = 8 * MIB // (2 * (256 + 512) * 4) // 256 * 256
+    used, buffers = 2500 + 256, 256 * (chunk + 16) * 4 + 2 * chunk * 512 * 4  # a chunk's gradient and gathered rows
+    parts = predict(sample_rate=0.2)
+    assert parts["class centers"] == parts["class centers' momentum"] == 12_500 * 512 * 4
+    assert parts["class centers' gradient"] == used * 512 * 4
+    assert 1250 < chunk < 2500 and parts["chunk buffers"] == buffers + 3 * 256 * 12 + used * 12
+    # The optimizer adds up the gradients of equal rows in as much memory again.
+    freed = sum(parts[name] for name in ("images", "activations", "saved probabilities", "chunk buffers", "embeddings"))
+    assert parts["optimizer, beyond activations"] == max(0, used * 512 * 4 - freed)
+    assert predict(sample_rate=0.2, micro_batches=3)["class centers' gradient"] == 3 * used * 512 * 4
+    assert predict(sample_rate=0.2, fused_update=True)["class centers' gradient"] == 0
+    alone = predict(sample_rate=0.2, model_parallel=False, world_size=1)
+    assert alone["class centers"] == 100_000 * 512 * 4 and alone["DDP buckets"] == 1500
+
+
 def test_replicated_classes_go_through_ddp_and_zero():
     centers = 100_000 * 512 * 4
     parts = predict(model_parallel=False)
@@ -138,9 +154,10 @@ def test_automatic_memory_is_that_of_the_trainer(fused_update):
     )
 
 
-def peak_allocations(rank: int, world_size: int, flags: list[str]) -> int:
+def peak_allocations(rank: int, world_size: int, flags: list[str], sample_rate: float) -> int:
     """The most bytes that PyTorch has allocated at once in two steps of main.py's own training, from their trace."""
     options, training = bench_step.parse_options(flags)
+    training = dataclasses.replace(training, sample_rate=sample_rate)
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     images, labels = bench_step.draw_batch(context, options)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -154,18 +171,19 @@ def peak_allocations(rank: int, world_size: int, flags: list[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--fuse-classifier-update"]])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_prediction_equals_the_allocations_of_a_training_run(pools, world_size, flags):
+@pytest.mark.parametrize(("world_size", "flags", "sample_rate"), [
+    (1, [], 1.0), (1, ["--fuse-classifier-update"], 1.0), (2, [], 1.0), (2, ["--fuse-classifier-update"], 1.0),
+    (2, [], 0.3)])
+def test_prediction_equals_the_allocations_of_a_training_run(pools, world_size, flags, sample_rate):
     classes, batch = 20_000, 8
     measured = max(pools(world_size).run(
         peak_allocations, ["-a", "mobilefacenet", "--classes", str(classes), "--batch", str(batch), "--world-size",
-                           str(world_size), "--device", "cpu", *flags],
+                           str(world_size), "--device", "cpu", *flags], sample_rate,
     ))
     backbone = measure_backbone(lambda: build_backbone("mobilefacenet", 512), device_type="cpu", autocast_dtype=None)
     parts = predict_memory(backbone, dataclasses.replace(
         RUN, classes=classes, batch_size=batch, world_size=world_size, fused_update=bool(flags),
-        classifier_memory_mib=None,
+        sample_rate=sample_rate, classifier_memory_mib=None,
     ))
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
 
@@ -201,6 +219,7 @@ def test_command(monkeypatch, capsys):
     ("--classes 9 --batch-size 9 --world-size 2", "--batch-size 9: must divide"),
     ("--classes 9 --fuse-classifier-update --precision fp16", "does not support"),
     ("--classes 9 --fuse-classifier-update --world-size 2 --no-enable-model-parallel", "--no-enable-model-parallel"),
+    ("--classes 9 --sample-rate 0.3 --world-size 2 --no-enable-model-parallel", "--sample-rate 0.3 with"),
     ("--classes 9 -a resnet", "--arch resnet"),
     ("--classes 9 --memory-gib nan", "--memory-gib nan"),
     ("--classes 9 --memory-gib 0", "--memory-gib 0"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from losses.fused import margin_softmax
+from losses.sampling import draw_classes
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone
 from models.checkpointing import checkpoint_activations
@@ -78,8 +79,10 @@ def build_training(
     fingerprint: that of this rank's training set.
     """
     torch.backends.cudnn.benchmark = True
-    # The fused update takes the classifier out of DistributedDataParallel: one process becomes a group of one.
-    sharded = options.enable_model_parallel or options.fuse_classifier_update
+    # The fused update and sampling take the classifier out of DistributedDataParallel: one process becomes a group of
+    # one.
+    sampled = options.sample_rate < 1
+    sharded = options.enable_model_parallel or options.fuse_classifier_update or sampled
     group = init_model_parallel(context.world_size, options.dist_timeout) if sharded else None
     rank, world_size = (context.rank, context.world_size) if sharded else (0, 1)
     shard = ClassShard(options.num_classes, rank, world_size)
@@ -104,7 +107,7 @@ def build_training(
     settings = options.optimizer_settings
     skip_nonfinite = options.on_nonfinite == "skip"
     row_optimizer = (ROW_OPTIMIZERS[options.optimizer](weight, skip_nonfinite=skip_nonfinite, **settings)
-                     if options.fuse_classifier_update else None)
+                     if options.fuse_classifier_update or sampled else None)
     margin = options.build_margin()
     loss: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
         margin_softmax_torchshard, filter_above=options.inter_class_filter)
@@ -112,13 +115,15 @@ def build_training(
         saved_probs_mib: float | None = options.classifier_memory_mib
         if saved_probs_mib is None:
             saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update,
-                                                   count_states(options.optimizer, options.momentum))
+                                                   count_states(options.optimizer, options.momentum),
+                                                   options.sample_rate)
         loss = functools.partial(
             margin_softmax, filter_above=options.inter_class_filter, saved_probs_mib=saved_probs_mib,
-            update=row_optimizer.update_rows if row_optimizer else None,
+            update=row_optimizer.update_rows if row_optimizer and options.fuse_classifier_update else None,
             matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU
+    draw = functools.partial(draw_classes, shard, options.sample_rate, seed) if sampled else None
     classifier = MarginClassifier(weight, shard, margin, scale=options.loss_scale, group=group, loss=loss,
-                                  sub_centers=options.sub_centers)
+                                  sub_centers=options.sub_centers, draw=draw)
 
     model = TrainingModel(backbone, classifier, autocast_dtype, frozen).to(context.device, dtype)
     let_ddp_ignore_shards(model)

@@ -72,6 +72,10 @@ class Options(ProcessFlags, ScheduleFlags):
     inter_class_filter: float | None = flag(
         "--inter-class-filter", metavar="T", at_least=-1, at_most=1, section="loss",
         help="leave out, for each image, other classes with a cosine above T: probably the same person again")
+    sample_rate: float = flag(
+        "--sample-rate", default=1.0, metavar="R", above=0, at_most=1, section="loss",
+        help="part of the classes that each step uses, drawn at random, beside the targets of its batch (PartialFC); "
+             "others keep their centers and momentum. Needs --enable-model-parallel, or one process")
 
     sub_centers: int = flag(
         "--sub-centers", default=1, metavar="K", at_least=1, section="loss",
@@ -330,6 +334,9 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     yield (o.clip_centers and o.fuse_classifier_update,
            "--clip-centers with --fuse-classifier-update: the class centers are updated within the backward pass, "
            "before the norm of all gradients is known; drop one of them")
+    yield (o.clip_centers and o.sample_rate < 1,
+           f"--clip-centers with --sample-rate {o.sample_rate:g}: the norm would be that of the sampled classes; drop "
+           "one of them")
     for name, value in ("--save-freq", o.save_freq), ("--keep", o.keep):
         yield value is not None and o.no_save, f"{name} {value} with --no-save: drop one of them"
 
@@ -395,12 +402,15 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     yield (o.enable_amp_mode and o.precision == "float64",
            "--enable-amp-mode with --precision float64: drop one of them")
     for name, is_set in ((f"--classifier-memory-mib {o.classifier_memory_mib}", o.classifier_memory_mib is not None),
-                         ("--fuse-classifier-update", o.fuse_classifier_update)):
+                         ("--fuse-classifier-update", o.fuse_classifier_update),
+                         (f"--sample-rate {o.sample_rate:g}", o.sample_rate < 1)):
         yield (is_set and o.classifier != "fused",
                f"{name} with --classifier {o.classifier}: has no effect there; drop one of them")
     yield (o.fuse_classifier_update and o.accumulation_steps != 1,
            f"--fuse-classifier-update with --accumulation-steps {o.accumulation_steps}: would update the class centers "
            "after every micro-batch; drop one of them")
-    yield (o.fuse_classifier_update and o.enable_zero_optim and not o.enable_model_parallel,
-           "--fuse-classifier-update with --enable-zero-optim: ZeRO updates a replicated classifier; add "
-           "--enable-model-parallel, or drop one of them")
+    for name, is_set in (("--fuse-classifier-update", o.fuse_classifier_update),
+                         (f"--sample-rate {o.sample_rate:g}", o.sample_rate < 1)):
+        yield (is_set and o.enable_zero_optim and not o.enable_model_parallel,
+               f"{name} with --enable-zero-optim: ZeRO updates a replicated classifier; add --enable-model-parallel, "
+               "or drop one of them")

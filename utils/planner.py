@@ -52,6 +52,8 @@ class RunSettings:
     optimizer_states: int = 1  # values that the optimizer keeps for each value of a parameter
     ema: bool = False  # an average of the backbone is kept
     fused_update: bool = False  # the gradient of the class centers is never stored
+    sample_rate: float = 1.0  # the part of the classes that a step uses
+    micro_batches: int = 1  # each adds its gradient of sampled class centers
     classifier_memory_mib: float | None = None  # for saved probabilities; None: the trainer's automatic choice
     matmul_dtype: torch.dtype | None = None  # of the classifier's matrix products in low precision
     device_type: str = "cuda"  # or "cpu"
@@ -139,7 +141,8 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     Assumes float32 parameters, SGD or AdamW with weight decay, DistributedDataParallel, and the fused margin softmax.
     """
     d = run.embedding_size
-    sharded = run.model_parallel or run.fused_update and run.world_size == 1
+    sampled = run.sample_rate < 1
+    sharded = run.model_parallel or (run.fused_update or sampled) and run.world_size == 1
     size = ClassShard(run.classes, 0, run.world_size if sharded else 1).size * run.sub_centers
     images = -(-run.batch_size // run.world_size)
     rows = images * run.world_size if sharded else images
@@ -151,18 +154,26 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     momentum = optimized + (centers if sharded else 0)
 
     # The buffers of losses.fused for a chunk in the forward and in the backward pass, and what connects the two.
-    chunk = whole_classes(min(chunk_classes(rows, d, run.cache_bytes, FLOAT, run.sub_centers), size), run.sub_centers)
-    chunks = -(-size // chunk)
+    # Sampled classes are the drawn ones and one for each row; chunks of them gather rows of centers and momentum.
+    drawn = max(1, int(run.sample_rate * (size // run.sub_centers))) * run.sub_centers if sampled else size
+    targets = rows * run.sub_centers if sampled else 0
+    used = drawn + targets
+    chunk = whole_classes(min(chunk_classes(rows, d, run.cache_bytes, FLOAT, run.sub_centers), max(drawn, targets)),
+                          run.sub_centers)
+    chunks = -(-drawn // chunk) - (-targets // chunk)
+    gathered = chunk * d * FLOAT if sampled else 0
+    gradient = 0 if run.fused_update else used * d * FLOAT
     block = rows * (chunk + SPARE_COLUMNS)
     saved_block = block * (2 if run.matmul_dtype == torch.bfloat16 else FLOAT)
-    budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update, run.optimizer_states)
+    budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update, run.optimizer_states, run.sample_rate)
               if run.classifier_memory_mib is None
               else int(run.classifier_memory_mib * 2**20))
     low_centers = chunk * d * (FLOAT + low) if low else 0
     # The closest center of each class, int64, and which others are farther, bool, of this chunk and of the last one.
     closest = rows * chunk * (LABEL + 2 * run.sub_centers) // run.sub_centers if run.sub_centers > 1 else 0
-    forward = 2 * block * FLOAT + low_centers + closest
-    backward = block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers + closest
+    forward = 2 * block * FLOAT + low_centers + closest + gathered
+    backward = (block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers + closest
+                + gathered * (2 + run.optimizer_states if run.fused_update else 1))
 
     state, states = "moments" if run.optimizer_states > 1 else "momentum", run.optimizer_states
     average = trained + backbone.fixed if run.ema else 0
@@ -175,20 +186,23 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         "images": images * IMAGE_VALUES * (1 + FLOAT),
         "activations": backbone.activations + images * backbone.activations_per_image,
         "class centers": centers,
-        "class centers' gradient": 0 if run.fused_update else centers,
+        "class centers' gradient": gradient * (run.micro_batches if sampled else 1),
         f"class centers' {state}": min(centers, momentum) * states,
         "saved probabilities": min(chunks, budget // saved_block) * saved_block,
-        "chunk buffers": max(forward, backward) + chunks * rows * (LABEL + FLOAT) + size * FLOAT,
+        "chunk buffers": (max(forward, backward) + chunks * rows * (LABEL + FLOAT)
+                          + used * (FLOAT + LABEL * sampled)),
         # All rows: gathered, in matmul_dtype, their gradient and a chunk's part of it. This process's rows: before and
         # after the normalization, and both gradients.
         "embeddings": rows * d * (3 * FLOAT + low) + 4 * images * d * FLOAT,
         "optimizer, beyond activations": 0,
         "CUDA, cuDNN, NCCL": CUDA_ALLOWANCE if run.device_type == "cuda" else 0,
     }
-    # Weight decay copies the gradients of replicated parameters, AdamW makes roots of one of its states, and the
-    # average of --ema differences; the backward pass has freed its inputs by then.
+    # Weight decay copies the gradients of replicated parameters, AdamW makes roots of one of its states, the average of
+    # --ema differences, and RowOptimizer sums of the rows of sampled classes; the backward pass has freed its inputs by
+    # then.
     freed = sum(parts[name] for name in ("images", "activations", "saved probabilities", "chunk buffers", "embeddings"))
-    parts["optimizer, beyond activations"] = max(0, optimized - freed, average - freed)
+    summed = parts["class centers' gradient"] if sampled else 0
+    parts["optimizer, beyond activations"] = max(0, optimized - freed, average - freed, summed - freed)
     return parts
 
 

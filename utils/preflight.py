@@ -67,6 +67,14 @@ def check_freeze(options: Options, *, fresh: bool) -> None:
         freeze(build_backbone(options.training_arch, options.embedding_size), options.freeze)
 
 
+def check_sampling(options: Options, plan: ProcessPlan) -> None:
+    """Raise UserError if --sample-rate would sample a classifier of which each process has a copy."""
+    if options.sample_rate < 1 and not options.enable_model_parallel and plan.world_size > 1:
+        raise UserError(f"--sample-rate {options.sample_rate:g}: the {plan.world_size} processes would average the "
+                        "gradient of all classes of a replicated classifier; add --enable-model-parallel, or drop the "
+                        "flag")
+
+
 def check_memory(options: Options, plan: ProcessPlan) -> str:
     """What the run needs at least of the memory that there is, for the table. Raises UserError if it cannot fit.
 
@@ -87,6 +95,7 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
         model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
         optimizer_states=states, ema=options.ema is not None, fused_update=options.fuse_classifier_update,
         classifier_memory_mib=options.classifier_memory_mib or 0, embedding_size=options.embedding_size,
+        sample_rate=options.sample_rate, micro_batches=options.accumulation_steps,
         device_type="cpu"))
     parts["optimizer, beyond activations"] = 0  # depends on the activations
     if options.enable_zero_optim and sharing > 1:  # the largest share is one process's: together they hold all once
@@ -258,12 +267,15 @@ def run_table(
                       + f"{centers * options.embedding_size:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
         "class centers": f"up to {own_centers:,} per process: {center_mib:,.0f} MiB"
-                         + (f", {(1 + stores_gradient + states) * center_mib:,.0f} MiB with {' and '.join(held)}"
+                         + (f", {(1 + stores_gradient * options.sample_rate + states) * center_mib:,.0f} MiB with "
+                            f"{' and '.join(held)}"
                              if held else ""),
         "loss": f"{options.build_margin().describe()}, scale {options.loss_scale:g}"
                 + (", slope 1" if options.margin_gradient == "unit" else "")
                 + (f", classes above {options.inter_class_filter:g} left out"
-                   if options.inter_class_filter is not None else ""),
+                   if options.inter_class_filter is not None else "")
+                 + (f", over the targets and {options.sample_rate:.4g} of the classes, drawn in each step"
+                    if options.sample_rate < 1 else ""),
         "images": dataset.describe(),
         "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
                  f"{micro_batch}",
