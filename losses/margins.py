@@ -368,8 +368,10 @@ class MagFace(Margin):
 
     uses_norm: ClassVar[bool] = True
 
-    low_norm: float = flag("--low-norm", default=10.0, above=0, metavar="A", section="loss", help="l_a")
-    high_norm: float = flag("--high-norm", default=110.0, above=0, metavar="A", section="loss", help="u_a")
+    low_norm: float = flag("--low-norm", default=10.0, above=0, metavar="A", section="loss",
+                           help="l_a, the norm that smaller norms count as")
+    high_norm: float = flag("--high-norm", default=110.0, above=0, metavar="A", section="loss",
+                            help="u_a, the norm that larger norms count as")
     low_margin: float = flag("--low-margin", default=0.45, at_least=0, at_most=math.pi / 2, metavar="M", section="loss",
                              help="margin at the norm l_a, in radians")
     high_margin: float = flag("--high-margin", default=0.8, at_least=0, at_most=math.pi / 2, metavar="M",

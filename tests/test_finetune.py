@@ -61,7 +61,8 @@ def finetune(rank: int, world_size: int, frozen: str, flags: list[str]) -> tuple
     with mock.patch.object(parity, "TinyBackbone", TrainedBackbone), mock.patch.object(
             build, "build_training", keep_state):
         outcome = run_training(rank, world_size, CLASSES, True, [
-            "--freeze", frozen, "--init-from", "unused", "--backbone-lr-scale", str(LR_SCALE), "--sync-bn",
+            "--freeze", frozen, "--init-from", "unused", "--sync-bn",
+            *([] if frozen == "backbone" else ["--backbone-lr-scale", str(LR_SCALE)]),
             "--warmup-epochs", "1", *flags])
     (state, model), = states
     modes = {name: module.training for name, module in state.backbone.named_modules() if name}
@@ -208,6 +209,10 @@ def test_parameters_of_the_backbone_itself_belong_to_the_stem():
 @pytest.mark.parametrize(("flags", "words"), [
     (["--freeze", "stem"], "--freeze stem: would keep random initial weights.*--init-from"),
     (["--freeze", "stem", "--evaluate", "--resume", "x", "--imgs-root", "x", "--pair-list", "x"], "nothing is trained"),
+    (["--freeze", "backbone", "--init-from", "x", "--ema", "0.9"], "--ema with --freeze backbone: has no effect"),
+    (["--freeze", "fc,backbone", "--init-from", "x", "--clip-grad-norm", "5"], "--clip-grad-norm with --freeze fc"),
+    (["--freeze", "backbone", "--init-from", "x", "--backbone-lr-scale", "0.5"], "--backbone-lr-scale with --freeze"),
+    (["--freeze", "backbone", "--init-from", "x", "--no-decay", "norm"], "--no-decay with --freeze backbone"),
     (["--backbone-lr-scale", "0"], "--backbone-lr-scale 0: give a number above 0"),
 ])
 def test_flags_without_a_meaning(flags, words):

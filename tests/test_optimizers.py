@@ -198,6 +198,10 @@ def test_resume_to_the_bit(pools, faces, tmp_path):
         with pytest.raises(UserError, match="was trained with --optimizer adamw, this run has --optimizer sgd") as one:
             read_resumable(main.resume_request(sgd))
         assert "--init-from" in str(one.value) and "\n" not in str(one.value)
+        larger = parse_options([str(faces), *RESUME, *ADAMW, "--output", str(parts), "--resume", resume,
+                                "--embedding-size", "1000"])
+        with pytest.raises(UserError, match="this run has --embedding-size 1000.*start a run in another --output$"):
+            read_resumable(main.resume_request(larger))  # --init-from would refuse these weights too
 
 
 @pytest.mark.slow

@@ -256,6 +256,10 @@ def test_a_hint_for_what_is_left_over(flags, hint):
         with pytest.raises(UserError, match="unrecognized arguments: ") as raised:
             parse_options(argv)
         assert hint in str(raised.value)
+    with pytest.raises(UserError, match="--compile takes no value"):
+        parse_options(["DATA", "--compile", "7"])
+    with pytest.raises(UserError, match="a list such as DIR1,DIR2 is one argument, without blanks"):
+        parse_options(["DIR1,", "DIR2"])
 
 
 def test_changed_flags():
@@ -268,6 +272,7 @@ def test_changed_flags():
         "--lr 0.1 (was 0.2), --lr-milestones 1,2 (was 10,16,21), no --sync-bn (was --sync-bn)")
     assert describe_changes(saved, options("--lr", "0.2", "--sync-bn")) == "--margin 0.5 (was 0.4)"
     assert describe_changes({"lr": 0.2}, options()) == "--lr 0.1 (was 0.2)"
+    assert describe_changes({"freeze": ("stem",)}, options()) == "--freeze none (was stem)"
     assert describe_changes({"inter_class_filter": None}, options("--inter-class-filter", "0.4")) == (
         "--inter-class-filter 0.4 (was off)")
 

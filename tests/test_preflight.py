@@ -156,10 +156,13 @@ def test_the_table_of_the_run(faces):
     assert adamw["schedule"].strip() == "lr 0.001, cosine, warmup-epochs 0"
     assert adamw["class centers"].strip().endswith("8 MiB with gradient and two moments")
     assert rows["images"].startswith("48 of 8 identities in ")
-    assert rows["training"] == "35 epochs x 6 steps"
+    assert rows["training"] == "35 epochs x 6 steps, augmentation flip"
     changed = table("--margin", "0.3", "--no-easy-margin", "--scale", "32", "--max-steps", "4", "--enable-amp-mode")
     assert "margin 0.3 (hard), scale 32" in changed["loss"]
     assert "stops at step 4" in changed["training"]
+    sampled = table("--sample-rate", "0.5", "--accumulation-steps", "4", "--augment", "strong", "--compile")
+    assert "MiB, 8 MiB with gradient and momentum" in sampled["class centers"]  # a gradient of each micro-batch
+    assert "augmentation strong" in sampled["training"] and ", compiled" in sampled["backbone"]
     assert "backbone bfloat16, classifier float32" in changed["precision"]
     options = parse_options([str(faces), "-b", "8", "--device", "cpu"])
     checkpoint = Checkpoint("r/checkpoint.pth.tar", "r", {"position": {"epoch": 2, "step": 14}}, {})

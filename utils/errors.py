@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+_SWITCH_VALUES = "true", "false", "yes", "no", "0", "1"  # what users give a flag that takes no value
+
 
 class UserError(ValueError):
     """Something the user gave cannot work. The message names the flag or file, the value, and what to do."""
@@ -83,10 +85,12 @@ class Parser(argparse.ArgumentParser):
         for name, action in self._option_string_actions.items():
             following = arguments[arguments.index(name) + 1:] if name in arguments else []
             values = list(itertools.takewhile(lambda value: not value.startswith("-"), following))
-            if action.nargs == 0 and values and values[0].lower() in ("true", "false", "yes", "no", "0", "1"):
+            if action.nargs == 0 and values and (values[0] in unknown or values[0].lower() in _SWITCH_VALUES):
                 yield f"{name} takes no value"
             elif str(action.metavar).endswith(",...") and set(values[1:]) & set(unknown):  # a list: FILE,FILE,...
                 yield f"the values of {name} are one argument, with commas and without blanks"
+        if any(before.endswith(",") and after in unknown for before, after in itertools.pairwise(arguments)):
+            yield "a list such as DIR1,DIR2 is one argument, without blanks"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

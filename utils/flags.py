@@ -203,7 +203,7 @@ def _by_section(flags: Mapping[str, Flag], sections: Iterable[str]) -> dict[str,
 
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(_text, value))
+        return ",".join(map(_text, value)) or "none"
     if value is True:
         return "on"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -221,5 +221,5 @@ def parse_list(kind: type, text: str) -> tuple[Any, ...]:
             raise ValueError
         return tuple(map(kind, parts))
     except ValueError:
-        what = "numbers such as 10,16,21" if kind is not str else "files such as lfw.bin,cfp_fp.bin"
+        what = "numbers such as 10,16,21" if kind is not str else "values such as A,B"
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of {what}") from None

@@ -10,6 +10,7 @@ from typing import Any
 from data.union import IDENTITIES
 from losses.margins import MARGINS, Margin
 from models import ANY_TIMM, BACKBONES, check_arch, is_timm
+from models.freeze import WHOLE
 from utils.checkpoint.reader import AUTO
 from utils.checkpoint.weights import CHANNEL_ORDERS, MAX_EMBEDDING_SIZE
 from utils.errors import Parser, UserError
@@ -52,7 +53,7 @@ class Options(ProcessFlags, ScheduleFlags):
     arch: str | None = flag("-a", "--arch", metavar="ARCH", choices=BACKBONES, more_choices=ANY_TIMM,
                             default_text="iresnet50", section="model", help="backbone")
     embedding_size: int = flag("--embedding-size", default=EMBEDDING_SIZE, metavar="D", at_least=1,
-                               at_most=MAX_EMBEDDING_SIZE, section="model", help="numbers of an embedding")
+                               at_most=MAX_EMBEDDING_SIZE, section="model", help="length of an embedding")
     num_classes: int = flag("--num-classes", default=1000, metavar="C", at_least=2, section="model",
                             words={"auto": AUTO_CLASSES},
                             help="classes of the classifier, at least the number of identities; auto: that number")
@@ -382,7 +383,15 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     yield (bool(o.init_from) and o.resume not in ("", AUTO),
            f"--init-from {o.init_from} with --resume {o.resume}: a resumed run has its own weights; drop one of them")
     yield (bool(o.freeze) and not o.init_from and not o.resume,
-           f"--freeze {','.join(o.freeze)}: would keep random initial weights; give other weights with --init-from")
+           f"--freeze {','.join(o.freeze)}: would keep random initial weights; give trained ones with --init-from")
+    for name, without_backbone in (
+        ("--clip-grad-norm", o.clip_grad_norm is not None and not o.clip_centers),
+        ("--ema", o.ema is not None and not o.resume),  # an average that a run continues still changes
+        ("--backbone-lr-scale", o.backbone_lr_scale is not None), ("--no-decay", o.no_decay is not None),
+    ):
+        yield (without_backbone and WHOLE in o.freeze,
+               f"{name} with --freeze {','.join(o.freeze)}: has no effect on a backbone that does not train; drop one "
+               "of them")
     yield (o.start_epoch is not None and o.resume not in ("", AUTO),
            f"--start-epoch {o.start_epoch} with --resume {o.resume}: the checkpoint says where to continue; drop "
            "--start-epoch")

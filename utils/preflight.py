@@ -62,7 +62,7 @@ def check_freeze(options: Options, *, fresh: bool) -> None:
         return
     if fresh and not options.init_from:
         raise UserError(f"--freeze {','.join(options.freeze)}: --resume {options.resume} finds no checkpoint, and a "
-                        "fresh run would keep random initial weights; give other weights with --init-from")
+                        "fresh run would keep random initial weights; give trained ones with --init-from")
     with torch.device("meta"):
         freeze(build_backbone(options.training_arch, options.embedding_size), options.freeze)
 
@@ -243,6 +243,8 @@ def run_table(
     centers, own_centers = (classes * options.sub_centers for classes in (options.num_classes, shard.size))
     center_mib = own_centers * options.embedding_size * getattr(torch, options.precision).itemsize / 2**20
     stores_gradient, states = not options.fuse_classifier_update, count_states(options.optimizer, options.momentum)
+    # With sampled classes each micro-batch has a gradient of its own.
+    gradients = stores_gradient * options.sample_rate * (options.accumulation_steps if options.sample_rate < 1 else 1)
     held = ["gradient"] * stores_gradient + [[], ["momentum"], ["two moments"]][states]
     global_batch = options.batch_size * plan.nodes
     micro_batch = global_batch // plan.world_size // options.accumulation_steps
@@ -260,14 +262,15 @@ def run_table(
                      f"this is node {plan.node_rank}",
         "backbone": f"{options.training_arch}, {sum(p.numel() for p in backbone.parameters()):,} parameters, "
                     f"embedding {options.embedding_size}" + (", synchronized BatchNorm" if options.sync_bn else "")
-                    + (", blocks computed twice" if options.checkpoint_activations else "")
+                    + (", activation checkpointing" if options.checkpoint_activations else "")
+                    + (", compiled" if options.compile else "") + (", channels last" if options.channels_last else "")
                     + (f", frozen: {', '.join(options.freeze)} ({fixed:,} parameters)" if options.freeze else ""),
         "classifier": f"{options.num_classes:,} classes{without}, "
                       + (f"{options.sub_centers} centers each, " if options.sub_centers > 1 else "")
                       + f"{centers * options.embedding_size:,} parameters, "
                       + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
         "class centers": f"up to {own_centers:,} per process: {center_mib:,.0f} MiB"
-                         + (f", {(1 + stores_gradient * options.sample_rate + states) * center_mib:,.0f} MiB with "
+                         + (f", {(1 + gradients + states) * center_mib:,.0f} MiB with "
                             f"{' and '.join(held)}"
                              if held else ""),
         "loss": f"{options.build_margin().describe()}, scale {options.loss_scale:g}"
@@ -280,6 +283,7 @@ def run_table(
         "batch": f"{global_batch} images = {plan.world_size} processes x {options.accumulation_steps} micro-batches x "
                  f"{micro_batch}",
         "training": f"{options.epochs} epochs x {len(dataset) // global_batch:,} steps"
+                    + f", augmentation {options.augment}"
                     + (f", stops at step {options.max_steps:,}" if options.max_steps else ""),
         "schedule": describe_section(options, "schedule"),
         "optimizer": describe_section(options, "optimizer")
@@ -291,7 +295,8 @@ def run_table(
         position = resumed.contents["position"]
         rows["resumes"] = f"{resumed.path}, step {position['step']:,}, epoch {position['epoch'] + 1}"
     elif options.init_from:
-        rows["starts from"] = options.init_from
+        rows["starts from"] = options.init_from + (
+            f", whose colors are {options.channel_order}" if options.channel_order else "")
     if sets:
         when = f"every {options.val_freq:,} steps" if options.val_freq else "after every epoch"
         rows["evaluation"] = ", ".join(f"{eval_set.name} ({eval_set.size})" for eval_set in sets) + f", {when}" + (

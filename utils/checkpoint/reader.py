@@ -239,8 +239,11 @@ def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
     flags = "--arch", "--num-classes", "--embedding-size", "--loss", "--sub-centers", "--seed", "--optimizer"
     for flag, given, stored in zip(flags, given_values, stored_values):
         if given not in (stored, None):
+            # --init-from takes no weights of another network or size, and no centers for fewer of them.
+            refuses = flag in ("--arch", "--embedding-size") or flag == "--sub-centers" and given < stored
             raise UserError(f"{path}: was trained with {flag} {stored}, this run has {flag} {given}; give {flag} "
-                            f"{stored}, or start a run in another --output with --init-from {path}")
+                            f"{stored}, or start a run in another --output"
+                            + ("" if refuses else f" with --init-from {path}"))
     return contents
 
 
