@@ -53,7 +53,7 @@ def test_defaults_and_types():
     (["--rates", "1,-2"], "--rates 1,-2: .* at least 0"),
     (["--rates", "1,inf"], "--rates 1,inf: "),
     (["--rates", "1,x"], "--rates: '1,x' .*numbers"),
-    (["--files", "a,,b"], "--files: 'a,,b' .*files"),
+    (["--files", "a,,b"], "--files: 'a,,b' .*values such as A,B"),
     (["--color", "green"], "--color green: choose one of red, blue"),
     (["--fas"], "--fas"),
 ])
