@@ -54,7 +54,7 @@ PUBLISHED = {
     "--freeze": ((), "PART,PART,..."),
     "--momentum": (None, "M"),
     "--wd --weight-decay": (None, "W"),
-    "--no-decay": (None, "KIND,KIND"),
+    "--no-decay": (None, "KIND,..."),
     "--clip-grad-norm": (None, "X"),
     "--clip-centers": (False, None),
     "--ema": (None, "DECAY"),
@@ -249,6 +249,7 @@ def test_a_wrong_flag_is_named(flags, words):
     (["--enable-model-paralel"], "did you mean --enable-model-parallel instead of"),
     (["--lr-milestones", "10", "16", "21"], "the values of --lr-milestones are one argument, with commas"),
     (["--sync-bn", "True"], "--sync-bn takes no value"),
+    (["--no-decay", "norm", "bias"], "the values of --no-decay are one argument, with commas"),
     (["--val-bin", "a.bin", "b.bin"], "the values of --val-bin are one argument, with commas"),
 ])
 def test_a_hint_for_what_is_left_over(flags, hint):

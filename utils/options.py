@@ -110,7 +110,7 @@ class Options(ProcessFlags, ScheduleFlags):
     weight_decay: float | None = flag("--wd", "--weight-decay", metavar="W", at_least=0, section="optimizer",
                                       default_text="0.0001, adamw 0.1", help="weight decay")
     no_decay: tuple[str, ...] | None = flag(
-        "--no-decay", metavar="KIND,KIND", choices=NO_DECAY, section="optimizer",
+        "--no-decay", metavar="KIND,...", choices=NO_DECAY, section="optimizer",
         help="parameters of the backbone without weight decay (norm: weights and biases of normalisation layers; bias: "
              "biases of all layers)")
     clip_grad_norm: float | None = flag(
