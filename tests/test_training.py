@@ -189,7 +189,7 @@ class OneMoreBehind(FaceFolder):
 
 
 def resume_with_identities(rank: int, world_size: int, argv: list[str], folder: str) -> str:
-    with mock.patch("helpers.training.FaceFolder", globals()[folder]):
+    with mock.patch("helpers.training.open_training_set", lambda data, **_: globals()[folder](data)):
         return train_with_other_flags(rank, world_size, argv, [])
 
 
@@ -300,7 +300,7 @@ class OtherLabel(FaceFolder):
 
 def train_on_other_data(rank: int, world_size: int, argv: list[str], change: str) -> str:
     folder = {"name": OtherName, "label": OtherLabel}[change] if rank == 1 else FaceFolder
-    with mock.patch("helpers.training.FaceFolder", folder):
+    with mock.patch("helpers.training.open_training_set", lambda data, **_: folder(data)):
         return train_with_other_flags(rank, world_size, argv, [])
 
 
