@@ -326,12 +326,14 @@ class BatchNormAct(nn.BatchNorm2d):
 
 
 class FakeTimm(types.ModuleType):
-    """A network with dropout that must know the image's size, and one that must not."""
+    """Networks with dropout: one must know the image's size, one reads values while it is built, as older versions
+    of timm do.
+    """
 
     __version__ = "1"
 
     def is_model(self, name):
-        return name in ("conv", "sized", "act")
+        return name in ("conv", "sized", "act", "reads")
 
     def list_models(self, pattern):
         return ["conv"] if pattern == "*conf*" else []
@@ -341,6 +343,8 @@ class FakeTimm(types.ModuleType):
         if name == "conv" and sizes:
             raise TypeError("unexpected keyword argument 'img_size'")
         assert name == "conv" or sizes == {"img_size": 112}
+        if name == "reads":
+            torch.linspace(0, 0.1, 3)[1].item()
         norm = BatchNormAct(4) if name == "act" else nn.BatchNorm2d(4)
         return nn.Sequential(nn.Conv2d(3, 4, 3, 8), norm, nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2))
 
@@ -363,6 +367,8 @@ def test_networks_of_timm(tmp_path, monkeypatch):
         open_weights(str(path))
     with pytest.raises(UserError, match="timm 1 has no network of this name; similar ones: conv"):
         parse_options(["DATA", "-a", "timm:confnext"])
+    with torch.device("meta"):  # as the checks before the start do
+        assert {weight.device.type for weight in build_backbone("timm:reads").parameters()} == {"meta"}
     check_sync_bn(parse_options(["DATA", "-a", "timm:conv", "--sync-bn"]))
     with pytest.raises(UserError, match="--sync-bn with --arch timm:act: its BatchNorm layers include activations"):
         check_sync_bn(parse_options(["DATA", "-a", "timm:act", "--sync-bn"]))
