@@ -76,6 +76,7 @@ def main() -> None:
     if options.init_from and resumed is None and (decides or not options.resume):
         check_init_from(options.init_from, options.training_arch, options.embedding_size, options.sub_centers,
                         options.channel_order)
+    preflight.check_sync_bn(options)
     preflight.check_freeze(options, fresh=decides and resumed is None)
     sets = preflight.open_validation_sets(options)
     dataset = preflight.open_dataset(options, plan)

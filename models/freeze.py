@@ -27,7 +27,7 @@ def list_parts(backbone: nn.Module) -> dict[str, list[nn.Module]]:
 def _holder(backbone: nn.Module) -> nn.Module:
     """The module that has the stages: the backbone, or a network of another library within it."""
     return next((module for module in (backbone, *backbone.children())
-                 if any(name in _BODIES for name, _ in module.named_children())), backbone)
+                 if any(name in _BODIES for name in list(dict(module.named_children()))[1:])), backbone)
 
 
 def freeze(backbone: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:

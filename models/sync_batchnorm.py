@@ -15,7 +15,7 @@ class CpuSyncBatchNorm(_BatchNorm):
 
     Input (n, channels, ...) with any number of dimensions. In training mode forward and backward are collective: two
     all-reduces of (channels,), and every rank must have a batch of the same size. Evaluation is plain batch norm.
-    The module must have affine parameters and running statistics, with a fixed momentum.
+    The module must have running statistics, with a fixed momentum.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -29,7 +29,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         assert self.momentum is not None
         # Outside autocast, in the parameters' precision: fp16 squares overflow above 256.
         with torch.autocast("cpu", enabled=False):
-            x = input.to(self.weight.dtype)
+            x = input.to(self.running_mean.dtype)
             mean = AllReduceSum.apply(x.mean(dims)) / world_size
             centered = x - mean.view(shape)
             # A second pass about the common mean: E[x^2] - mean^2 would cancel in float32.
@@ -39,8 +39,19 @@ class CpuSyncBatchNorm(_BatchNorm):
                 self.num_batches_tracked.add_(1)
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-            scaled = centered * ((variance + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
+            factor = (variance + self.eps).rsqrt()
+            if not self.affine:
+                return (centered * factor.view(shape)).to(input.dtype)
+            scaled = centered * (factor * self.weight).view(shape) + self.bias.view(shape)
         return scaled.to(input.dtype)
+
+
+def has_other_batchnorm(module: nn.Module) -> bool:
+    """Whether `convert_sync_batchnorm` would change what the module computes: some of timm's BatchNorms do more, such
+    as an activation, which is lost without an error, with torch's own conversion too.
+    """
+    return any(isinstance(layer, _BatchNorm) and type(layer).forward is not _BatchNorm.forward
+               for layer in module.modules())
 
 
 def convert_sync_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
@@ -52,7 +63,7 @@ def convert_sync_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
+            synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
             synced._parameters, synced._buffers = child._parameters, child._buffers
             setattr(module, name, synced)
         else:

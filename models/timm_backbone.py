@@ -27,15 +27,15 @@ class TimmBackbone(nn.Module):
         super().__init__()
         check_timm(name)
         self.embedding_size = embedding_size
-        timm = _import_timm(name)
         try:
             try:
-                self.body = timm.create_model(name, num_classes=0, img_size=112)
-            except TypeError:  # only some networks must know the size
-                self.body = timm.create_model(name, num_classes=0)
-            _switch_off_dropout(self.body)
-            with torch.no_grad():
-                width = self.body.eval()(torch.zeros(2, 3, 112, 112)).flatten(1).shape[1]
+                self.body, width = _build_body(name)
+            except RuntimeError:
+                if torch.get_default_device().type != "meta":
+                    raise
+                with torch.device("cpu"):  # older versions of timm read values while they build a network
+                    self.body, width = _build_body(name)
+                self.body.to("meta")
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             raise UserError(f"--arch {PREFIX}{name}: does not work with images of 112 pixels "
                             f"({' '.join(str(error).split())[:200]}); choose another network") from None
@@ -47,6 +47,18 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (n, 3, 112, 112) float in [-1, 1] -> embedding (n, d), not L2-normalised."""
         return self.features(self.fc(self.body(images).flatten(1)))
+
+
+def _build_body(name: str) -> tuple[nn.Module, int]:
+    """The network without its classifier, and the width of its output."""
+    timm = _import_timm(name)
+    try:
+        body = timm.create_model(name, num_classes=0, img_size=112)
+    except TypeError:  # only some networks must know the size
+        body = timm.create_model(name, num_classes=0)
+    _switch_off_dropout(body)
+    with torch.no_grad():
+        return body, body.eval()(torch.zeros(2, 3, 112, 112)).flatten(1).shape[1]
 
 
 def check_timm(name: str) -> None:

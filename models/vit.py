@@ -82,10 +82,12 @@ class TransformerBlock(Block):
         self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """keys: int64 (n,) in training, else None."""
+        """keys: int64 (n,) in training, else None. A block in evaluation mode, which --freeze keeps, drops nothing."""
         for part, branch in enumerate((lambda x: self.attn(self.norm1(x)), lambda x: self.mlp(self.norm2(x)))):
             out = branch(x)
-            x = x + (out if keys is None else drop_path(out, keys, 2 * self.number + part + 1, self.drop_path))
+            if keys is not None and self.training:
+                out = drop_path(out, keys, 2 * self.number + part + 1, self.drop_path)
+            x = x + out
         return x
 
 

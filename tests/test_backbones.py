@@ -28,7 +28,7 @@ from models.iresnet import IBasicBlock
 from models.mbf import DepthWise
 from models.mobilefacenet import Bottleneck
 from models.randomness import drop_path, dropout, image_keys, random_integers, random_uniform
-from models.vit import Variant, ViT
+from models.vit import TransformerBlock, Variant, ViT
 from utils import build
 from utils.checkpoint.init_from import init_from
 from utils.checkpoint.weights import open_weights
@@ -36,6 +36,7 @@ from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
 from utils.planner import measure_backbone
+from utils.preflight import check_sync_bn
 
 export = load_script("export")
 
@@ -200,6 +201,12 @@ def test_vit_shows_the_mask_token_in_place_of_the_tokens_it_leaves_out():
     assert masked.nonzero()[:36, 1].tolist() == sorted(random_integers(keys, 0, 144)[0].argsort()[108:].tolist())
 
 
+def test_a_frozen_block_drops_nothing():
+    block, x, keys = TransformerBlock(16, 1, 0.9), torch.randn(8, 4, 16), image_keys(1, 2, torch.arange(8))
+    assert not torch.equal(block(x, keys), block(x, None))
+    assert torch.equal(block.eval()(x, keys), block(x, None))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -311,13 +318,22 @@ def test_training_starts_from_adafaces_weights(pools, tmp_path, ir18):
 # timm, and mistakes
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d, which many of its networks have."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
 class FakeTimm(types.ModuleType):
-    """A network with dropout that must know the image's size, and one that must not."""
+    """Networks with dropout: one must know the image's size, one reads values while it is built, as older versions
+    of timm do.
+    """
 
     __version__ = "1"
 
     def is_model(self, name):
-        return name in ("conv", "sized")
+        return name in ("conv", "sized", "act", "reads")
 
     def list_models(self, pattern):
         return ["conv"] if pattern == "*conf*" else []
@@ -327,7 +343,10 @@ class FakeTimm(types.ModuleType):
         if name == "conv" and sizes:
             raise TypeError("unexpected keyword argument 'img_size'")
         assert name == "conv" or sizes == {"img_size": 112}
-        return nn.Sequential(nn.Conv2d(3, 4, 3, 8), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2))
+        if name == "reads":
+            torch.linspace(0, 0.1, 3)[1].item()
+        norm = BatchNormAct(4) if name == "act" else nn.BatchNorm2d(4)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, 8), norm, nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2))
 
 
 def test_networks_of_timm(tmp_path, monkeypatch):
@@ -348,6 +367,11 @@ def test_networks_of_timm(tmp_path, monkeypatch):
         open_weights(str(path))
     with pytest.raises(UserError, match="timm 1 has no network of this name; similar ones: conv"):
         parse_options(["DATA", "-a", "timm:confnext"])
+    with torch.device("meta"):  # as the checks before the start do
+        assert {weight.device.type for weight in build_backbone("timm:reads").parameters()} == {"meta"}
+    check_sync_bn(parse_options(["DATA", "-a", "timm:conv", "--sync-bn"]))
+    with pytest.raises(UserError, match="--sync-bn with --arch timm:act: its BatchNorm layers include activations"):
+        check_sync_bn(parse_options(["DATA", "-a", "timm:act", "--sync-bn"]))
     with pytest.raises(UserError, match="--checkpoint-activations with --arch timm:conv"):
         parse_options(["DATA", "-a", "timm:conv", "--checkpoint-activations"])
 

@@ -105,7 +105,8 @@ def test_the_average_of_a_run(pools, faces, tmp_path):
 def train_and_listen(rank: int, world_size: int, argv: list[str]) -> str:
     """`train`; what it reports."""
     texts: list[str] = []
-    with mock.patch.object(TrainingLog, "say", lambda log, text: texts.append(text)):
+    with mock.patch.object(TrainingLog, "say", lambda log, text: texts.append(text)), mock.patch.object(
+            weights, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         train(rank, world_size, argv)
     return "\n".join(texts)
 
@@ -136,6 +137,9 @@ def test_the_average_is_evaluated_and_read(pools, faces, tmp_path):
     with mock.patch.object(weights, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         opened = weights.open_weights(str(path))
     assert opened.averaged and opened.describe("FILE") == "iresnet50 of FILE, EMA weights"
+    (text,) = pools(1).run(train_and_listen, [*flags, "--max-steps", "1", "--init-from", str(path),
+                                              "--output", str(tmp_path / "from")])
+    assert f"starting from {path} (EMA weights): backbone" in text
     for name, value in opened.backbone.state_dict().items():
         assert torch.equal(value, averages_of(path.parent)[f"ema {name}"])
     embeddings = embed_images(opened.backbone, PairImages(pairs), ALONE, batch_size=60, workers=0, progress=False)

@@ -199,11 +199,12 @@ def test_parameters_of_the_backbone_itself_belong_to_the_stem():
     freeze(backbone, ["stem"])
     trained = {"blocks.0.weight", "blocks.0.bias"}
     assert {name for name, parameter in backbone.named_parameters() if parameter.requires_grad} == trained
-    wrapped = nn.ModuleDict({"network": WithPositions(), "fc": nn.Linear(2, 2)})  # of another library
-    assert list(list_parts(wrapped)) == ["stem", "network", "fc", "backbone"]
-    freeze(wrapped, ["stem"])
-    assert {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad} == {
-        f"network.{name}" for name in trained} | {"fc.weight", "fc.bias"}
+    for own in "network", "body":  # of another library; models.timm_backbone calls it body, a name of ir's blocks
+        wrapped = nn.ModuleDict({own: WithPositions(), "fc": nn.Linear(2, 2)})
+        assert list(list_parts(wrapped)) == ["stem", own, "fc", "backbone"]
+        freeze(wrapped, ["stem"])
+        assert {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad} == {
+            f"{own}.{name}" for name in trained} | {"fc.weight", "fc.bias"}
 
 
 @pytest.mark.parametrize(("flags", "words"), [

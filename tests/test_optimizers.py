@@ -20,6 +20,7 @@ from utils.checkpoint.reader import read_resumable
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
+from utils.training.clip import GradientClip
 from utils.training.optim import Optimizers, RowAdamW, undecayed
 
 SHARDED, ZERO, FUSED = ["--enable-model-parallel"], ["--enable-zero-optim"], ["--fuse-classifier-update"]
@@ -174,6 +175,12 @@ def step_with_overflow(rank: int, world_size: int, flags: list[str]) -> list[boo
                                    [*ZERO, "--on-nonfinite", "skip"]])
 def test_a_norm_that_is_not_finite_skips_the_step(pools, flags):
     assert pools(2).run(step_with_overflow, flags) == [[False, True]] * 2
+
+
+def test_the_norm_of_a_frozen_backbone_is_on_the_parameters_device():
+    """It joins masks on the device. GPUs are not at hand here, and "meta" is a device that is not the CPU."""
+    norm = GradientClip(1.0, [torch.nn.Parameter(torch.empty(3, device="meta"))])()
+    assert norm.device.type == "meta"
 
 
 ALL = [*RESUME, *ADAMW, "--clip-grad-norm", "0.5", "--no-decay", "norm", "--ema", "0.5", "--seed", "5"]

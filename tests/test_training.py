@@ -189,7 +189,7 @@ class OneMoreBehind(FaceFolder):
 
 
 def resume_with_identities(rank: int, world_size: int, argv: list[str], folder: str) -> str:
-    with mock.patch("helpers.training.FaceFolder", globals()[folder]):
+    with mock.patch("helpers.training.open_training_set", lambda data, **_: globals()[folder](data)):
         return train_with_other_flags(rank, world_size, argv, [])
 
 
@@ -300,7 +300,7 @@ class OtherLabel(FaceFolder):
 
 def train_on_other_data(rank: int, world_size: int, argv: list[str], change: str) -> str:
     folder = {"name": OtherName, "label": OtherLabel}[change] if rank == 1 else FaceFolder
-    with mock.patch("helpers.training.FaceFolder", folder):
+    with mock.patch("helpers.training.open_training_set", lambda data, **_: folder(data)):
         return train_with_other_flags(rank, world_size, argv, [])
 
 
@@ -330,6 +330,23 @@ def sync_batch_norm_in_half(rank: int, world_size: int) -> float:
 
 def test_synchronised_batch_norm_does_not_overflow_in_half(pools):
     assert max(pools(2).run(sync_batch_norm_in_half)) < 0.01
+
+
+def sync_batch_norm_without_gain(rank: int, world_size: int) -> float:
+    torch.manual_seed(0)
+    values = torch.randn(6, 4)
+    (synced,) = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(4, affine=False)), "cpu")
+    out = synced(values.chunk(world_size)[rank])
+    plain = torch.nn.BatchNorm1d(4, affine=False)
+    expected = plain(values).chunk(world_size)[rank]
+    assert list(synced.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(synced.running_var, plain.running_var)
+    return float((out - expected).abs().max())
+
+
+def test_synchronised_batch_norm_without_gain_and_bias(pools):
+    """As the last one of ir50 and its siblings."""
+    assert max(pools(2).run(sync_batch_norm_without_gain)) < 1e-5
 
 
 def test_damaged_lines_of_metrics_are_dropped(tmp_path):

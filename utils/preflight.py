@@ -14,6 +14,7 @@ from data.formats import open_training_set
 from data.training_set import TrainingSet
 from models import build_backbone, is_timm
 from models.freeze import freeze
+from models.sync_batchnorm import has_other_batchnorm
 from utils.checkpoint.layout import BEST, LATEST, STEPS_DIRECTORY
 from utils.checkpoint.reader import AUTO, Checkpoint
 from utils.dist.sharding import ClassShard
@@ -65,6 +66,16 @@ def check_freeze(options: Options, *, fresh: bool) -> None:
                         "fresh run would keep random initial weights; give trained ones with --init-from")
     with torch.device("meta"):
         freeze(build_backbone(options.training_arch, options.embedding_size), options.freeze)
+
+
+def check_sync_bn(options: Options) -> None:
+    """Raise UserError if --sync-bn would change what the network computes."""
+    if options.sync_bn and is_timm(options.training_arch):
+        with torch.device("meta"):
+            backbone = build_backbone(options.training_arch, options.embedding_size)
+        if has_other_batchnorm(backbone):
+            raise UserError(f"--sync-bn with --arch {options.training_arch}: its BatchNorm layers include activations, "
+                            "which synchronized ones would leave out; drop --sync-bn, or choose another network")
 
 
 def check_sampling(options: Options, plan: ProcessPlan) -> None:

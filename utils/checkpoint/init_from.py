@@ -53,9 +53,9 @@ def init_from(
     the training set by label, at most as many as there are classes. Raises UserError on every rank.
     """
     weights = check_init_from(path, arch, classifier.weight.shape[1], classifier.sub_centers, channel_order)
-    start = f"starting from {path}: backbone{weights.describe_order()}"
+    start = (f"starting from {path}{' (EMA weights)' if weights.averaged else ''}: "
+             f"backbone{weights.describe_order()}")
     backbone.load_state_dict(weights.backbone.state_dict())
-    path += " (EMA weights)" if weights.averaged else ""
     centers, names, shard = weights.centers, weights.identities or [], classifier.shard
     if centers is None:
         return f"{start}; the file has no class centers, so all of them are initialized"

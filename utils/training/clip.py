@@ -32,7 +32,8 @@ class GradientClip:
         """
         replicated, sharded = ([parameter.grad for parameter in self._parameters if parameter.grad is not None
                                 and is_sharded(parameter) == wanted] for wanted in (False, True))
-        norm = get_total_norm(replicated)
+        # With --freeze backbone there is none: torch's norm of no gradients would be on the CPU.
+        norm = get_total_norm(replicated) if replicated else torch.zeros((), device=self._parameters[0].device)
         if self._sharded:
             squares = get_total_norm(sharded).double().square().to(norm.device)
             dist.all_reduce(squares)
