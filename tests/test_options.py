@@ -273,6 +273,8 @@ def test_changed_flags():
         "--lr 0.1 (was 0.2), --lr-milestones 1,2 (was 10,16,21), no --sync-bn (was --sync-bn)")
     assert describe_changes(saved, options("--lr", "0.2", "--sync-bn")) == "--margin 0.5 (was 0.4)"
     assert describe_changes({"lr": 0.2}, options()) == "--lr 0.1 (was 0.2)"
+    assert describe_changes({"lr_milestones": (10.0, 16.0, 21.0)}, options("--lr-milestones", "none")) == (
+        "--lr-milestones none (was 10,16,21)")
     assert describe_changes({"freeze": ("stem",)}, options()) == "--freeze off (was stem)"
     assert describe_changes({"inter_class_filter": None}, options("--inter-class-filter", "0.4")) == (
         "--inter-class-filter 0.4 (was off)")

@@ -305,7 +305,8 @@ def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
         shows = definition.section in _CHANGEABLE or field in ("augment", "sync_bn")
         unused = now.get(field) is None and any(field in own for own in SCHEDULE_SETTINGS.values())
         if shows and not unused and field in before and field not in ("seed", "start_epoch", "max_steps"):
-            new, old = (definition.describe(definition.default_text or "off" if value is None or value == () else value)
+            new, old = (definition.describe(definition.default_text or "off" if value is None or (
+                            value == () == definition.default) else value)
                         for value in (now.get(field), before[field]))
             if new != old:
                 changes.append(f"{new} (was {old.removeprefix(definition.name + ' ')})")
