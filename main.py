@@ -256,7 +256,8 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
         state.optimizers.zero_grad()
         position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
         run.guard.check(run.log.add(step=position.step, epoch=position.epoch, lr=lr, loss=torch.stack(losses).mean(),
-                                    num_closer=torch.cat(closer), finite=torch.stack(finite).all()))
+                                    num_closer=torch.cat(closer), finite=torch.stack(finite).all(),
+                                    skipped=skipped_step))
         stopped_by = run.stop.poll() if run.stop is not None else None
         if stopped_by:
             break

@@ -241,6 +241,27 @@ def test_skip_gives_up_after_a_hundred_steps_in_a_row(pools, tmp_path):
     assert "105 steps in a row" in error
 
 
+def many_skipped_steps(rank: int, world_size: int, output: str) -> str:
+    log = TrainingLog(DistContext(rank, world_size, world_size, torch.device("cpu")), output, fresh=True, step=0,
+                      total_steps=1000, epochs=1, global_batch=8, print_freq=10)
+    guard = StepGuard(torch.nn.Identity(), skip=False)
+    for step in range(1, 121):
+        try:
+            guard.check(log.add(step=step, epoch=0, lr=0.1, loss=torch.tensor(2.0), num_closer=torch.zeros(4),
+                                finite=torch.tensor(True), skipped=torch.tensor(float(step != 5))))
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_steps_that_are_skipped_for_their_gradients_are_counted_too(pools, tmp_path):
+    """fp16, or a gradient norm that is not finite: the loss alone would not show it."""
+    (error,) = pools(1).run(many_skipped_steps, str(tmp_path))
+    assert error.startswith("step 110: gradients are inf or NaN (the loss is 2), like the 105 steps in a row")
+    lines = read_metrics(tmp_path)
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [*range(9, 109, 10)] + [109]
+
+
 def describe(*ranks: tuple[bool, bool]) -> str:
     return StepLoss(7, float("nan"), ranks).describe()
 

@@ -33,11 +33,13 @@ class StepLoss:
     """The loss of a step, the mean over all ranks.
 
     nonfinite: for each rank, whether its embeddings and its own loss were inf or NaN; empty if the loss is finite.
+    skipped: the loss is finite, but the step was skipped, because gradients were not.
     """
 
     step: int
     loss: float
     nonfinite: Sequence[Sequence[bool]] = ()
+    skipped: bool = False
 
     def describe(self) -> str:
         """One line that names the ranks whose numbers were not finite.
@@ -45,6 +47,8 @@ class StepLoss:
         With sharded classes all ranks have the same loss, but each rank has its own embeddings. If all embeddings are
         finite, only the class centers are left as the cause.
         """
+        if not self.nonfinite:
+            return f"step {self.step}: gradients are inf or NaN (the loss is {self.loss:g})"
         embeddings, losses = zip(*self.nonfinite)
         cause = (f"embeddings of {_ranks(embeddings)}" if any(embeddings) else
                  f"loss of {_ranks(losses)}; all embeddings were finite, so look at the class centers")
@@ -89,16 +93,17 @@ class StepGuard:
     def check(self, steps: Sequence[StepLoss]) -> None:
         """Look at losses that TrainingLog has read, each step once and in order. Call it on all ranks.
 
-        Raises NotFinite for the first loss that is not finite, or with `skip` after a hundred of them in a row.
+        Raises NotFinite for the first loss that is not finite, or with `skip` after a hundred of them in a row, and
+        after a hundred steps in a row that were skipped for their gradients.
         """
         for step in steps:
-            self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if step.nonfinite else 0
+            self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if step.nonfinite or step.skipped else 0
             if step.nonfinite and not self._skip:
                 raise NotFinite(f"{step.describe()}; training stopped and no checkpoint was overwritten. {ADVICE}, "
                                 "or skip such steps with --on-nonfinite skip")
         if self._nonfinite_in_a_row >= _MAX_NONFINITE_IN_A_ROW:
-            raise NotFinite(f"{steps[-1].describe()}, like the {self._nonfinite_in_a_row} steps in a row that "
-                            f"--on-nonfinite skip has skipped; {ADVICE}")
+            raise NotFinite(f"{steps[-1].describe()}, like the {self._nonfinite_in_a_row} steps in a row that were "
+                            f"skipped; {ADVICE}")
 
 
 def require_finite_weights(backbone: nn.Module, centers: Tensor, step: int) -> None:

@@ -51,8 +51,8 @@ class TrainingLog:
                  global_batch: int, print_freq: int, skip_nonfinite: bool = False) -> None:
         self._context, self._print_freq = context, print_freq
         self._total_steps, self._epochs, self._global_batch = total_steps, epochs, global_batch
-        # For each step since the last flush its line, and float64 (5,): loss, top-1, top-5 in [0, 1], and whether the
-        # embeddings and the loss were inf or NaN.
+        # For each step since the last flush its line, and float64 (6,): loss, top-1, top-5 in [0, 1], whether the
+        # embeddings and the loss were inf or NaN, and whether the step was skipped.
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._skip_nonfinite, self._skipped = skip_nonfinite, 0
         self._hits: list[tuple[float, float]] = []  # top-1, top-5 of the steps since the last report
@@ -73,14 +73,16 @@ class TrainingLog:
                 self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def add(self, *, step: int, epoch: int, lr: float, loss: Tensor, num_closer: Tensor,
-            finite: Tensor) -> list[StepLoss]:
+            finite: Tensor, skipped: Tensor | None = None) -> list[StepLoss]:
         """Collective every `print_freq` steps. Record a step of this rank; steps count from 1.
 
         loss: scalar. num_closer: (n,), the classes closer to each embedding than its own. finite: bool scalar, whether
-        the embeddings were. All stay on the device. Returns what `flush` does in a step that reports, else nothing.
+        the embeddings were. skipped: scalar, the same on all ranks, 1 if the optimizers left the step out. All stay on
+        the device. Returns what `flush` does in a step that reports, else nothing.
         """
         loss = loss.detach()
-        values = [loss, *((num_closer < k).double().mean() for k in (1, 5)), ~finite, ~loss.isfinite()]
+        values = [loss, *((num_closer < k).double().mean() for k in (1, 5)), ~finite, ~loss.isfinite(),
+                  torch.zeros_like(loss) if skipped is None else skipped]
         line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": None, "lr": lr}
         self._pending.append((line, torch.stack([value.double() for value in values])))
         if self._bar is not None:
@@ -95,13 +97,15 @@ class TrainingLog:
         if not self._pending:
             return []
         values = all_gather_rows(torch.stack([values for _, values in self._pending]).unsqueeze(0), None)
-        means, nonfinite = values[..., :3].mean(dim=0).tolist(), values[..., 3:].bool()  # (W, steps, 2)
+        means, nonfinite = values[..., :3].mean(dim=0).tolist(), values[..., 3:5].bool()  # (W, steps, 2)
+        skipped = values[0, :, 5].bool().tolist()
         steps = []
         for number, ((line, _), (loss, top1, top5)) in enumerate(zip(self._pending, means)):
             if math.isfinite(loss):
                 line["loss"] = loss
                 self._hits.append((top1, top5))
-                steps.append(StepLoss(line["step"], loss))
+                steps.append(StepLoss(line["step"], loss, skipped=skipped[number]))
+                self._skipped += skipped[number]
             else:
                 line["nonfinite"] = True  # "loss" stays null, because JSON has no inf or NaN
                 steps.append(StepLoss(line["step"], loss, nonfinite[:, number].tolist()))
