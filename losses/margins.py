@@ -180,8 +180,8 @@ class CosFace(Margin):
 class CombinedMargin(Margin):
     """phi = cos(m1 * theta + m2) - m3.
 
-    This falls with theta up to m1 * theta + m2 = pi, at theta0. Beyond, phi = cosine - cos(theta0) - 1 - m3: it goes on
-    falling, without a step.
+    This falls with theta up to theta0, where m1 * theta0 + m2 = pi. Beyond, phi = cosine - cos(theta0) - 1 - m3, which
+    is continuous at theta0 and keeps falling.
 
     Deng et al., "ArcFace", CVPR 2019, equation 4. (1, 0.3, 0.2) and (0.9, 0.4, 0.15) are in its table 2.
     """

@@ -662,7 +662,7 @@ def test_what_is_not_a_checkpoint_is_for_init_from(sound, tmp_path):
 
 
 def test_manifest_errors_are_of_their_own_kind(sound, tmp_path):
-    """--resume auto goes on to another checkpoint for these, and for nothing else."""
+    """--resume auto tries the next checkpoint for these, and for nothing else."""
     shutil.copytree(sound / "checkpoints", tmp_path / "checkpoints")
     cut(tmp_path / "checkpoints/step-00000002" / SHARD)
     with pytest.raises(DamagedCheckpoint):

@@ -94,7 +94,7 @@ def test_the_average_of_a_run(pools, faces, tmp_path):
         assert_same_training(parts, output)
     for name, value in averages[0].items():
         torch.testing.assert_close(averages[1][name], value, rtol=1e-9, atol=1e-9)
-    # A checkpoint of three processes goes on in one.
+    # One process resumes a checkpoint of three.
     pools(3).run(train, [*flags, "--max-steps", "2", "--output", str(tmp_path / "other")])
     pools(1).run(train, [str(faces), *RUN, "--precision", "float64", "--max-steps", "3", "--resume", "auto",
                          "--output", str(tmp_path / "other")])
@@ -127,7 +127,7 @@ def test_an_average_that_is_added_or_dropped(pools, faces, tmp_path):
 
 
 def test_the_average_is_evaluated_and_read(pools, faces, tmp_path):
-    """During training, and by everything that reads weights from a checkpoint. Training goes on with its own."""
+    """Evaluations and all readers of weights use the average; training keeps its own weights."""
     flags = [str(faces), *RUN, "--seed", "5", "--max-steps", "3"]
     sets = ["--val-pairs", str(faces / "lfw" / "pair.list"), "--val-freq", "1"]
     pools(1).run(train, [*flags, *sets, "--output", str(tmp_path / "evaluated")])

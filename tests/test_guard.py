@@ -21,6 +21,7 @@ from utils import build
 from utils.dist.context import DistContext
 from utils.errors import UserError
 from utils.options import parse_options
+from utils.training import clip
 from utils.training.guard import StepGuard, StepLoss
 from utils.training.metrics import TrainingLog
 
@@ -260,6 +261,18 @@ def test_steps_that_are_skipped_for_their_gradients_are_counted_too(pools, tmp_p
     assert error.startswith("step 110: gradients are inf or NaN (the loss is 2), like the 105 steps in a row")
     lines = read_metrics(tmp_path)
     assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [*range(9, 109, 10)] + [109]
+
+
+def train_with_a_norm_of_inf(rank: int, world_size: int, argv: list[str]) -> int:
+    norms = itertools.chain([torch.tensor(float("inf"))], itertools.repeat(torch.tensor(1.0)))
+    with mock.patch.object(clip, "get_total_norm", lambda gradients: next(norms)):
+        return train(rank, world_size, argv)
+
+
+def test_a_step_that_the_norm_skips_is_in_the_log(pools, faces, tmp_path):
+    flags = [str(faces), *RESUME, "--on-nonfinite", "skip", "--clip-grad-norm", "1", "-p", "1", "--max-steps", "2"]
+    pools(1).run(train_with_a_norm_of_inf, [*flags, "--output", str(tmp_path)])
+    assert [line["skipped_steps"] for line in read_metrics(tmp_path)] == [1, 1]
 
 
 def describe(*ranks: tuple[bool, bool]) -> str:

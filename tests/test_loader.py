@@ -243,7 +243,7 @@ def test_workers_persist_take_one_thread_and_survive_signals():
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_workers_that_die_or_stand_still_are_replaced(capfd, monkeypatch, number):
-    """Not a batch is lost or read twice, and the next epoch goes on with the new workers."""
+    """Not a batch is lost or read twice, and the next epoch uses the new workers."""
     sampler = sampler_of(global_batch=4)
     loader = build_train_loader(AboutTheProcess(os.getpid), sampler, workers=2, pin_memory=False, patience=0.5)
     batches = iter(loader)

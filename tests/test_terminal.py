@@ -1,4 +1,4 @@
-"""Output that cannot be written: no traceback, and a run goes on."""
+"""Output that cannot be written: no traceback, and the run continues."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def test_buckets_are_laid_out_with_device_ids(pools):
 
 
 def momentum_in_another_layout(rank: int, world_size: int) -> float:
-    """The largest difference between a step that goes on with loaded momentum in another layout, and the true one."""
+    """The largest difference between a step with momentum loaded in another layout, and the true one."""
     options = parse_options(["x", "--on-nonfinite", "skip", "--enable-zero-optim"][: 3 + world_size % 2])
     generator = torch.Generator().manual_seed(0)
     weight, momentum, gradient = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))

@@ -143,7 +143,7 @@ def attempt_with_an_error(rank: int, world_size: int, where: str, *argv: list[st
 
 @pytest.mark.parametrize(("where", "failed"), [("receiver", 0), ("sender", 1)])
 def test_an_error_in_a_transfer_gives_up_this_save_on_all_ranks(pools, faces, tmp_path, where, failed):
-    """Three nodes of one process: rank 0 receives from two. Training goes on, and the next save works."""
+    """Three nodes of one process: rank 0 receives from two. Training continues, and the next save works."""
     flags = [[str(faces), *FLAGS, "--max-steps", "3", "-b", "4", "--output", str(tmp_path / name)]
              for name in "abc"]
     message = f"No space left on device, on rank {failed}"

@@ -90,10 +90,10 @@ def init_from(
 
 
 def rows_of_classes(classes: np.ndarray, stored: int, own: int) -> np.ndarray:
-    """int64 (M * own,): the stored row for each row of a run with `own` centers of a class; -1: it stays as it is.
+    """For each row of the run, int64 (M * own,): the stored row to copy, or -1 to keep the initial value.
 
-    classes: int64 (M,), the stored class of each of the run's classes, or -1. stored: the number of centers of a stored
-    class, at most `own`.
+    classes: int64 (M,), the stored class of each of the run's classes, or -1. own, stored: centers per class of the run
+    and of the file, own >= stored.
     """
     rows = np.full((len(classes), own), -1)
     rows[:, :stored] = np.where(classes[:, None] >= 0, classes[:, None] * stored + np.arange(stored), -1)

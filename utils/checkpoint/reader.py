@@ -75,7 +75,7 @@ class Checkpoint:
     exchange: Exchange | None = None
 
     def is_of_run_in(self, output: str) -> bool:
-        """Whether it is in this directory, or a link there leads to it: then the directory's own run goes on."""
+        """Whether it is in this directory, or a link there leads to it: then this run continues the directory's own."""
         steps = os.path.realpath(os.path.join(output, layout.STEPS_DIRECTORY))
         return (os.path.realpath(os.path.dirname(self.directory)) == steps
                 or os.path.realpath(os.path.dirname(self.path)) == os.path.realpath(output))
