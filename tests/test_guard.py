@@ -12,7 +12,7 @@ import torch
 from helpers import training
 from helpers.commands import read_metrics
 from helpers.tiny import TinyBackbone
-from helpers.training import RESUME, RandomFaces, RecordingLog, make_run, train
+from helpers.training import RESUME, RandomFaces, RecordingLog, build_sharded_fp16, make_run, train
 
 import main
 from data.loader import TrainBatch
@@ -109,12 +109,7 @@ def test_without_skip_the_weights_are_lost(pools):
 
 def scaler_decisions(rank: int, world_size: int) -> list[tuple[float, bool]]:
     """(fp16 scale, whether the weights moved) after an overflow, after a NaN loss, and after a good step."""
-    options = parse_options(["unused", "--num-classes", "5", "--batch-size", "8", "--enable-model-parallel",
-                             "--enable-amp-mode", "--amp-dtype", "fp16", "--on-nonfinite", "skip"])
-    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = build.build_training(context, options, 5, 80, 8)
-    state.scaler.scale(torch.ones(()))  # makes the scale tensor
+    state, model = build_sharded_fp16(rank, world_size, 5, "--on-nonfinite", "skip")
     outcome = []
     for overflow, loss in ((True, 1.0), (False, float("nan")), (False, 1.0)):
         before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -136,12 +131,7 @@ def test_only_an_overflow_of_the_gradients_lowers_the_scale(pools):
 
 def first_step_after_an_overflow(rank: int, world_size: int) -> float:
     """The classifier's momentum after a first step that the fp16 scaler skips and a second one with gradient 1."""
-    options = parse_options(["unused", "--num-classes", "40", "--batch-size", "8", "--enable-model-parallel",
-                             "--enable-amp-mode", "--amp-dtype", "fp16", "--wd", "0"])
-    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = build.build_training(context, options, 5, 80, 8)
-    state.scaler.scale(torch.ones(()))
+    state, model = build_sharded_fp16(rank, world_size, 40, "--wd", "0")
     for gradient in (float("inf"), 32768.0):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)

@@ -13,8 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.margins import TRUTH, TrueLoss, true_softmax
 from helpers.saved import assert_same_training, saved_training
-from helpers.tiny import TinyBackbone
-from helpers.training import RESUME, losses, train
+from helpers.training import RESUME, build_sharded_fp16, losses, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +23,6 @@ from losses.margins import MARGINS
 from losses.sampling import draw_classes, join_targets
 from models.classifier import MarginClassifier, initial_centers
 from utils import build
-from utils.dist.context import DistContext
 from utils.dist.sharding import ClassShard, init_model_parallel
 from utils.errors import UserError
 from utils.launch.plan import ProcessPlan
@@ -330,12 +328,7 @@ def step_after_an_overflow(rank: int, world_size: int) -> tuple[list[Tensor], li
 
     The first one overflows on the last rank.
     """
-    options = parse_options(["unused", "--num-classes", "10", "--batch-size", "8", "--enable-model-parallel",
-                             "--enable-amp-mode", "--amp-dtype", "fp16", "--sample-rate", "0.3"])
-    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
-    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
-        state, model = build.build_training(context, options, 5, 80, 8)
-    state.scaler.scale(torch.ones(()))
+    state, model = build_sharded_fp16(rank, world_size, 10, "--sample-rate", "0.3")
     weight, weights, momenta = model.module.classifier.weight, [], []
     for bad in (rank == world_size - 1, False):
         weights.append(weight.detach().clone())

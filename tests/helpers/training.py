@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import main
@@ -18,6 +18,7 @@ from utils.checkpoint.reader import read_resumable
 from utils.dist.context import DistContext
 from utils.options import parse_options
 from utils.training.guard import StepGuard
+from utils.training.state import TrainState
 
 MODES = {
     "base": [],
@@ -42,6 +43,17 @@ def train(rank: int, world_size: int, argv: list[str], *others: list[str]) -> in
         dataset = open_training_set(options.data, index="none", skip_bad=False, progress=False,
                                     identities=options.identities)
         return main.train(context, options, dataset, preflight.open_validation_sets(options))
+
+
+def build_sharded_fp16(rank: int, world_size: int, num_classes: int, *flags: str) -> tuple[TrainState, nn.Module]:
+    """State and model of a run with sharded classes, batch 8 and the fp16 scaler, whose scale tensor is there."""
+    options = parse_options(["unused", "--num-classes", str(num_classes), "--batch-size", "8",
+                             "--enable-model-parallel", "--enable-amp-mode", "--amp-dtype", "fp16", *flags])
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+    with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(False)):
+        state, model = build.build_training(context, options, 5, 80, 8)
+    state.scaler.scale(torch.ones(()))
+    return state, model
 
 
 def make_run(context, options, state, model, steps_per_epoch: int, log) -> main.Run:
