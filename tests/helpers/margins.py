@@ -28,7 +28,8 @@ class TrueLoss:
     """A loss by its definition: functions that autograd can differentiate.
 
     phi(cosine, norm, **settings), negatives(cosine, target, phi, **settings), penalty(norm, **settings), where the
-    settings include the running statistics; update(cosine, norm, **settings) returns these after a step.
+    settings include the running statistics; update(cosine, norm, **settings) returns these after a step. trained:
+    settings for training steps, where the defaults would have no effect.
     """
 
     phi: Callable[..., Tensor]
@@ -37,6 +38,7 @@ class TrueLoss:
     penalty: Callable[..., Tensor] | None = None
     statistics: dict[str, float] = field(default_factory=dict)
     update: Callable[..., dict[str, Any]] | None = None
+    trained: dict[str, float] = field(default_factory=dict)
 
     def parts(self, **settings: Any) -> list[Callable[..., Tensor] | None]:
         """phi, negatives and penalty with these settings and statistics."""
@@ -118,7 +120,9 @@ TRUTH = {
         update=lambda cosine, norm, t: dict(t=0.01 * cosine.mean() + 0.99 * t)),
     "mv-softmax": TrueLoss(true_mv_softmax, [dict(), dict(mv_target="arc", margin=0.5), dict(easy_margin=False)],
                            harder_mv_softmax),
-    "magface": TrueLoss(true_magface, [dict(), dict(easy_margin=False)], penalty=penalty_magface),
+    "magface": TrueLoss(true_magface, [dict(), dict(easy_margin=False)], penalty=penalty_magface,
+                        # The tiny backbone's norms are about 4: below the default low_norm, no norm has a gradient.
+                        trained=dict(low_norm=1.0, high_norm=20.0)),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import main
 from data.augment import prepare_batch
 from data.loader import GlobalBatchSampler, build_train_loader
-from helpers.margins import TrueLoss, true_softmax
+from helpers.margins import TRUTH, TrueLoss, true_softmax
 from helpers.tiny import TinyBackbone
 from helpers.training import RandomFaces, RecordingLog, make_run
 from models.classifier import initial_centers
@@ -46,7 +46,8 @@ def run_training(
         ["unused", "--num-classes", str(num_classes), "--batch-size", str(BATCH), "--augment", "none",
          "--lr", str(SETTINGS["lr"]), "--wd", str(SETTINGS["weight_decay"]), "--scale", str(SETTINGS["scale"]),
          *([] if "adamw" in flags else ["--momentum", str(SETTINGS["momentum"])]), *flags,
-         *([] if loss is None else ["--loss", loss])]
+         *([] if loss is None else ["--loss", loss]),
+         *(f"--{name.replace('_', '-')}={value}" for name, value in (TRUTH[loss].trained if loss else {}).items())]
     )
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     dataset = RandomFaces(num_classes)
@@ -110,7 +111,7 @@ def true_training(
     for step in range(STEPS):
         optimizer.zero_grad()
         losses, closer, cosines, norms = [], [], [], []
-        phi, negatives, penalty = true.parts(**statistics)
+        phi, negatives, penalty = true.parts(**statistics, **true.trained)
         for indices in torch.tensor(order[step * BATCH:(step + 1) * BATCH]).chunk(micro_batches):
             images = prepare_batch(dataset.images[indices], torch.float64, augment="none", seed=0, epoch=0,
                                    indices=indices)
