@@ -20,6 +20,7 @@ from helpers.training import RandomFaces, RecordingLog, make_run
 from torch import Tensor, nn
 
 import main
+import valid
 from data.loader import GlobalBatchSampler, build_train_loader
 from models import BACKBONES, build_backbone
 from models.checkpointing import Block, checkpoint_activations
@@ -30,7 +31,6 @@ from models.mobilefacenet import Bottleneck
 from models.randomness import drop_path, dropout, image_keys, random_integers, random_uniform
 from models.vit import TransformerBlock, Variant, ViT
 from utils import build
-from utils.checkpoint.init_from import init_from
 from utils.checkpoint.weights import open_weights
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -38,7 +38,7 @@ from utils.options import parse_options
 from utils.planner import measure_backbone
 from utils.preflight import check_sync_bn
 
-export = load_script("export")
+export, embed = load_script("export"), load_script("embed")
 
 # IR-50 and IR-101 are published as 43.59 and 65.15 million (AdaFace); the others are the sums of the tables' shapes.
 PARAMETERS = {
@@ -299,19 +299,55 @@ def test_checkpointing_keeps_the_inputs_of_blocks_only():
     assert 0.2 < twice.activations_per_image / plain.activations_per_image < 0.6
 
 
-def init_ir(rank, world_size, path):
-    options = parse_options(["unused", "-a", "ir18", "--embedding-size", "16", "--num-classes", "5", "-b", "4"])
+def checkpointed_blocks(rank, world_size, flags):
+    options = parse_options(["unused", "-a", "mobilefacenet", "--num-classes", "5", "-b", "4", *flags])
     state, _ = build.build_training(DistContext(0, 1, 1, torch.device("cpu")), options, 0, 8, 4)
-    said = init_from(path, "ir18", state.backbone, state.classifier, [])
+    return {"forward" in vars(block) for block in state.backbone.modules() if isinstance(block, Block)}
+
+
+def test_the_flag_checkpoints_every_block_of_a_run(pools):
+    assert pools(1).run(checkpointed_blocks, ["--checkpoint-activations"]) == [{True}]
+    assert pools(1).run(checkpointed_blocks, []) == [{False}]
+
+
+PROGRAMS = {
+    "main.py": (main, ["DIR", "-a", "mobilefacenet", "--embedding-size", "8", "--init-from"]),
+    "main.py --evaluate": (main, ["--evaluate", "--imgs-root", "{faces}/lfw/imgs", "--pair-list",
+                                  "{faces}/lfw/pair.list", "--resume"]),
+    "valid.py": (valid, ["--imgs-root", "{faces}/lfw/imgs", "--pair-list", "{faces}/lfw/pair.list", "--resume"]),
+    "embed.py": (embed, ["{faces}/lfw/imgs", "--output", "{out}/e.npy", "--resume"]),
+    "export.py": (export, ["--format", "insightface", "--output", "{out}/b.pth", "--resume"]),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_uses_its_channel_order(program, faces, tmp_path, monkeypatch):
+    """It can contradict what a file says, and is an error then."""
+    torch.save({"arch": "mobilefacenet", "channel_order": "rgb",
+                "state_dict": build_backbone("mobilefacenet", 8).state_dict()}, path := tmp_path / "rgb.pth")
+    module, arguments = PROGRAMS[program]
+    arguments = [argument.format(faces=faces, out=tmp_path) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", [program, *arguments, str(path), "--channel-order", "bgr"])
+    with pytest.raises(UserError, match="takes RGB images, but --channel-order says bgr"):
+        module.main()
+
+
+def init_ir(rank, world_size, path, flags):
+    options = parse_options(["unused", "-a", "ir18", "--embedding-size", "16", "--num-classes", "5", "-b", "4",
+                             "--init-from", path, *flags])
+    state, _ = build.build_training(DistContext(0, 1, 1, torch.device("cpu")), options, 0, 8, 4)
+    said = main.set_starting_point(state, options, None, 1)
     return said, state.backbone.state_dict()["input_layer.0.weight"].numpy()
 
 
 @pytest.mark.slow
 def test_training_starts_from_adafaces_weights(pools, tmp_path, ir18):
     torch.save({"state_dict": {f"model.{name}": value for name, value in ir18.items()}}, path := tmp_path / "a.ckpt")
-    (said, convolution), = pools(1).run(init_ir, str(path))
-    assert said.startswith(f"starting from {path}: backbone (weights for BGR images, as AdaFace's do;")
+    (said, convolution), = pools(1).run(init_ir, str(path), [])
+    assert said.startswith(f", starting from {path}: backbone (weights for BGR images, as AdaFace's do;")
     np.testing.assert_array_equal(convolution, ir18["input_layer.0.weight"].flip(1).numpy())
+    (_, convolution), = pools(1).run(init_ir, str(path), ["--channel-order", "rgb"])
+    np.testing.assert_array_equal(convolution, ir18["input_layer.0.weight"].numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
