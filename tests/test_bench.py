@@ -58,7 +58,8 @@ def check_step_rows(path) -> list[dict[str, str]]:
     assert [row["impl"] for row in rows] == ["ours", "published"]
     for row in rows:
         assert 0 < float(row["p20_images_s"]) <= float(row["p50_images_s"]) <= float(row["p80_images_s"])
-        assert 0 <= float(row["peak_mib"]) < 2000 and 0 < float(row["first_loss"]) < 100
+        # No lower bound: a process of the pool may free what earlier tests left in it. The command's test has one.
+        assert float(row["peak_mib"]) < 2000 and 0 < float(row["first_loss"]) < 100
     assert float(rows[1]["speedup_to_published"]) == 1
     return rows
 
