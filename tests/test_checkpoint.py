@@ -22,6 +22,8 @@ from helpers.commands import read_metrics, run
 from helpers.saved import assert_same_training, saved_training
 from helpers.tiny import TinyBackbone
 from helpers.training import MODES, train
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from utils import build
@@ -469,6 +471,58 @@ def test_saves_beside_training_if_memory_allows(pools, tmp_path, free_bytes):
     for name, tensor in saved_training(tmp_path).items():
         if not name.startswith("weight bn") and not name.startswith("weight features"):
             assert (tensor == 1).all(), name
+
+
+class OnTheGpu(TorchDispatchMode):
+    """Fake tensors stand for a GPU's: pinned memory is plain, a copy from the GPU is noted and copies nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten.empty_like.default and kwargs.get("pin_memory"):
+            self.events.append("pin")
+            return torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype)
+        if func is torch.ops.aten.copy_.default and args[1].is_cuda:
+            self.events.append("copy without waiting" if args[2:] == (True,) or kwargs.get("non_blocking") else "copy")
+            return args[0]
+        assert func is not torch.ops.aten._to_copy.default or not args[0].is_cuda, "a copy to pageable memory"
+        return func(*args, **kwargs)
+
+
+def test_what_is_on_a_gpu_is_copied_into_pinned_memory_that_is_used_again(monkeypatch):
+    """The copies are issued on the stream of training, which is waited for before `copy` returns."""
+    gpu = OnTheGpu()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(
+        synchronize=lambda: gpu.events.append(f"wait for {device}")))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight, channels_last = torch.empty(5, 3, device="cuda"), torch.empty(2, 3, 4, 4, device="cuda")
+        channels_last = channels_last.to(memory_format=torch.channels_last)
+        other = torch.empty(6, 3, device="cuda")
+    step = torch.ones(2)
+    parts = {"shards": {"weight": weight}, "state": {"a": {"weight": channels_last}, "step": step, "names": ["x"] * 3}}
+    staging = writer.Staging()
+    assert staging.missing_bytes(parts) == 64 + 512 + 8  # of 60, 384 and 8 bytes
+    buffers = []
+    with gpu:
+        for _ in range(2):
+            gpu.events.clear()
+            pinned = staging.pin(parts)
+            copied = staging.copy(parts)
+            assert pinned and gpu.events[-3:] == ["copy without waiting"] * 2 + ["wait for cuda:0"]
+            buffers.append((copied["shards"]["weight"], copied["state"]["a"]["weight"]))
+            assert staging.missing_bytes(parts) == 8
+    assert gpu.events == ["copy without waiting"] * 2 + ["wait for cuda:0"]
+    assert all(first is second for first, second in zip(*buffers))
+    assert buffers[0][1].is_contiguous(memory_format=torch.channels_last)
+    assert copied["state"]["step"] is not step and copied["state"]["names"] is parts["state"]["names"]
+    assert staging.missing_bytes({"shards": {"weight": other}}) == 128  # another shape needs another buffer
+
+    monkeypatch.setattr(torch, "empty_like", mock.Mock(side_effect=RuntimeError("CUDA error: out of memory")))
+    assert not staging.pin({"shards": {"weight": other}})
+    assert staging.missing_bytes({"shards": {"weight": weight}}) == 64  # nothing stays pinned
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ _MEETING_SECONDS = 2.0  # between two meetings
 class CheckpointWriter:
     """Saves in the background: `save` copies the state to CPU memory, and a thread writes the copy.
 
-    `save` writes in the foreground if the copies would take more than half of the free memory. The thread has a gloo
+    `save` writes in the foreground if the copies would take more than half of the free memory, or if the memory for
+    them cannot be pinned, which a GPU needs for fast copies; then the next save uses it again. The thread has a gloo
     group of its own, so its collectives never mix with training's. Only one save runs at a time, so commits are in
     order. If a save fails on any rank, rank 0 reports it, the previous checkpoint stays, and training continues.
 
@@ -68,6 +69,7 @@ class CheckpointWriter:
         self._error: BaseException | None = None
         self._failure: str | None = None  # why the newest save failed
         self._last_saved = ""
+        self._staging = Staging()
         if enabled:
             dist.barrier()  # all ranks are alive: the next line would wait for one that is not as long as for a writer
             self._group: Any = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
@@ -88,10 +90,12 @@ class CheckpointWriter:
         if not self._context.is_main:  # Rank 0 also writes a classifier that every rank has.
             tensors, contents = tensors if state.classifier.group is not None else {}, {}
         # Every node needs memory for its processes' copies, which are about equal.
-        needed = (_bytes_in(tensors) + _bytes_in(contents)) * self._context.processes_per_node
-        asynchronous = all(self._together(lambda: needed <= _STAGING_SHARE * free_host_bytes()))
+        parts = {"shards": tensors, "state": contents}
+        needed = self._staging.missing_bytes(parts) * self._context.processes_per_node
+        asynchronous = all(self._together(
+            lambda: needed <= _STAGING_SHARE * free_host_bytes() and self._staging.pin(parts)))
         if asynchronous:
-            tensors, contents = _copied_to_cpu(tensors), _copied_to_cpu(contents)
+            tensors, contents = self._staging.copy(parts).values()
         blocked = time.perf_counter() - started if asynchronous else None
         first_row = state.classifier.shard.start * state.classifier.sub_centers
         job = contents, tensors, first_row, state.position.step, started, blocked
@@ -269,15 +273,72 @@ def _split(state: TrainState, options: dict[str, Any]) -> tuple[dict[str, Tensor
     }
 
 
-def _bytes_in(value: Any) -> int:
-    """Of all tensors in nested dicts."""
-    if isinstance(value, dict):
-        return sum(map(_bytes_in, value.values()))
-    return value.nbytes if isinstance(value, Tensor) else 0
+class Staging:
+    """Copies of tensors in CPU memory, for `CheckpointWriter`'s thread.
+
+    A value is a tensor, a dict of values, or anything else, which is not copied.
+
+    What is on a GPU is copied into pinned memory, many times as fast as into other memory. Pinning takes about as long
+    as such a copy, so each tensor's buffer is kept for its next copy: a tensor is known by its place in the value.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def missing_bytes(self, value: Any) -> int:
+        """The memory that `copy` will allocate, or `pin` before it."""
+        return sum(_pinned_bytes(tensor) if tensor.is_cuda else tensor.nbytes
+                   for place, tensor in _tensors_in(value) if self._buffer(place, tensor) is None)
+
+    def pin(self, value: Any) -> bool:
+        """Allocate the buffers of all tensors that are on a GPU. Returns False if there is no memory to pin."""
+        try:
+            for place, tensor in _tensors_in(value):
+                if tensor.is_cuda and self._buffer(place, tensor) is None:
+                    self._buffers.pop(place, None)
+                    self._buffers[place] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        except RuntimeError:
+            self._buffers.clear()
+            return False
+        return True
+
+    def copy(self, value: Any) -> Any:
+        """The value with copies of its tensors, complete when this returns: the caller may then change the originals.
+
+        `pin` comes first. The copies of tensors on a GPU are valid until the next call.
+        """
+        devices = {tensor.device for _, tensor in _tensors_in(value) if tensor.is_cuda}
+        copied = self._copy(value, "")
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()  # all copies were issued there, after the last step
+        return copied
+
+    def _copy(self, value: Any, place: str) -> Any:
+        if isinstance(value, dict):
+            return {key: self._copy(part, f"{place}/{key}") for key, part in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_cuda:
+            return self._buffers[place].copy_(value.detach(), non_blocking=True)
+        return value.detach().to("cpu", copy=True)
+
+    def _buffer(self, place: str, tensor: Tensor) -> Tensor | None:
+        """The buffer of the tensor in this place, if there is one and it fits."""
+        buffer = self._buffers.get(place)
+        fits = buffer is not None and (buffer.shape, buffer.stride(), buffer.dtype) == (
+            tensor.shape, tensor.stride(), tensor.dtype)
+        return buffer if fits else None
 
 
-def _copied_to_cpu(value: Any) -> Any:
-    """Nested dicts with copies of their tensors."""
-    if isinstance(value, dict):
-        return {key: _copied_to_cpu(part) for key, part in value.items()}
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+def _tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(place, tensor) of all tensors in a value of `Staging`."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _tensors_in(part, f"{place}/{key}")
+
+
+def _pinned_bytes(tensor: Tensor) -> int:
+    """PyTorch pins a power of two."""
+    return 1 << max(0, tensor.nbytes - 1).bit_length()
