@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
+import torchshard
 
 from models import classifier
 from models.classifier import CENTER_BLOCK, initial_centers
-from utils.dist.sharding import ClassShard
+from utils.dist.sharding import ClassShard, init_model_parallel
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 5, 8, 13, 85744])
@@ -50,3 +54,15 @@ def test_a_rank_draws_only_its_own_blocks(monkeypatch):
     monkeypatch.setattr(classifier.np.random, "Philox", lambda key: drawn.append(int(key[1])) or philox(key=key))
     initial_centers(ClassShard(64 * CENTER_BLOCK, 10, 64), 4, seed=0)
     assert drawn == [10]
+
+
+def groups_made(rank: int, world_size: int) -> int:
+    with mock.patch.object(dist, "new_group") as made:
+        assert init_model_parallel(world_size) is dist.group.WORLD is torchshard.distributed.get_group()
+    assert torchshard.distributed.get_group_size() == torchshard.distributed.get_world_size() == world_size
+    return made.call_count
+
+
+def test_torchshards_group_is_the_runs_own(pools):
+    """Another NCCL communicator of the same ranks would take several hundred MiB of each GPU."""
+    assert pools(2).run(groups_made) == [0, 0]

@@ -83,7 +83,7 @@ def build_training(
     # one.
     sampled = options.sample_rate < 1
     sharded = options.enable_model_parallel or options.fuse_classifier_update or sampled
-    group = init_model_parallel(context.world_size, options.dist_timeout) if sharded else None
+    group = init_model_parallel(context.world_size) if sharded else None
     rank, world_size = (context.rank, context.world_size) if sharded else (0, 1)
     shard = ClassShard(options.num_classes, rank, world_size)
     dtype = getattr(torch, options.precision)

@@ -39,7 +39,7 @@ def work(context: DistContext, options: argparse.Namespace) -> int:
     say(f"rank {context.rank} prepares")
     time.sleep(options.prepare)
     if options.stand_still:
-        stand_still(context, options.stand_still, options.timeout)
+        stand_still(context, options.stand_still)
     stop = StopSignal(context.world_size, timeout=60)
     say(f"rank {context.rank} is process {os.getpid()}")
     for step in range(1, options.steps + 1):
@@ -62,9 +62,9 @@ def work(context: DistContext, options: argparse.Namespace) -> int:
     return 0
 
 
-def stand_still(context: DistContext, where: str, timeout: float) -> None:
+def stand_still(context: DistContext, where: str) -> None:
     """The last rank stops while the others wait for it: in torchshard's group, or for a save in progress."""
-    group = init_model_parallel(context.world_size, timeout)
+    group = init_model_parallel(context.world_size)
     writer = CheckpointWriter(context, ".", options={}, say=say)
     writer._thread = threading.Thread(target=lambda: time.sleep(1000), daemon=True)
     writer._thread.start()

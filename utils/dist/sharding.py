@@ -7,15 +7,12 @@ parameters alone, and `parallel_cross_entropy`, the reference that our loss is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 import torchshard
 from torch import Tensor, nn
 from torchshard.distributed import core as _torchshard_core
 from torchshard.nn.functional import parallel_cross_entropy as _torchshard_cross_entropy
-
-from utils.dist.context import DIST_TIMEOUT
 
 register_parallel_dim = torchshard.register_parallel_dim  # marks a parameter as this rank's shard
 let_ddp_ignore_shards = torchshard.register_ddp_parameters_to_ignore  # of the module, before it is wrapped
@@ -52,15 +49,15 @@ class ClassShard:
         return self.stop - self.start
 
 
-def init_model_parallel(world_size: int, timeout: float = DIST_TIMEOUT) -> dist.ProcessGroup:
-    """Collective. torchshard's model-parallel group of all `world_size` ranks; the first call creates it.
+def init_model_parallel(world_size: int) -> dist.ProcessGroup:
+    """torchshard's model-parallel group, of all `world_size` ranks: the run's own group.
 
-    torchshard's own init_process_group takes no timeout: its group would wait for torch's default, whatever
-    --dist-timeout says (`timeout`, in seconds).
+    torchshard's init_process_group would make another one of the same ranks. Its NCCL communicator would take several
+    hundred MiB of each GPU, and it would wait for torch's default timeout, whatever --dist-timeout says. Sharing is
+    safe: every rank issues the collectives of a step in one order, those of the classifier's backward pass before
+    DistributedDataParallel's.
     """
-    if not torchshard.distributed.is_initialized():
-        _torchshard_core._PARALLEL_GROUP = dist.new_group(timeout=timedelta(seconds=timeout))
-        _torchshard_core._PARALLEL_SIZE = world_size
+    _torchshard_core._PARALLEL_GROUP, _torchshard_core._PARALLEL_SIZE = dist.group.WORLD, world_size
     return torchshard.distributed.get_group()
 
 
