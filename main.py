@@ -39,7 +39,7 @@ from utils.checkpoint.reader import AUTO, EMA, Checkpoint, Resume, find_checkpoi
 from utils.checkpoint.weights import open_weights
 from utils.checkpoint.writer import KEEP, CheckpointWriter
 from utils.dist.collectives import broadcast_integer, require_same_on_all_ranks
-from utils.dist.context import DistContext, seed_random_numbers
+from utils.dist.context import DistContext, seed_random_numbers, set_matmul
 from utils.dist.stop import Dropped, StopSignal
 from utils.errors import exit_on_user_error
 from utils.evaluation.mean_face import sample_mean_face
@@ -369,8 +369,8 @@ def evaluate(options: Options, plan: ProcessPlan) -> None:
     (pairs,) = open_sets([Source("pairs", options.pair_list, "--pair-list", options.imgs_root,
                                  options.skip_missing_pairs)])
     print(f"{weights.describe(options.resume)}, {pairs.size} of {pairs.source}", flush=True)
-    device = torch.device(plan.device_type, plan.gpu or 0) if plan.device_type == "cuda" else torch.device("cpu")
-    context = DistContext(rank=0, world_size=1, processes_per_node=1, device=device)
+    context = DistContext(rank=0, world_size=1, processes_per_node=1, device=plan.device)
+    set_matmul(plan.matmul)
     result = evaluate_set(weights.backbone, pairs, context, batch_size=options.batch_size, workers=options.workers,
                           print_freq=options.print_freq, mean_face=weights.mean_face)
     assert result is not None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models import ANY_TIMM, BACKBONES, build_backbone, check_arch
 from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights
-from utils.dist.context import DistContext
+from utils.dist.context import DistContext, describe_gpu, set_matmul
 from utils.errors import UserError, exit_on_user_error, require_printed
 from utils.evaluation import plots
 from utils.evaluation.protocol import EvalSet, Result
@@ -95,7 +95,8 @@ def main() -> None:
         if len(sets) > 1:  # a bad image in the last set must not waste the work on the others
             check_images(sets, progress=True)
     if plan.launcher == "single":
-        evaluate(DistContext(0, 1, 1, torch.device(plan.device_type)), options, sets)
+        set_matmul(plan.matmul)
+        evaluate(DistContext(0, 1, 1, plan.device), options, sets)
     else:
         launch(evaluate, plan, options, sets)
 
@@ -107,7 +108,7 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
     backbone, source, mean_face = load(options)
     if context.is_main:
         processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""
-        device = (f"cuda ({torch.cuda.get_device_name(context.device)})" if context.device.type == "cuda"
+        device = (f"cuda ({describe_gpu(context.device)})" if context.device.type == "cuda"
                   else f"cpu ({torch.get_num_threads()} threads)")
         print(f"=> {source}\n=> device {processes}{device}, batch size {options.batch_size}, "
               f"{options.workers} workers" + (", with mirrored images" if options.flip else ""), flush=True)

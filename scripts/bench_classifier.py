@@ -45,7 +45,7 @@ from losses.softmax import margin_softmax_torchshard  # noqa: E402
 from models.classifier import MarginClassifier, automatic_memory_mib  # noqa: E402
 from scripts import measure  # noqa: E402
 from utils.dist.collectives import all_gather_rows, all_reduce_sum  # noqa: E402
-from utils.dist.context import DistContext  # noqa: E402
+from utils.dist.context import DistContext, set_matmul  # noqa: E402
 from utils.dist.sharding import ClassShard, init_model_parallel  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
@@ -104,7 +104,10 @@ def run(context: DistContext, options: Options) -> None:
     """Collective. Check that the implementations agree, let them take turns, and report on rank 0."""
     device, group = context.device, init_model_parallel(context.world_size)
     if "fused" in options.impl:
+        if options.matmul is not None:
+            set_matmul("ieee")  # TF32 rounds more than TOLERANCES allow
         check_agreement(context, options, group)
+        set_matmul(options.matmul)
     inputs = Inputs(context, options.classes, options.batch, options.embedding_size, options.sub_centers)
     optimizer = RowSGD(inputs.centers, lr=0.0, skip_nonfinite=False, **SGD)  # lr 0: all steps have the same centers
     gemm = GemmWalk(inputs, options, group)
@@ -249,10 +252,10 @@ def parse_options(argv: list[str] | None = None) -> Options:
     options = parse_flags(Options, "bench_classifier.py", "Step time and memory of the sharded classifier.", argv)
     if options.sample_rate and "fused" not in options.impl:
         raise UserError("--sample-rate without fused in --impl: torchshard's form does not sample; drop one of them")
-    device = options.plan().device_type
-    if device == "cpu" and options.operands != "float32":
+    plan = options.plan()
+    if plan.device_type == "cpu" and options.operands != "float32":
         raise UserError(f"--operands {options.operands}: is for GPUs, and this run is on the CPU; drop it")
-    return replace(options, device=device)
+    return replace(options, device=plan.device_type, matmul=plan.matmul)
 
 
 if __name__ == "__main__":

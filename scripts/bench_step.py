@@ -259,8 +259,9 @@ def parse_options(argv: list[str] | None = None) -> tuple[Options, TrainingOptio
     low_precision, several = options.precision != "fp32", options.world_size > 1
     training_options = check_options(TrainingOptions(
         data="images drawn by the benchmark", arch=options.arch, num_classes=options.classes, batch_size=options.batch,
-        device=plan.device_type, seed=SEED, lr=LEARNING_RATE, augment="none", enable_model_parallel=True, no_save=True,
-        enable_amp_mode=low_precision, amp_dtype=options.precision if low_precision else None,
+        device=plan.device_type, matmul=plan.matmul, seed=SEED, lr=LEARNING_RATE, augment="none",
+        enable_model_parallel=True, no_save=True, enable_amp_mode=low_precision,
+        amp_dtype=options.precision if low_precision else None,
         multiprocessing_distributed=several, nproc_per_node=options.world_size if several else None,
         **{name: getattr(options, name) for name in OWN_FLAGS},
     ))

@@ -28,7 +28,7 @@ from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS, describe_files, is_image, unused_extension  # noqa: E402
 from models import check_arch  # noqa: E402
 from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights  # noqa: E402
-from utils.dist.context import DistContext, choose_device  # noqa: E402
+from utils.dist.context import DistContext, MatmulFlag, check_gpus, choose_device, choose_matmul, set_matmul  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation.embed import embed_images  # noqa: E402
 from utils.files import atomic_write, require_writable  # noqa: E402
@@ -37,7 +37,7 @@ from utils.memory import keep_freed_memory  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(MatmulFlag):
     """The arguments of embed.py."""
 
     images: tuple[str, ...]
@@ -77,8 +77,11 @@ class ImageFiles:
 def main() -> None:
     options = parse_options()
     context = DistContext(0, 1, 1, choose_device(options.device))
+    set_matmul(choose_matmul(options.matmul, context.device.type))
     if context.device.type == "cpu":
         keep_freed_memory()
+    else:
+        check_gpus([0])
     paths = find_images(options.images)
     output = options.output
     if output is None and not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils.dist.context import choose_device
+from utils.dist.context import MatmulFlag, check_gpus, choose_device, choose_matmul, describe_gpu
 from utils.errors import UserError
 from utils.files import require_writable
 from utils.flags import flag
@@ -30,7 +30,7 @@ PERCENTILES = (20, 50, 80)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFlags:
+class StepFlags(MatmulFlag):
     """The flags of the benchmarks that time training steps."""
 
     classes: int = flag("--classes", required=True, metavar="C", at_least=2, help="classes of all processes")
@@ -44,11 +44,14 @@ class StepFlags:
         if self.batch % self.world_size:
             raise UserError(f"--batch {self.batch}: must divide by --processes {self.world_size}")
         device = choose_device(self.device).type
-        if device == "cuda" and self.world_size > (gpus := torch.cuda.device_count()):
-            raise UserError(f"--processes {self.world_size}: only {gpus} GPUs are visible; give at most {gpus}")
+        if device == "cuda":
+            if self.world_size > (gpus := torch.cuda.device_count()):
+                raise UserError(f"--processes {self.world_size}: only {gpus} GPUs are visible; give at most {gpus}")
+            check_gpus(range(self.world_size))
         return ProcessPlan("spawn" if self.world_size > 1 else "single", nodes=1, node_rank=0,
                            processes_per_node=self.world_size, device_type=device, gpu=None,
-                           backend="nccl" if device == "cuda" else "gloo", host="127.0.0.1", port=0)
+                           backend="nccl" if device == "cuda" else "gloo", host="127.0.0.1", port=0,
+                           matmul=choose_matmul(self.matmul, device))
 
     @property
     def logits_bytes(self) -> int:
@@ -161,7 +164,7 @@ def check_csv(path: str | None, columns: Sequence[str]) -> None:
 def describe_machine(device: torch.device = CPU) -> dict[str, object]:
     """Date, device, PyTorch version and threads of this measurement."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name = describe_gpu(device)
     else:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")

@@ -27,6 +27,8 @@ def gpus(monkeypatch):
     def see(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # else plan_processes would set it
 
     see(0)
     return see
@@ -158,3 +160,23 @@ def test_gpus_that_are_not_there(gpus):
         plan_processes(ProcessFlags(gpu=2))
     with pytest.raises(UserError, match="--nproc-per-node 3: only 2 GPUs"):
         plan_processes(ProcessFlags(multiprocessing_distributed=True, nproc_per_node=3))
+
+
+def test_gloo_is_for_the_cpu(gpus, monkeypatch):
+    gpus(2)
+    for name, value in TORCHRUN.items():
+        with pytest.raises(UserError, match="--dist-backend gloo: .*GPUs.*--device cpu"):
+            plan_processes(ProcessFlags(dist_backend="gloo"))  # at last started by torchrun
+        monkeypatch.setenv(name, value)
+    for name in TORCHRUN:
+        monkeypatch.delenv(name)
+    assert plan_processes(ProcessFlags(dist_backend="gloo", **CPU)).backend == "gloo"
+
+
+def test_products_are_those_of_the_device(gpus):
+    with pytest.raises(UserError, match="--matmul ieee: .*CPU"):
+        plan_processes(ProcessFlags(matmul="ieee"))
+    assert plan_node(NodeFlags(**CPU)).matmul is None
+    gpus(1)
+    assert plan_processes(ProcessFlags()).matmul == "tf32"
+    assert plan_node(NodeFlags(matmul="ieee")).matmul == "ieee"

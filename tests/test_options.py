@@ -86,6 +86,7 @@ PUBLISHED = {
     "--device": ("auto", "auto|cuda|cpu"),
     "--gpu": (None, "ID"),
     "--local-rank --local_rank": (None, "N"),
+    "--matmul": (None, "tf32|ieee"),
     "--enable-model-parallel": (False, None),
     "--model-parallel-dim": (None, "D"),
     "--enable-amp-mode": (False, None),
@@ -173,6 +174,7 @@ def test_the_options_cannot_be_changed():
 
 
 @pytest.mark.parametrize(("flags", "words"), [
+    (["--matmul", "ieee", "--precision", "float64"], ["--matmul ieee", "--precision float64", "no effect"]),
     (["--model-parallel-dim", "1"], ["--model-parallel-dim 1", "--enable-model-parallel"]),
     (["--enable-model-parallel", "--model-parallel-dim", "0"],
      ["--model-parallel-dim 0", "embedding", "--model-parallel-dim 1"]),

@@ -16,7 +16,7 @@ from data.folder import FaceFolder
 from utils import preflight
 from utils.checkpoint.reader import Checkpoint
 from utils.errors import UserError, exit_on_user_error
-from utils.launch.plan import plan_processes
+from utils.launch.plan import ProcessPlan, plan_processes
 from utils.options import parse_options
 from utils.preflight import run_table, shared_facts
 
@@ -164,10 +164,26 @@ def test_the_table_of_the_run(faces):
     assert "MiB, 8 MiB with gradient and momentum" in sampled["class centers"]  # a gradient of each micro-batch
     assert "augmentation strong" in sampled["training"] and ", compiled" in sampled["backbone"]
     assert "backbone bfloat16, classifier float32" in changed["precision"]
+    assert "tf32" not in rows["precision"] + changed["precision"]
     options = parse_options([str(faces), "-b", "8", "--device", "cpu"])
     checkpoint = Checkpoint("r/checkpoint.pth.tar", "r", {"position": {"epoch": 2, "step": 14}}, {})
     text = run_table(options, plan_processes(options), FaceFolder(str(faces)), [], checkpoint)
     assert "resumes        r/checkpoint.pth.tar, step 14, epoch 3" in text
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ([], "float32, float32 products tf32"), (["--matmul", "ieee"], "float32, float32 products ieee"),
+    (["--enable-amp-mode"], "mixed: backbone bfloat16, classifier bfloat16 products summed in float32, float32 "
+                            "products tf32"),
+    (["--precision", "float64"], "float64"),
+])
+def test_the_table_says_how_a_gpu_multiplies(faces, monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    options = parse_options([str(faces), "-b", "8", "-a", "mobilefacenet", *flags])
+    plan = ProcessPlan("single", 1, 0, 1, "cuda", None, "nccl", "127.0.0.1", 0, matmul=options.matmul or "tf32")
+    table = run_table(options, plan, FaceFolder(str(faces)), [])
+    assert f"precision      {words}" in table.splitlines() and "device         H100, nccl" in table.splitlines()
 
 
 def test_nodes_compare_the_flags_that_must_agree(faces):

@@ -22,11 +22,12 @@ from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
 from utils.dist.ddp import fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
+from utils.errors import UserError
 from utils.options import Options
 from utils.training.clip import GradientClip
 from utils.training.ema import WeightAverage
 from utils.training.optim import ROW_OPTIMIZERS, Optimizers, count_states
-from utils.training.scaler import SharedGradScaler, amp_dtype
+from utils.training.scaler import SharedGradScaler, shared_amp_dtype
 from utils.training.state import Position, TrainState
 
 
@@ -70,6 +71,13 @@ class Unaveraged(nn.Module):
         return self.module(*inputs)
 
 
+def check_fused_dtype(options: Options, autocast_dtype: torch.dtype | None) -> None:
+    """Raise UserError for --fuse-classifier-update with fp16."""
+    if options.fuse_classifier_update and autocast_dtype == torch.float16:
+        raise UserError("--fuse-classifier-update with fp16: an overflow of the scaled loss is known only after the "
+                        "whole backward pass; use --amp-dtype bf16 if the GPU supports it, or drop one of them")
+
+
 def build_training(
     context: DistContext, options: Options, seed: int, num_images: int, global_batch: int,
     identities: Sequence[str] = (), fingerprint: str = "",
@@ -87,7 +95,8 @@ def build_training(
     rank, world_size = (context.rank, context.world_size) if sharded else (0, 1)
     shard = ClassShard(options.num_classes, rank, world_size)
     dtype = getattr(torch, options.precision)
-    autocast_dtype = amp_dtype(options.amp_dtype, context.device.type) if options.enable_amp_mode else None
+    autocast_dtype = shared_amp_dtype(options.amp_dtype, context) if options.enable_amp_mode else None
+    check_fused_dtype(options, autocast_dtype)
 
     torch.manual_seed(seed)
     backbone = build_backbone(options.training_arch, options.embedding_size)

@@ -412,6 +412,8 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
 
     yield (o.enable_amp_mode and o.precision == "float64",
            "--enable-amp-mode with --precision float64: drop one of them")
+    yield (o.matmul is not None and o.precision == "float64",
+           f"--matmul {o.matmul} with --precision float64: has no effect there; drop one of them")
     for name, is_set in ((f"--classifier-memory-mib {o.classifier_memory_mib}", o.classifier_memory_mib is not None),
                          ("--fuse-classifier-update", o.fuse_classifier_update),
                          (f"--sample-rate {o.sample_rate:g}", o.sample_rate < 1)):

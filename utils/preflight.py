@@ -15,6 +15,7 @@ from data.training_set import TrainingSet
 from models import build_backbone, is_timm
 from models.freeze import freeze
 from models.sync_batchnorm import has_other_batchnorm
+from utils.build import check_fused_dtype
 from utils.checkpoint.layout import BEST, LATEST, STEPS_DIRECTORY
 from utils.checkpoint.reader import AUTO, Checkpoint
 from utils.dist.sharding import ClassShard
@@ -52,9 +53,7 @@ def check_fused_update(options: Options, plan: ProcessPlan) -> None:
     if not options.enable_model_parallel and plan.world_size > 1:
         raise UserError(f"--fuse-classifier-update: the {plan.world_size} processes must average the gradients of a "
                         "replicated classifier before they update it; add --enable-model-parallel, or drop the flag")
-    if options.enable_amp_mode and amp_dtype(options.amp_dtype, plan.device_type) == torch.float16:
-        raise UserError("--fuse-classifier-update with fp16: an overflow of the scaled loss is known only after the "
-                        "whole backward pass; use --amp-dtype bf16 if the GPU supports it, or drop one of them")
+    check_fused_dtype(options, amp_dtype(options.amp_dtype, plan.device) if options.enable_amp_mode else None)
 
 
 def check_freeze(options: Options, *, fresh: bool) -> None:
@@ -96,7 +95,7 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
         freeze(backbone, options.freeze)
     weights = tuple(weight.nbytes for weight in backbone.parameters() if weight.requires_grad)
     kept = sum(weight.nbytes for weight in backbone.parameters()) - sum(weights)
-    gpu = torch.cuda.get_device_properties(plan.gpu or 0) if plan.device_type == "cuda" else None
+    gpu = torch.cuda.get_device_properties(plan.device) if plan.device_type == "cuda" else None
     total, sharing = (gpu.total_memory, 1) if gpu else (host_bytes(), plan.processes_per_node)
     states = count_states(options.optimizer, options.momentum)
     parts = predict_memory(BackboneMemory(weights, kept, 0, 0), RunSettings(
@@ -259,12 +258,14 @@ def run_table(
     held = ["gradient"] * stores_gradient + [[], ["momentum"], ["two moments"]][states]
     global_batch = options.batch_size * plan.nodes
     micro_batch = global_batch // plan.world_size // options.accumulation_steps
-    device = torch.cuda.get_device_name(plan.gpu or 0) if plan.device_type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(plan.device) if plan.device_type == "cuda" else "CPU"
     precision = options.precision
     if options.enable_amp_mode:
-        low = str(amp_dtype(options.amp_dtype, plan.device_type)).removeprefix("torch.")
+        low = str(amp_dtype(options.amp_dtype, plan.device)).removeprefix("torch.")
         precision = f"mixed: backbone {low}, classifier " + (
             f"{low} products summed in float32" if plan.device_type == "cuda" else "float32")
+    if plan.matmul is not None and options.precision == "float32":
+        precision += f", float32 products {plan.matmul}"
     spare = options.num_classes - len(dataset.identities)
     without = f" ({spare:,} of them without images; none with --num-classes auto)" if spare else ""
     rows = {

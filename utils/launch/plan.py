@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils.dist.context import DIST_TIMEOUT, choose_device
+from utils.dist.context import DIST_TIMEOUT, MatmulFlag, check_gpus, choose_device, choose_matmul
 from utils.errors import UserError
 from utils.flags import flag, flags_of
 
@@ -21,7 +21,7 @@ LAUNCHER_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI
 
 
 @dataclass(frozen=True)
-class NodeFlags:
+class NodeFlags(MatmulFlag):
     """The flags that decide the processes and devices of one node."""
 
     multiprocessing_distributed: bool = flag("--multiprocessing-distributed", default=False, section=SECTION,
@@ -30,7 +30,7 @@ class NodeFlags:
         "--nproc-per-node", metavar="N", at_least=1, default_text="the visible GPUs, or 1", section=SECTION,
         help="with --multiprocessing-distributed: processes of this node, on the CPU too")
     device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"), section=SECTION,
-                       help="auto: GPUs if there are any")
+                       help="auto: GPUs if there are any; an error if there is one that PyTorch cannot use")
     local_rank: int | None = flag(
         "--local-rank", "--local_rank", metavar="N", at_least=0, per_node=True, section=SECTION,
         help="torch.distributed.launch adds this flag; the environment variable LOCAL_RANK says the same")
@@ -72,6 +72,7 @@ class ProcessPlan:
     host: str  # where the processes meet, on node 0
     port: int  # with one node, 0 means any free port
     timeout: float = DIST_TIMEOUT  # seconds to wait for other processes, at the start and in a collective
+    matmul: str | None = None  # "tf32" or "ieee" on GPUs
 
     @property
     def url(self) -> str:
@@ -80,6 +81,21 @@ class ProcessPlan:
     @property
     def world_size(self) -> int:
         return self.nodes * self.processes_per_node
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank on its node; 0 in a parent of ranks."""
+        return int(os.environ["LOCAL_RANK"]) if self.launcher == "torchrun" else 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of `local_rank`."""
+        return self.device_of(self.local_rank)
+
+    def device_of(self, local_rank: int) -> torch.device:
+        if self.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank if self.gpu is None else self.gpu)
 
 
 def plan_processes(flags: ProcessFlags) -> ProcessPlan:
@@ -95,6 +111,8 @@ def plan_processes(flags: ProcessFlags) -> ProcessPlan:
     backend = flags.dist_backend or ("nccl" if device_type == "cuda" else "gloo")
     if backend == "nccl" and device_type == "cpu":
         raise UserError("--dist-backend nccl: needs GPUs, and this run uses the CPU; choose gloo")
+    if backend == "gloo" and device_type == "cuda":
+        raise UserError("--dist-backend gloo: lacks collectives on GPUs that a run needs; drop it, or use --device cpu")
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     if _started_by_torchrun():
         launcher, host, port = "torchrun", os.environ["MASTER_ADDR"], _environment_number("MASTER_PORT")
@@ -116,15 +134,19 @@ def plan_processes(flags: ProcessFlags) -> ProcessPlan:
         host, port = _rendezvous(flags.dist_url, nodes) if nodes * processes > 1 else ("127.0.0.1", 0)
     if gpus and processes > gpus:
         raise UserError(f"--nproc-per-node {processes}: only {gpus} GPUs are visible; give at most {gpus}")
-    return ProcessPlan(launcher, nodes, node_rank, processes, device_type, flags.gpu, backend, host, port,
-                       timeout=flags.dist_timeout)
+    plan = ProcessPlan(launcher, nodes, node_rank, processes, device_type, flags.gpu, backend, host, port,
+                       timeout=flags.dist_timeout, matmul=choose_matmul(flags.matmul, device_type))
+    if gpus:
+        ranks = range(processes) if launcher == "spawn" else [plan.local_rank]  # torchrun's ask about their own GPUs
+        check_gpus(plan.device_of(rank).index for rank in ranks)
+    return plan
 
 
 def plan_node(flags: NodeFlags) -> ProcessPlan:
     """The plan of a program that runs on this node alone; its processes meet at any free port. Raises UserError."""
     return plan_processes(ProcessFlags(
         multiprocessing_distributed=flags.multiprocessing_distributed, nproc_per_node=flags.nproc_per_node,
-        device=flags.device, local_rank=flags.local_rank, dist_url="tcp://127.0.0.1:0"))
+        device=flags.device, local_rank=flags.local_rank, matmul=flags.matmul, dist_url="tcp://127.0.0.1:0"))
 
 
 def warn_of_unused_environment(plan: ProcessPlan) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from utils.dist.context import DistContext
+from utils.dist.context import DistContext, set_matmul
 from utils.errors import UserError, escape_output, guard_output, printable
 from utils.launch.plan import ProcessPlan
 from utils.launch.secret import private_keys, read_secret
@@ -40,14 +40,12 @@ _MESSAGE_CHARACTERS = 2000
 
 def run_here(work: Work, plan: ProcessPlan, args: tuple[Any, ...]) -> int:
     """Run the one rank of this process: a run of one process, or one that torchrun started."""
-    local_rank = 0
     if plan.launcher == "torchrun":
         end_with_parent(os.getppid())
-        local_rank = int(os.environ["LOCAL_RANK"])
     with contextlib.suppress(ValueError, OSError):  # stderr is no file
         faulthandler.enable(all_threads=False)  # nobody else explains a SIGBUS, of a mapped file that was truncated
     try:
-        return _run(local_rank, work, plan, args)
+        return _run(plan.local_rank, work, plan, args)
     except Exception as error:
         if isinstance(error, UserError):
             print(f"error: {printable(error)}", file=sys.stderr, flush=True)
@@ -121,11 +119,11 @@ def _run(local_rank: int, work: Work, plan: ProcessPlan, args: tuple[Any, ...]) 
 def _join_group(local_rank: int, plan: ProcessPlan) -> DistContext:
     """Collective. Set up this process (device, threads) and make the process group. Raises UserError."""
     rank = plan.node_rank * plan.processes_per_node + local_rank
-    if plan.device_type == "cuda":
-        device = torch.device("cuda", local_rank if plan.gpu is None else plan.gpu)
-        torch.cuda.set_device(device)
+    device = plan.device_of(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before all other calls of CUDA: they would take memory of GPU 0
+        set_matmul(plan.matmul)
     else:
-        device = torch.device("cpu")
         keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.processes_per_node))

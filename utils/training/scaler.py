@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from utils.dist.collectives import all_gather_json
+from utils.dist.context import DistContext
 from utils.training.clip import GradientClip
 from utils.training.optim import make_state
 
@@ -77,10 +79,20 @@ def _local_optimizer(optimizer: Optimizer) -> Optimizer:
     return getattr(optimizer, "optim", optimizer)
 
 
-def amp_dtype(choice: str | None, device_type: str) -> torch.dtype:
+def amp_dtype(choice: str | None, device: torch.device) -> torch.dtype:
     """The autocast dtype for --amp-dtype auto|bf16|fp16. auto, or None: bf16 where the device has it, else fp16."""
     if choice == "fp16":
         return torch.float16
-    if choice == "bf16" or device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
+    # Not torch.cuda.is_bf16_supported, which asks about the current GPU: GPU 0 until a rank has set its own.
+    if choice == "bf16" or device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float16
+
+
+def shared_amp_dtype(choice: str | None, context: DistContext) -> torch.dtype:
+    """Collective. `amp_dtype` of all ranks, which must be one, for their collectives: bf16 only if all can use it."""
+    own = amp_dtype(choice, context.device)
+    dtypes = set(all_gather_json(str(own), context.device))
+    if len(dtypes) > 1 and context.is_main:
+        print("--amp-dtype auto: not all GPUs of this run have bfloat16, so all ranks use float16", flush=True)
+    return own if len(dtypes) == 1 else torch.float16
