@@ -378,3 +378,32 @@ def test_negatives_and_norms_in_low_precision(name, matmul_dtype, tolerance, sav
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for true, mine in zip(*results):
         assert mine.dtype == torch.float32 and 0 < (mine - true).norm() <= tolerance * true.norm()
+
+
+def test_products_in_tf32_are_near_float64(monkeypatch):
+    """--matmul tf32 on a GPU: cuBLAS rounds float32 operands to 10 bits. The figures are in losses/README.md."""
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        bits = tensor.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+    generator = torch.Generator().manual_seed(0)
+    centers, label = torch.randn(5000, 512, generator=generator), torch.randint(5000, (64,), generator=generator)
+    near = F.normalize(F.normalize(centers[label]) + 0.06 * torch.randn(64, 512, generator=generator))
+    product, add_product = torch.mm, torch.Tensor.addmm_
+    for embedding in (near, F.normalize(torch.randn(64, 512, generator=generator))):
+        results = {}
+        for dtype in (torch.float64, torch.float32):
+            if dtype == torch.float32:
+                monkeypatch.setattr(torch, "mm", lambda a, b, out: product(rounded(a), rounded(b), out=out))
+                monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, a, b: add_product(self, rounded(a), rounded(b)))
+            x, w = (tensor.to(dtype, copy=True).requires_grad_() for tensor in (embedding, centers))
+            loss, num_closer = margin_softmax(x, label, w, ArcFace(), group=None, scale=64.0)
+            loss.backward()
+            results[dtype] = (loss.detach(), x.grad, w.grad), num_closer
+            monkeypatch.undo()
+        (true, closer), (values, low_closer) = results.values()
+        for value, exact, tolerance in zip(values, true, (1e-5, 1e-3, 1e-3)):
+            error = (value - exact).norm() / exact.norm()
+            assert 0 < error <= tolerance
+        assert values[1].dtype == torch.float32 and (values[1] - true[1]).norm() > 1e-5 * true[1].norm()  # rounded
+        assert torch.equal(low_closer < 5, closer < 5) and (low_closer - closer).abs().max() <= 5
