@@ -395,7 +395,8 @@ def test_products_in_tf32_are_near_float64(monkeypatch):
         for dtype in (torch.float64, torch.float32):
             if dtype == torch.float32:
                 monkeypatch.setattr(torch, "mm", lambda a, b, out: product(rounded(a), rounded(b), out=out))
-                monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, a, b: add_product(self, rounded(a), rounded(b)))
+                monkeypatch.setattr(torch.Tensor, "addmm_",
+                                    lambda self, a, b: add_product(self, rounded(a), rounded(b)))
             x, w = (tensor.to(dtype, copy=True).requires_grad_() for tensor in (embedding, centers))
             loss, num_closer = margin_softmax(x, label, w, ArcFace(), group=None, scale=64.0)
             loss.backward()
@@ -405,5 +406,5 @@ def test_products_in_tf32_are_near_float64(monkeypatch):
         for value, exact, tolerance in zip(values, true, (1e-5, 1e-3, 1e-3)):
             error = (value - exact).norm() / exact.norm()
             assert 0 < error <= tolerance
-        assert values[1].dtype == torch.float32 and (values[1] - true[1]).norm() > 1e-5 * true[1].norm()  # rounded
+        assert (values[1] - true[1]).norm() > 1e-5 * true[1].norm()  # the products were rounded
         assert torch.equal(low_closer < 5, closer < 5) and (low_closer - closer).abs().max() <= 5

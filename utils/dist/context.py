@@ -56,7 +56,8 @@ class DistContext:
 def choose_device(name: str, gpu: int | None = None) -> torch.device:
     """The device for --device auto|cuda|cpu and, if given, --gpu: "auto" is a GPU if there is one.
 
-    Raises UserError if the GPU that was asked for does not exist.
+    For a GPU it also sets the allocator, if the environment does not. Raises UserError if the GPU that was asked for
+    does not exist, and under "auto" if this machine has an NVIDIA GPU that PyTorch cannot use.
     """
     if name == "cpu":
         return torch.device("cpu")
