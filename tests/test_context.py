@@ -103,7 +103,7 @@ def fail_to_start(text: str):
 ])
 def test_a_gpu_that_pytorch_cannot_use_is_no_run_on_the_cpu(gpus, monkeypatch, tmp_path, version, error, reason):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(context, "_NVIDIA_FILES", (str(tmp_path / "absent*"), str(tmp_path / "nvidia[0-9]*")))
+    monkeypatch.setattr(context, "_NVIDIA_DEVICES", str(tmp_path / "nvidia[0-9]*"))
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     monkeypatch.setattr(torch.cuda, "init", fail_to_start(error))

@@ -18,8 +18,8 @@ from utils.flags import flag
 DIST_TIMEOUT = 1800.0  # seconds; the default of --dist-timeout
 MATMUL = ("tf32", "ieee")  # --matmul; the first is the default on GPUs
 
-# What the driver of NVIDIA shows of each GPU. In a container one of them may be missing.
-_NVIDIA_FILES = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*")
+# The GPUs that this process may open. A container that was given none still sees /proc/driver/nvidia of its host.
+_NVIDIA_DEVICES = "/dev/nvidia[0-9]*"
 # The second and the third are older names of the first.
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -84,7 +84,7 @@ def _nvidia_gpu() -> str | None:
     """A file of the driver of an NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide. None without one."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() in ("", "-1"):
         return None
-    return next((path for pattern in _NVIDIA_FILES for path in sorted(glob.glob(pattern))), None)
+    return min(glob.glob(_NVIDIA_DEVICES), default=None)
 
 
 def _why_no_gpu() -> str:
