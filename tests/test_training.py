@@ -320,7 +320,7 @@ def test_a_fresh_start_at_a_later_epoch_begins_a_new_metrics_file(pools, faces, 
 def sync_batch_norm_in_half(rank: int, world_size: int) -> float:
     torch.manual_seed(0)
     images = 300 * torch.randn(8, 4, 5, 5)
-    synced = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), "cpu")
+    synced = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)))
     with torch.autocast("cpu", torch.float16):
         out = synced(images.half().chunk(world_size)[rank])
     assert out.dtype == torch.float16 and synced[0].running_var.isfinite().all()
@@ -335,7 +335,7 @@ def test_synchronised_batch_norm_does_not_overflow_in_half(pools):
 def sync_batch_norm_without_gain(rank: int, world_size: int) -> float:
     torch.manual_seed(0)
     values = torch.randn(6, 4)
-    (synced,) = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(4, affine=False)), "cpu")
+    (synced,) = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(4, affine=False)))
     out = synced(values.chunk(world_size)[rank])
     plain = torch.nn.BatchNorm1d(4, affine=False)
     expected = plain(values).chunk(world_size)[rank]

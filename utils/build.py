@@ -96,7 +96,7 @@ def build_training(
     if options.compile:
         backbone.compile()
     if options.sync_bn:
-        backbone = convert_sync_batchnorm(backbone, context.device.type)
+        backbone = convert_sync_batchnorm(backbone)
     frozen = freeze(backbone, options.freeze)
     if options.checkpoint_activations:
         checkpoint_activations(backbone)
