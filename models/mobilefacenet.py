@@ -66,9 +66,12 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Two free views. Through them the gradient gets the weight's own strides; on a channels-last map it would have
-        # others, and DDP would warn about them.
-        weight = self.weight.flatten(1).view_as(self.weight)
+        weight = self.weight
+        stored_nhwc = weight.stride(1) == 1 and weight.stride(3) == weight.size(1)  # as `store_channels_last` leaves it
+        if x.is_cpu and not stored_nhwc:
+            # Two free views. Through them the gradient gets the weight's own strides. On a CPU the maps are always
+            # channels-last, so it would have others, and DDP would warn about them.
+            weight = weight.flatten(1).view_as(weight)
         return F.conv2d(x, weight, None, self.stride, self.padding, groups=self.groups)
 
 

@@ -84,7 +84,8 @@ class _KernelsOverRanks(torch.autograd.Function):
         x, weight, mean, inverse_std = ctx.saved_tensors
         grad, needed = _as_kernels_need_it(grads[0]), ctx.needs_input_grad
         # DistributedDataParallel averages the gradients of weight and bias, so these are this rank's own.
-        *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(grad, x, mean, inverse_std, weight, *needed[:3])
+        *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, inverse_std, weight, *needed[:3])
         grad_x = None
         if needed[0]:
             total = torch.stack(sums)

@@ -77,7 +77,7 @@ def test_parts_by_arithmetic():
     block = 256 * (chunk + 16)
     parts = predict()
     assert parts == {
-        "backbone weights": 1550, "backbone gradients": 1500, "DDP buckets": 1500, "backbone momentum": 1500,
+        "backbone weights": 1550, "backbone gradients": 1000, "DDP buckets": 1500, "backbone momentum": 1500,
         "images": 32 * 3 * 112 * 112 * 5, "activations": 70 + 32 * 10_000,
         "class centers": centers, "class centers' gradient": centers, "class centers' momentum": centers,
         "saved probabilities": 0,
