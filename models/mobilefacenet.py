@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpointing import Block
+from models.precision import at_least_float32
 
 # Rows of table 1: (expansion t, output channels c, blocks n, stride s of the first block).
 BOTTLENECKS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -141,4 +142,4 @@ class MobileFaceNet(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         x = self.stem_depthwise(self.stem(images))
         x = self.global_depthwise(self.widen(self.bottlenecks(x)))
-        return self.features(self.fc(x.flatten(1)))
+        return at_least_float32(x.flatten(1), self.fc, self.features)

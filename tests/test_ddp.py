@@ -36,16 +36,19 @@ def operators_of_a_step(rank: int, world_size: int) -> dict[str, tuple[Counter[s
     options = parse_options(["unused", "-a", "mobilefacenet", "--embedding-size", "16", "--num-classes", "5", "-b",
                              str(2 * world_size), "--channels-last"])
     context, dataset = DistContext(rank, world_size, world_size, torch.device("cpu")), RandomFaces(5)
-    found = {}
+    found, nhwc = {}, []
     for name, settings in (("ours", DDP_SETTINGS), ("defaults", {})):
         with mock.patch.object(build, "DDP_SETTINGS", settings), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             state, model = build.build_training(context, options, 0, 8, 2 * world_size)
+            state.backbone.register_forward_pre_hook(
+                lambda _, inputs: nhwc.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
             run = make_run(context, options, state, model, 100, RecordingLog())
             batch = TrainBatch(dataset.images[:2], torch.from_numpy(dataset.labels[:2]), torch.arange(2), 0)
             with OperatorCounter() as counter:
                 main.train_one_epoch(run, [batch], 1)
         found[name] = counter.calls, [str(warning.message) for warning in caught]
+    assert nhwc == [True, True]
     return found
 
 
