@@ -28,7 +28,7 @@ MBF_VARIANTS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
 class Layers(nn.Module):
     """layers(x): insightface puts each sequence below a name `layers` of its own."""
 
-    def __init__(self, layers: nn.Module) -> None:
+    def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = layers
 

@@ -91,7 +91,8 @@ class _KernelsOverRanks(torch.autograd.Function):
             total = torch.stack(sums)
             dist.all_reduce(total)
             counts = torch.full((dist.get_world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
-            grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, weight, *total.unbind(), counts)
+            sum_grad, sum_grad_x = total.unbind()
+            grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, weight, sum_grad, sum_grad_x, counts)
         return grad_x, grad_weight if needed[1] else None, grad_bias if needed[2] else None, None, None, None, None
 
 
