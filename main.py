@@ -237,7 +237,7 @@ def train_one_epoch(run: Run, batches: Iterable[TrainBatch], steps: int) -> sign
         state.classifier.start_step(position.step)
         for number, (images, labels, indices, skipped) in enumerate(itertools.islice(batches, micro_batches)):
             images = prepare_batch(images, dtype, augment=options.augment, seed=state.seed, epoch=position.epoch,
-                                   indices=indices)
+                                   indices=indices, channels_last=options.channels_last)
             keys = image_keys(state.seed, position.step, indices).to(images.device, non_blocking=True)
             seed_random_numbers(state.seed, position.step * micro_batches + number, run.context)
             with contextlib.nullcontext() if number == micro_batches - 1 else run.model.no_sync():
@@ -293,7 +293,9 @@ def evaluate_backbone(run: Run) -> signal.Signals | None:
     assert run.evaluator is not None and run.writer is not None
     position, started = run.state.position, time.perf_counter()
     try:
-        with run.state.ema.in_place() if run.state.ema is not None else contextlib.nullcontext():
+        with (run.state.ema.in_place() if run.state.ema is not None else contextlib.nullcontext(),
+              # torch.compile would compile the network again, for evaluation mode and other batches: minutes.
+              torch.compiler.set_stance("force_eager") if run.options.compile else contextlib.nullcontext()):
             evaluation = run.evaluator.run(run.state.backbone, run.stop)
     except Dropped as dropped:
         run.log.pause(time.perf_counter() - started)

@@ -70,6 +70,7 @@ def _splitmix64(z: np.ndarray) -> np.ndarray:
 def prepare_batch(
     images: torch.Tensor, dtype: torch.dtype, *,
     augment: str = "none", seed: int = 0, epoch: int = 0, indices: torch.Tensor | None = None,
+    channels_last: bool = False,
 ) -> torch.Tensor:
     """(augmented(u) / 255 - 0.5) / 0.5: uint8 (n, 3, 112, 112) -> `dtype`, same shape and device, in [-1, 1].
 
@@ -80,7 +81,8 @@ def prepare_batch(
                   out[y, x] = image[clamp(y - dy), clamp(x - dx)]
       "strong"    standard, then in this order, each with its probability (the constants above): a random square crop,
                   enlarged; a lower resolution, enlarged; Gaussian blur; brightness, contrast and saturation; gray
-    images may have any strides (a loader's batch has its channels last); the result is contiguous.
+    images may have any strides (a loader's batch has its channels last); the result is contiguous, or has its channels
+    last with `channels_last`.
     indices: int64 (n,) on the CPU, the samples' numbers in the data set, which with seed and epoch key the random
     numbers.
     """
@@ -92,7 +94,8 @@ def prepare_batch(
         images = _flip_and_shift(images, uniform, shifts=augment != "flip")
         if augment == "strong":
             images = _degrade(images.float(), uniform)
-    return images.to(dtype, memory_format=torch.contiguous_format).div_(255).sub_(0.5).div_(0.5)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(dtype, memory_format=memory_format).div_(255).sub_(0.5).div_(0.5)
 
 
 def _integers(uniform: torch.Tensor, low: int, high: int | torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.checkpointing import Block
 from models.iresnet import BLOCK_COUNTS, FINAL_MAP_SIZE, STAGE_CHANNELS, STEM_CHANNELS, conv
+from models.precision import at_least_float32
 from models.randomness import draw_keys, dropout
 
 # name -> residual blocks of the four stages, and whether they have squeeze-and-excitation.
@@ -100,4 +101,4 @@ class IR(nn.Module):
         x = self.output_layer["0"](self.body(self.input_layer(images)))
         if self.training:
             x = dropout(x, draw_keys(images) if keys is None else keys, 0, DROPOUT)
-        return self.output_layer["4"](self.output_layer["3"](x.flatten(1)))
+        return at_least_float32(x.flatten(1), self.output_layer["3"], self.output_layer["4"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from models.checkpointing import Block
+from models.precision import at_least_float32
 
 # Residual blocks of layer1 .. layer4.
 BLOCK_COUNTS: dict[str, tuple[int, int, int, int]] = {
@@ -85,4 +86,4 @@ class IResNet(nn.Module):
         """images: (n, 3, 112, 112) float in [-1, 1] -> embedding (n, d), not L2-normalised."""
         x = self.prelu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.features(self.fc(self.bn2(x).flatten(1)))
+        return at_least_float32(self.bn2(x).flatten(1), self.fc, self.features)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.checkpointing import Block
 from models.mobilefacenet import FINAL_CHANNELS, FINAL_MAP_SIZE, Conv2d, activated, linear
+from models.precision import at_least_float32
 
 # name -> width, and blocks of the four stages. A single block in the first stage is one grouped convolution.
 MBF_VARIANTS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
@@ -27,7 +28,7 @@ MBF_VARIANTS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
 class Layers(nn.Module):
     """layers(x): insightface puts each sequence below a name `layers` of its own."""
 
-    def __init__(self, layers: nn.Module) -> None:
+    def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = layers
 
@@ -85,4 +86,6 @@ class MBF(nn.Module):
         # As in models/mobilefacenet.py: faster on a CPU, but not in float64.
         if images.is_cpu and images.dtype != torch.float64:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.features(self.conv_sep(self.layers(images)))
+        depthwise, flatten, last_linear, norm = self.features.layers
+        x = flatten(depthwise(self.conv_sep(self.layers(images))))
+        return at_least_float32(x, last_linear, norm)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpointing import Block
+from models.precision import at_least_float32
 
 # Rows of table 1: (expansion t, output channels c, blocks n, stride s of the first block).
 BOTTLENECKS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -66,9 +67,12 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Two free views. Through them the gradient gets the weight's own strides; on a channels-last map it would have
-        # others, and DDP would warn about them.
-        weight = self.weight.flatten(1).view_as(self.weight)
+        weight = self.weight
+        stored_nhwc = weight.stride(1) == 1 and weight.stride(3) == weight.size(1)  # as `store_channels_last` leaves it
+        if x.is_cpu and not stored_nhwc:
+            # Two free views. Through them the gradient gets the weight's own strides. On a CPU the maps are always
+            # channels-last, so it would have others, and DDP would warn about them.
+            weight = weight.flatten(1).view_as(weight)
         return F.conv2d(x, weight, None, self.stride, self.padding, groups=self.groups)
 
 
@@ -138,4 +142,4 @@ class MobileFaceNet(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         x = self.stem_depthwise(self.stem(images))
         x = self.global_depthwise(self.widen(self.bottlenecks(x)))
-        return self.features(self.fc(x.flatten(1)))
+        return at_least_float32(x.flatten(1), self.fc, self.features)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.precision import at_least_float32
 from utils.errors import UserError
 
 PREFIX = "timm:"
@@ -46,7 +47,7 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (n, 3, 112, 112) float in [-1, 1] -> embedding (n, d), not L2-normalised."""
-        return self.features(self.fc(self.body(images).flatten(1)))
+        return at_least_float32(self.body(images).flatten(1), self.fc, self.features)
 
 
 def _build_body(name: str) -> tuple[nn.Module, int]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpointing import Block
+from models.precision import at_least_float32
 from models.randomness import draw_keys, drop_path, random_integers
 
 PATCH, TOKENS, HEADS, MLP_RATIO = 9, (112 // 9) ** 2, 8, 4
@@ -139,7 +140,7 @@ class ViT(nn.Module):
         if not self.training:
             for block in self.blocks:
                 x = block(x, None)
-            return self.feature(self.norm(x).flatten(1))
+            return self._embedding(self.norm(x))
         keys = draw_keys(images) if keys is None else keys
         seen = random_integers(keys, 0, TOKENS).argsort(dim=1, stable=True)[:, :self.kept]
         seen = seen[:, :, None].expand(-1, -1, x.shape[2])
@@ -148,4 +149,8 @@ class ViT(nn.Module):
             x = block(x, keys)
         x = self.norm(x)
         x = self.mask_token.to(x.dtype).expand(len(x), TOKENS, -1).scatter(1, seen, x)
-        return self.feature(x.flatten(1))
+        return self._embedding(x)
+
+    def _embedding(self, x: Tensor) -> Tensor:
+        first_linear, first_norm, last_linear, last_norm = self.feature
+        return at_least_float32(first_norm(first_linear(x.flatten(1))), last_linear, last_norm)

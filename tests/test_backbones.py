@@ -391,6 +391,8 @@ def test_networks_of_timm(tmp_path, monkeypatch):
         model = build_backbone(f"timm:{name}", 10)
         assert model.fc.weight.shape == (10, 16) and model.training and model.embedding_size == 10
         assert torch.equal(model(images(2)), model(images(2)))  # no dropout
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(images(2)).dtype == torch.float32
     weights = random_weights(shapes(model))
     torch.save({"arch": "timm:sized", "state_dict": {f"module.{name}": value for name, value in weights.items()}},
                path := tmp_path / "weights.pth")

@@ -18,6 +18,8 @@ from helpers.evaluation import ALONE, CPU, Colours, Pixels, write_pairs
 from helpers.images import make_folder
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts import embed
 from utils.dist.context import DistContext
@@ -110,6 +112,40 @@ def test_ranks_share_the_images(pools, world_size: int, count: int) -> None:
     warning = (f"warning: {count - usable.sum()} of {count} embeddings are unusable "
                f"(1 NaN or infinite, {int(count > 5)} zero)")
     assert warning in everywhere[0][1] and not any(errors for _, errors in everywhere[1:])
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """The operators that copy between host and GPU or that read a number from the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, bool]] = []  # (where to, whether the host goes on at once)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.found.append(("number", False))
+        out = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[func is torch.ops.aten.copy_.default]
+            if source.device != out.device:
+                self.found.append((out.device.type, kwargs.get("non_blocking", len(args) > 2 and args[2])))
+        return out
+
+
+def test_the_host_waits_for_the_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When all embeddings are computed, however many batches there are."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a GPU
+    with FakeTensorMode(), CopiesBetweenDevices() as copies:
+        batches = [torch.empty(4, 112, 112, 3, dtype=torch.uint8).permute(0, 3, 1, 2) for _ in range(5)]
+        monkeypatch.setattr("utils.evaluation.embed.read_images", lambda *_, **__: (batch for batch in batches))
+        with torch.device("cuda"):
+            backbone = nn.Sequential(nn.Conv2d(3, 2, 56, 56), nn.Flatten())
+        monkeypatch.setattr(backbone, "to", lambda device: backbone)  # which fake parameters do not allow
+        with pytest.raises(DataDependentOutputException):  # of fake tensors, where numbers are read at the end
+            embed_images(backbone, Colours(20), DistContext(0, 1, 1, torch.device("cuda", 0)), batch_size=4, workers=0,
+                         flip=True, progress=False)
+    assert copies.found == [("cuda", True)] * 5 + [("cpu", False)] + [("number", False)] * (len(copies.found) - 6)
 
 
 def borrow_buffers(rank: int, world_size: int) -> tuple[list[float], list[float], list[float]]:

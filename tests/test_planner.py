@@ -67,7 +67,8 @@ def test_activations_under_autocast_are_about_half():
     full, low = measured[None], measured[torch.bfloat16]
     assert 0.45 < low.activations_per_image / full.activations_per_image < 0.6
     assert full.activations < MIB  # statistics of BatchNorm
-    assert low.activations == pytest.approx(sum(low.trained) / 2, rel=0.05)  # the weights in bf16
+    # The weights in bf16, without those of the last linear layer.
+    assert low.activations == pytest.approx((sum(low.trained) - max(low.trained)) / 2, rel=0.05)
     assert not torch.is_autocast_enabled("cuda")
 
 
@@ -77,7 +78,7 @@ def test_parts_by_arithmetic():
     block = 256 * (chunk + 16)
     parts = predict()
     assert parts == {
-        "backbone weights": 1550, "backbone gradients": 1500, "DDP buckets": 1500, "backbone momentum": 1500,
+        "backbone weights": 1550, "backbone gradients": 1000, "DDP buckets": 1500, "backbone momentum": 1500,
         "images": 32 * 3 * 112 * 112 * 5, "activations": 70 + 32 * 10_000,
         "class centers": centers, "class centers' gradient": centers, "class centers' momentum": centers,
         "saved probabilities": 0,

@@ -19,6 +19,7 @@ from helpers.commands import read_metrics
 from helpers.saved import assert_same_training
 from helpers.tiny import TinyBackbone
 from helpers.training import MODES, RESUME, losses, train
+from torch._dynamo.testing import CompileCounter
 
 import main
 from data.augment import prepare_batch
@@ -27,6 +28,7 @@ from models.sync_batchnorm import convert_sync_batchnorm
 from utils.checkpoint.reader import Checkpoint, _require_same_identities
 from utils.dist.context import DistContext
 from utils.dist.ddp import fix_gradient_buckets
+from utils.dist.stop import Dropped
 from utils.errors import UserError
 from utils.options import parse_options
 from utils.training.metrics import TrainingLog
@@ -320,7 +322,7 @@ def test_a_fresh_start_at_a_later_epoch_begins_a_new_metrics_file(pools, faces, 
 def sync_batch_norm_in_half(rank: int, world_size: int) -> float:
     torch.manual_seed(0)
     images = 300 * torch.randn(8, 4, 5, 5)
-    synced = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), "cpu")
+    synced = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)))
     with torch.autocast("cpu", torch.float16):
         out = synced(images.half().chunk(world_size)[rank])
     assert out.dtype == torch.float16 and synced[0].running_var.isfinite().all()
@@ -335,7 +337,7 @@ def test_synchronised_batch_norm_does_not_overflow_in_half(pools):
 def sync_batch_norm_without_gain(rank: int, world_size: int) -> float:
     torch.manual_seed(0)
     values = torch.randn(6, 4)
-    (synced,) = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(4, affine=False)), "cpu")
+    (synced,) = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(4, affine=False)))
     out = synced(values.chunk(world_size)[rank])
     plain = torch.nn.BatchNorm1d(4, affine=False)
     expected = plain(values).chunk(world_size)[rank]
@@ -369,3 +371,21 @@ def test_something_else_in_the_place_of_metrics_is_moved(tmp_path, what):
                 global_batch=8, print_freq=10).close()
     assert path.is_file() and not path.is_symlink() and os.path.lexists(tmp_path / "metrics.jsonl.1")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_evaluation_compiles_nothing():
+    compiled = CompileCounter()
+    network = torch.nn.Linear(2, 3)
+    network.compile(backend=compiled)
+
+    def evaluate(backbone, stop):
+        backbone.eval()(torch.ones(5, 2))
+        backbone.train()
+        raise Dropped("", signal.SIGTERM)
+
+    run = mock.Mock(options=parse_options(["DATA", "--compile"]))
+    run.state.backbone, run.state.ema, run.evaluator.run = network, None, evaluate
+    network(torch.ones(4, 2))
+    assert main.evaluate_backbone(run) == signal.SIGTERM
+    network(torch.ones(4, 2))
+    assert compiled.frame_count == 1

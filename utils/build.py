@@ -14,13 +14,14 @@ from losses.fused import margin_softmax
 from losses.sampling import draw_classes
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone
+from models.channels_last import store_channels_last
 from models.checkpointing import checkpoint_activations
 from models.classifier import MarginClassifier, automatic_memory_mib, class_centers
 from models.freeze import freeze
 from models.sync_batchnorm import convert_sync_batchnorm
 from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
-from utils.dist.ddp import fix_gradient_buckets
+from utils.dist.ddp import DDP_SETTINGS, fix_gradient_buckets
 from utils.dist.sharding import ClassShard, init_model_parallel, let_ddp_ignore_shards
 from utils.errors import UserError
 from utils.options import Options
@@ -101,11 +102,11 @@ def build_training(
     torch.manual_seed(seed)
     backbone = build_backbone(options.training_arch, options.embedding_size)
     if options.channels_last:
-        backbone = backbone.to(memory_format=torch.channels_last)
+        store_channels_last(backbone)
     if options.compile:
         backbone.compile()
     if options.sync_bn:
-        backbone = convert_sync_batchnorm(backbone, context.device.type)
+        backbone = convert_sync_batchnorm(backbone)
     frozen = freeze(backbone, options.freeze)
     if options.checkpoint_activations:
         checkpoint_activations(backbone)
@@ -146,7 +147,8 @@ def build_training(
     images = "+".join(sorted(set(all_gather_json(fingerprint, context.device))))
     wrapped: DistributedDataParallel | Unaveraged = Unaveraged(model)
     if not sharded or any(parameter.requires_grad for parameter in backbone.parameters()):
-        wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None,
+                                          **DDP_SETTINGS)
         fix_gradient_buckets(wrapped)
     state = TrainState(
         backbone=backbone, classifier=classifier, optimizers=optimizers, scaler=scaler, position=Position(),

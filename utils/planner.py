@@ -179,7 +179,8 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     average = trained + backbone.fixed if run.ema else 0
     parts = {
         "backbone weights": trained + backbone.fixed,
-        "backbone gradients": trained,
+        # A gradient moves to its bucket as soon as it is complete; before the last micro-batch it is added up outside.
+        "backbone gradients": trained if run.micro_batches > 1 else max(backbone.trained, default=0),
         "DDP buckets": sum(replicated),
         f"backbone {state}": max(0, momentum - centers) * states,
         **({"backbone average": average} if run.ema else {}),

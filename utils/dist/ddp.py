@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+# No broadcast of buffers before each forward pass: in training no gradient depends on them, and those of rank 0, which
+# are saved and evaluated, are the same without. torch 2.14 renamed the argument and warns about the old name.
+_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            else "broadcast_buffers")
+# Gradients lie in the buckets that are reduced. By default each step copies them from the buckets into tensors of their
+# own.
+DDP_SETTINGS: dict[str, Any] = {_BUFFERS: False, "gradient_as_bucket_view": True}
 
 
 def fix_gradient_buckets(model: DistributedDataParallel) -> None:

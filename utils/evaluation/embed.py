@@ -71,11 +71,15 @@ def embed_images(
     # No disabled bar: tqdm's lock is a semaphore, and a rank that is killed would leak it with a warning.
     bar = tqdm(total=share, desc="embedding", unit=" images" + whose) if report and terminal else None
     rows, done, started = torch.empty(0), 0, time.perf_counter()
+    on_gpu = context.device.type == "cuda"
 
     faces = torch.zeros(SHAPE, device=context.device)  # the sum of this rank's
 
     def embed_next() -> Tensor:
-        x = prepare_batch(next(batches).to(context.device), dtype, augment="none")
+        batch = next(batches)
+        if on_gpu:  # nobody waits for a copy from pinned memory; torch reuses that memory when the copy is over
+            batch = batch.pin_memory().to(context.device, non_blocking=True)
+        x = prepare_batch(batch, dtype, augment="none")
         faces.add_(relative_faces(x[:max(total - context.rank * share - done, 0)]).sum(0))
         output = backbone(x)
         return _unit_rows(output + backbone(x.flip(3)) if flip else output)
@@ -85,7 +89,7 @@ def embed_images(
             for _ in range(-(-share // batch_size)):  # as many batches on every rank
                 output = embed_next() if stop is None else stop.together(embed_next)
                 if done == 0:
-                    rows = torch.empty(share, output.shape[1])
+                    rows = torch.empty(share, output.shape[1], device=context.device)  # until all batches are embedded
                 rows[done : done + len(output)] = output
                 done += len(output)
                 if bar is not None:
@@ -102,8 +106,9 @@ def embed_images(
         for module, mode in modes.items():
             module.training = mode
     if context.world_size > 1:
-        rows = all_gather_rows(rows.to(context.device), None).cpu()[:total]
+        rows = all_gather_rows(rows, None)[:total]
         faces = all_reduce_sum(faces, dist.group.WORLD)
+    rows = rows.cpu()
 
     zero, not_finite = int((rows == 0).all(dim=1).sum()), int(rows[:, 0].isnan().sum())
     if context.is_main and zero + not_finite:
