@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +36,8 @@ import models.classifier
 from data.loader import TrainBatch
 from helpers.tiny import TinyBackbone
 from helpers.training import make_run
+from losses.fused import margin_softmax
+from losses.margins import ArcFace
 from utils import build
 from utils.checkpoint.writer import CheckpointWriter
 from utils.dist import sharding
@@ -57,19 +58,33 @@ aten = torch.ops.aten
 _DO_NOTHING = {aten._fused_sgd_, aten._fused_adam_, aten._fused_adamw_, aten._amp_foreach_non_finite_check_and_unscale_}
 
 
+def _of_channels(count: int) -> Callable[..., tuple[Tensor, ...]]:
+    """(channels,) float32 tensors, of an operator whose first argument is (n, channels, ...)."""
+    return lambda x, *others: tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(count))
+
+
+# Parts of torch's synchronized BatchNorm, which has no form for fake tensors either.
+_BATCH_NORM: dict[Any, Callable[..., Any]] = {
+    aten.batch_norm_stats: _of_channels(2), aten.batch_norm_gather_stats: _of_channels(2),
+    aten.batch_norm_gather_stats_with_counts: _of_channels(2), aten.batch_norm_backward_reduce: _of_channels(4),
+    aten.batch_norm_elemt: lambda x, *others: torch.empty_like(x),
+    aten.batch_norm_backward_elemt: lambda grad, *others: torch.empty_like(grad),
+}
+
+
 class FakeGPU(FakeTensorMode):
     """Within it, tensors on "cuda" are fake, and those on the host are real."""
 
     avoid_device_init = True  # torch asks torch.cuda.is_available(), which is patched
 
     def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+        super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         self._pinned: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             # Blocks that are computed again are under autocast, which looks whether tensors are on CUDA.
-            return torch.device("meta") if _backward_passes and not torch.is_autocast_enabled("cuda") else CUDA
+            return torch.device("meta") if _backward_passes and not any(_autocast[-1:]) else CUDA
         kwargs = dict(kwargs or {})
         packet, device = func.overloadpacket, kwargs.get("device")
         if device is not None and torch.device(device).type == "meta":  # as C++ code of a backward pass reads it
@@ -96,13 +111,14 @@ class FakeGPU(FakeTensorMode):
         if packet is aten.copy_ and not isinstance(args[0], FakeTensor):
             return args[0]
         if packet in (aten.index, aten.index_put_):  # a mask takes everything
-            indices = [torch.arange(index.numel(), device=CUDA) if index is not None and index.dtype == torch.bool
-                       and index.dim() == 1 else index for index in args[1]]
+            with self:
+                indices = [torch.arange(index.numel(), device=CUDA) if index is not None and index.dtype == torch.bool
+                           and index.dim() == 1 else index for index in args[1]]
             args = (args[0], indices, *args[2:])
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        for leaf in tree_iter(result):
-            assert not isinstance(leaf, FakeTensor) or leaf.device.type == "cuda", f"{func} made a tensor on the host"
-        return result
+        if packet in _BATCH_NORM:
+            with self:
+                return _BATCH_NORM[packet](*args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _pin(self, tensor: Tensor) -> Tensor:
         self._pinned[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -116,6 +132,19 @@ def _collective(name: str, args: Any) -> Any:
 
 
 _backward_passes: list[None] = []  # those that run
+_autocast: list[bool] = []  # whether autocast is enabled, of each `with torch.autocast("cuda")` that is entered
+
+
+class _NotedAutocast(torch.autocast):
+    def __enter__(self) -> Any:
+        if self.device == "cuda":
+            _autocast.append(self._enabled)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        if self.device == "cuda":
+            _autocast.pop()
+        return super().__exit__(*error)
 
 
 def _noted(run_backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,9 +254,9 @@ class _Log(TrainingLog):
 
 def count_training(
     flags: Sequence[str], *, num_classes: int = 64_000, batch: int = 1024, world_size: int = 8, rank: int = 0,
-    tiny: bool = True, then: str = "",
+    steps: int = 2, tiny: bool = True, then: str = "",
 ) -> tuple[Counts, Counts]:
-    """The counts of the second step of main.py's training loop on one of `world_size` GPUs, and those of `then`.
+    """The counts of the last step of main.py's training loop on one of `world_size` GPUs, and those of `then`.
 
     batch: images of a step over all GPUs. tiny: a tiny backbone in place of --arch. then: "" for nothing, "save" for
     main.save up to the thread that writes, "evaluate" for the embeddings of 100 images.
@@ -246,12 +275,13 @@ def count_training(
         n = batch // world_size // micro_batches
         indices = torch.arange(n)
         batches = [TrainBatch(torch.zeros(n, 3, 112, 112, dtype=torch.uint8).pin_memory(),
-                              torch.zeros(n, dtype=torch.int64).pin_memory(), indices, 0)] * 2 * micro_batches
+                              torch.zeros(n, dtype=torch.int64).pin_memory(), indices, 0)] * steps * micro_batches
         log = _Log(context, output, fresh=True, step=0, total_steps=100, epochs=1, global_batch=batch, print_freq=10,
                    skip_nonfinite=options.on_nonfinite == "skip")
         log.counter, log.steps = counter, []
         run = make_run(context, options, state, model, 100, log)
-        main.train_one_epoch(run, batches, 2)
+        counter.take()  # of building all this
+        main.train_one_epoch(run, batches, steps)
         counter.take()  # of the end of the epoch
         if then == "save":
             run.writer = CheckpointWriter(context, output, options={}, say=print)
@@ -262,7 +292,7 @@ def count_training(
             embed_images(state.backbone, _Images(), context, batch_size=8, workers=0, flip=True, progress=False)
         after = counter.take()
         log.close()
-    return log.steps[1], after
+    return log.steps[-1], after
 
 
 class _Images:
@@ -271,8 +301,8 @@ class _Images:
     def __len__(self) -> int:
         return 100
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.zeros(3, 112, 112, dtype=torch.uint8)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(3, 112, 112, dtype=torch.uint8), 0
 
 
 @contextlib.contextmanager
@@ -298,7 +328,27 @@ def _undrawn_centers(
     return torch.empty(shard.size * sub_centers, embedding_size, device=device, dtype=dtype)
 
 
-def _set_up_process() -> None:
+def count_classifier(
+    classes: int, *, batch: int = 1024, d: int = 512, matmul_dtype: torch.dtype | None = torch.bfloat16,
+    saved_probs_mib: float = 1e6,
+) -> Counts:
+    """The counts of the margin softmax, forward and backward, of one GPU that has all classes."""
+    with FakeGPU(), OperatorCounter() as counter:
+        embedding, centers = (torch.empty(rows, d, device=CUDA, requires_grad=True) for rows in (batch, classes))
+        target = torch.empty(batch, dtype=torch.int64, device=CUDA)
+        counter.take()
+        loss, _ = margin_softmax(embedding, target, centers, ArcFace(), scale=64.0, group=None,
+                                 saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype)
+        loss.backward()
+        return counter.take()
+
+
+def in_own_process() -> ProcessPoolExecutor:
+    """An executor with one process that has a fake GPU, in which the functions of this module can run."""
+    return ProcessPoolExecutor(1, get_context("spawn"), set_up_process)
+
+
+def set_up_process() -> None:
     """Once in a process."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -306,6 +356,7 @@ def _set_up_process() -> None:
     torch.autograd.set_multithreading_enabled(False)
     torch.autograd._engine_run_backward = _noted(torch.autograd._engine_run_backward)
     FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()  # in one copy; torch's form asks for each value
+    torch.autocast = torch.amp.autocast = _NotedAutocast
     nn.Module._apply = _keeping_fakes(nn.Module._apply)
     for name, device_type in {"is_cuda": "cuda", "is_cpu": "cpu", "is_meta": "meta"}.items():
         setattr(FakeTensor, name, property(lambda tensor, wanted=device_type: tensor.device.type == wanted))
@@ -318,3 +369,30 @@ def _set_up_process() -> None:
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
     torch.cuda.Stream, torch.cuda.stream = _Stream, lambda stream: contextlib.nullcontext()
     torch.Tensor.record_stream = lambda tensor, stream: None
+
+
+def count_examples() -> dict[str, Counts | None]:
+    """The counts of single operations, by name; None if FakeTensorMode refuses it for a tensor on the wrong device."""
+    counts: dict[str, Counts | None] = {}
+    with _one_of_many(2, 0), FakeGPU():
+        a, b, mask = torch.zeros(4, 8, device=CUDA), torch.zeros(8, 16, device=CUDA), torch.zeros(4, device=CUDA) > 0
+        host = torch.zeros(4, 8)
+        pinned, many = host.pin_memory(), [torch.zeros(3, device=CUDA) for _ in range(100)]
+        for name, work in {
+            "item": lambda: a.sum().item(), "tolist": a.tolist, "mask": lambda: a[mask],
+            "copy to the host": a.cpu, "pageable copy": lambda: host.to(CUDA),
+            "large pageable copy": lambda: torch.zeros(20_000).to(CUDA, non_blocking=True),
+            "new tensor": lambda: torch.tensor(3.0, device=CUDA), "index on the host": lambda: a[torch.arange(3)],
+            "blocking pinned copy": lambda: pinned.to(CUDA), "small copy": lambda: host.to(CUDA, non_blocking=True),
+            "pinned copy": lambda: pinned.to(CUDA, non_blocking=True), "mm": lambda: a @ b, "view": a.t,
+            "foreach": lambda: torch._foreach_add_(many, many), "device mismatch": lambda: a + host,
+            "all-reduce": lambda: dist.all_reduce(a),
+        }.items():
+            with OperatorCounter() as counter:
+                try:
+                    work()
+                    counts[name] = counter.take()
+                except RuntimeError as error:
+                    assert "device" in str(error), error
+                    counts[name] = None
+    return counts
