@@ -1,8 +1,8 @@
 """Whole training steps on a fake GPU (helpers/fake_gpu.py): devices, waits, launches and collectives.
 
-No tensor may be on the wrong device, or FakeTensorMode raises an error. The host may wait for the GPU only where ALLOWED
-says so. Launches, bytes and collectives are held to what they were when this was written, or to what is left of it: the
-numbers are upper limits. Lower them when the code gets better.
+FakeTensorMode raises an error for a tensor on the wrong device. The host may wait for the GPU only where a case below
+says so. Launches, bytes and collectives have upper limits: what they were when this was written. Lower them when the
+code gets better.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
+import torch
 from helpers import fake_gpu
+from torch.utils import backend_registration
 
 from losses.margins import MARGINS
 from utils.operators import COPY_PAGEABLE, COPY_TO_HOST, Counts
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is visible"),
+    pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+                       reason="this torch cannot be told of another accelerator"),
+]
 
 SHARDED = ["--enable-model-parallel"]
 BF16 = ["--enable-amp-mode", "--amp-dtype", "bf16"]
@@ -71,7 +78,13 @@ STEPS: dict[str, tuple[list[str], int, dict[str, int], dict[str, int]]] = {
 def on_fake_gpu() -> Iterator[Callable[..., Any]]:
     """`on_fake_gpu(function, ...)`: the result of a function of helpers/fake_gpu.py, in a process with a fake GPU."""
     with fake_gpu.in_own_process() as process:
-        yield lambda function, *args, **kwargs: process.submit(function, *args, **kwargs).result()
+
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result, error = process.submit(fake_gpu.attempt, function, *args, **kwargs).result()
+            assert not error, error
+            return result
+
+        yield run
 
 
 def assert_within(counts: Counts, launches: int, collectives: dict[str, int], waits: dict[str, int]) -> None:
@@ -96,6 +109,7 @@ def test_a_shard_without_classes(on_fake_gpu):
     assert_within(counts, 225, PARALLEL, {})
 
 
+@pytest.mark.slow
 def test_an_iresnet_step(on_fake_gpu):
     flags = [*SHARDED, *BF16, "-a", "iresnet50"]
     counts, _ = on_fake_gpu(fake_gpu.count_training, flags, num_classes=85_744, tiny=False, steps=1)
@@ -105,6 +119,7 @@ def test_an_iresnet_step(on_fake_gpu):
         forward_and_backward, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_mobilefacenet_step(on_fake_gpu):
     flags = [*SHARDED, *BF16, "-a", "mobilefacenet", "--checkpoint-activations", "--channels-last"]
     counts, _ = on_fake_gpu(fake_gpu.count_training, flags, tiny=False, steps=1)

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 # Operators that launch nothing, beside those that return a view.
-_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "resize_", "set_",
-              "is_pinned", "_pin_memory", "record_stream", "lift", "lift_fresh", "_version"}
+_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "resize_",
+              "set_", "is_pinned", "_pin_memory", "record_stream", "lift", "lift_fresh"}
 
 # They read as much of the tensor that they take values from (their first argument) as they return.
 _GATHERS = {"index", "gather", "index_select", "embedding", "take"}
@@ -27,7 +27,7 @@ _OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 
 # The shape of their result, or a Python value, depends on values: the host waits for the device.
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique", "_unique2", "unique_dim",
-          "unique_consecutive", "is_nonzero", "argwhere", "barrier", "monitored_barrier_", "_nested_tensor_size"}
+          "unique_consecutive", "barrier", "monitored_barrier_"}
 
 # CUDA takes a copy of up to this size from pageable memory into its command queue and returns: CUDA C++ Programming
 # Guide, "Asynchronous Concurrent Execution". A larger one waits for the stream.
@@ -92,7 +92,7 @@ class OperatorCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # such as a fake tensor's device
+        if func.namespace in ("prim", "profiler"):  # a fake tensor's device, and names of parts
             return func(*args, **kwargs)
         wait = self._wait_of(func, args, kwargs)  # before an operator in place changes what it got
         result = func(*args, **kwargs)

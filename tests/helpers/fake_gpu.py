@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -346,6 +347,15 @@ def count_classifier(
 def in_own_process() -> ProcessPoolExecutor:
     """An executor with one process that has a fake GPU, in which the functions of this module can run."""
     return ProcessPoolExecutor(1, get_context("spawn"), set_up_process)
+
+
+def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
+    """What the function returns, and "" or the traceback: torch's errors on fake tensors cannot go to other processes.
+    """
+    try:
+        return function(*args, **kwargs), ""
+    except Exception:
+        return None, traceback.format_exc()
 
 
 def set_up_process() -> None:
