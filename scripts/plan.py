@@ -139,7 +139,7 @@ def main() -> None:
 
     centers = f" with {options.sub_centers} centers each" if options.sub_centers > 1 else ""
     print(f"{options.arch}, {options.classes:,} classes{centers}, {options.batch_size} images on {options.world_size} "
-          f"GPUs of {memory_gib:g} GiB, {options.precision}\n")
+          f"{'processes' if on_cpu else 'GPUs'} of {memory_gib:.4g} GiB, {options.precision}\n")
     parts = predict(options.classes, options.world_size)
     total, width = sum(parts.values()), max(map(len, parts))
     for name, size in parts.items():

@@ -29,7 +29,7 @@ class Rates:
     low_flops: Mapping[str, float]  # the same of bfloat16 and float16
     bandwidth: Mapping[str, float]  # bytes per second, by kind
     launch: float  # seconds
-    cached_bandwidth: float = 0.0  # of operators of kind OTHER that touch up to `cache_bytes`
+    cached_bandwidth: float = 0.0  # of operators that touch up to `cache_bytes`, unless their kind has a bandwidth
     cache_bytes: int = 0
     node: int = 8  # GPUs of a node
     node_bandwidth: float = math.inf  # bytes per second of a GPU to the others of its node, in one direction
@@ -40,9 +40,8 @@ class Rates:
     def bounds(self, operator: Operator) -> dict[str, float]:
         """Seconds that arithmetic, memory and launches of a call would take alone."""
         rate = (self.low_flops if operator.low else self.flops).get(operator.kind, math.inf)
-        bandwidth = self.bandwidth.get(operator.kind, self.bandwidth[OTHER])
-        if operator.bytes <= self.cache_bytes and operator.kind not in self.bandwidth:
-            bandwidth = self.cached_bandwidth
+        others = self.cached_bandwidth if operator.bytes <= self.cache_bytes else self.bandwidth[OTHER]
+        bandwidth = others if operator.kind == OTHER else self.bandwidth.get(operator.kind, others)
         return {ARITHMETIC: operator.flops / rate, MEMORY: operator.bytes / bandwidth,
                 LAUNCHES: operator.launches * self.launch}
 
