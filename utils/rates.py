@@ -40,7 +40,7 @@ class Rates:
     def bounds(self, operator: Operator) -> dict[str, float]:
         """Seconds that arithmetic, memory and launches of a call would take alone."""
         rate = (self.low_flops if operator.low else self.flops).get(operator.kind, math.inf)
-        others = self.cached_bandwidth if operator.bytes <= self.cache_bytes else self.bandwidth[OTHER]
+        others = self.cached_bandwidth if 0 < operator.bytes <= self.cache_bytes else self.bandwidth[OTHER]
         bandwidth = others if operator.kind == OTHER else self.bandwidth.get(operator.kind, others)
         return {ARITHMETIC: operator.flops / rate, MEMORY: operator.bytes / bandwidth,
                 LAUNCHES: operator.launches * self.launch}
