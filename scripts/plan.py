@@ -1,14 +1,22 @@
 #!/usr/bin/env python3
-"""How much memory a training run needs on each GPU, and how many classes would fit. Needs no GPU.
+"""How much memory a training run needs on each GPU, how many classes would fit, and how long a step would take. Needs
+no GPU.
 
     python3 scripts/plan.py --classes 4000000 --processes 8 --batch-size 1024 --precision bf16 --fuse-classifier-update
+    python3 scripts/plan.py --classes 10000000 --processes 64 --batch-size 8192 --precision bf16 --device h100
+    python3 scripts/plan.py --classes 85744 --batch-size 128 -a mobilefacenet --device cpu --measure
+
+The time of --device is a model's: every operator of the step, counted on fake tensors, takes as long as its arithmetic,
+its memory traffic or its launch, at the rates that are printed. No GPU was measured.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -24,8 +32,10 @@ from models import ANY_TIMM, BACKBONES, build_backbone, check_arch, is_timm  # n
 from utils.checkpoint.weights import MAX_EMBEDDING_SIZE  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
+from utils.memory import host_bytes, keep_freed_memory  # noqa: E402
 from utils.options import EMBEDDING_SIZE  # noqa: E402
 from utils.planner import RunSettings, largest, measure_backbone, predict_memory  # noqa: E402
+from utils.rates import DEVICES, OTHER, PRODUCT, DataSheet, Rates, Shares, gpu_rates  # noqa: E402
 from utils.training.optim import OPTIMIZERS, count_states  # noqa: E402
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +43,11 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 MIB, GIB = 2**20, 2**30
 # Of an A100 or H100, if no GPU is visible.
 ASSUMED_MEMORY_GIB, ASSUMED_CACHE = 80.0, 50 * MIB
+CPU_TURNS = 7
+CPU_CACHE = 8 * MIB  # that a chunk of classes may fill
+
+LEFT_OUT = ("Left out: loading of data, augmentation, metrics, the scaler of fp16, the average of --ema, copies of "
+            "DDP, waits of the host.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +65,26 @@ class Options:
                                at_most=MAX_EMBEDDING_SIZE, section="flags of main.py", help="numbers of an embedding")
     precision: str = flag("--precision", default="fp32", choices=PRECISIONS, help="bf16, fp16: with --enable-amp-mode")
     memory_gib: float | None = flag("--memory-gib", metavar="GIB", above=0, help="memory of each GPU",
-                                    default_text=f"that of the visible GPU, else {ASSUMED_MEMORY_GIB:g}")
+                                    default_text=f"that of --device or the visible GPU, else {ASSUMED_MEMORY_GIB:g}")
+    device: str | None = flag("--device", choices=(*DEVICES, "cpu"), section="time of a step",
+                              help="predict the time on this GPU, or in one process of this CPU, which is measured")
+    images: int | None = flag("--images", metavar="M", at_least=1, section="time of a step",
+                              help="images of the training set, for the time of an epoch")
+    measure: bool = flag("--measure", default=False, section="time of a step",
+                         help="--device cpu: also time backbone and classifier, beside the prediction")
+    gpus_per_node: int = flag("--gpus-per-node", default=8, metavar="G", at_least=1, section="time of a step",
+                              help="GPUs that NVLink connects")
+    tflops: float | None = flag("--tflops", metavar="TFLOPS", above=0, section="time of a step",
+                                default_text="data sheet x share",
+                                help="achieved by products in this precision; convolutions in proportion")
+    bandwidth: float | None = flag("--bandwidth", metavar="GB/S", above=0, section="time of a step",
+                                   default_text="data sheet x share", help="achieved by the GPU's memory")
+    launch_us: float | None = flag("--launch-us", metavar="US", at_least=0, section="time of a step",
+                                   default_text=f"{Shares().launch_us:g}", help="microseconds from kernel to kernel")
+    nvlink: float | None = flag("--nvlink", metavar="GB/S", above=0, section="time of a step",
+                                default_text="data sheet x share", help="achieved within a node, in one direction")
+    network: float | None = flag("--network", metavar="GB/S", above=0, section="time of a step",
+                                 default_text="data sheet x share", help="achieved by each GPU to other nodes")
     sub_centers: int = flag("--sub-centers", default=1, metavar="K", at_least=1, section="flags of main.py",
                             help="centers of each class")
     enable_model_parallel: bool = flag("--enable-model-parallel", default=True, section="flags of main.py",
@@ -73,29 +107,39 @@ class Options:
 def main() -> None:
     options = parse_options()
     visible = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    memory_gib = options.memory_gib or (visible.total_memory / GIB if visible else ASSUMED_MEMORY_GIB)
+    sheet = DEVICES.get(options.device or "")
+    on_cpu = options.device == "cpu"
+    device_type = "cpu" if on_cpu else "cuda"
+    memory_gib = options.memory_gib or (
+        sheet.memory_gib if sheet else host_bytes() / GIB if on_cpu else visible.total_memory / GIB if visible
+        else ASSUMED_MEMORY_GIB)
+    cache_bytes = (sheet.cache_mib * MIB if sheet else CPU_CACHE if on_cpu else visible.L2_cache_size if visible
+                   else ASSUMED_CACHE)
     memory, matmul_dtype = int(memory_gib * GIB), PRECISIONS[options.precision]
     backbone = measure_backbone(
-        lambda: build_backbone(options.arch, options.embedding_size), device_type="cuda", autocast_dtype=matmul_dtype,
-        checkpointed=options.checkpoint_activations)
+        lambda: build_backbone(options.arch, options.embedding_size), device_type=device_type,
+        autocast_dtype=matmul_dtype, checkpointed=options.checkpoint_activations)
 
-    def predict(classes: int, world_size: int) -> dict[str, int]:
-        return predict_memory(backbone, RunSettings(
+    def settings(classes: int, world_size: int) -> RunSettings:
+        return RunSettings(
             classes=classes, world_size=world_size, batch_size=options.batch_size,
             embedding_size=options.embedding_size, sub_centers=options.sub_centers, total_bytes=memory,
-            cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
+            cache_bytes=cache_bytes, device_type=device_type,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
             optimizer_states=count_states(options.optimizer, momentum=0.9), ema=options.ema,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,
             sample_rate=options.sample_rate, matmul_dtype=matmul_dtype,
-        ))
+        )
+
+    def predict(classes: int, world_size: int) -> dict[str, int]:
+        return predict_memory(backbone, settings(classes, world_size))
 
     def fits(classes: int, world_size: int) -> bool:
         return sum(predict(classes, world_size).values()) <= memory
 
     centers = f" with {options.sub_centers} centers each" if options.sub_centers > 1 else ""
     print(f"{options.arch}, {options.classes:,} classes{centers}, {options.batch_size} images on {options.world_size} "
-          f"GPUs of {memory_gib:g} GiB, {options.precision}\n")
+          f"{'processes' if on_cpu else 'GPUs'} of {memory_gib:.4g} GiB, {options.precision}\n")
     parts = predict(options.classes, options.world_size)
     total, width = sum(parts.values()), max(map(len, parts))
     for name, size in parts.items():
@@ -112,6 +156,83 @@ def main() -> None:
         counts = [1]
     fewest = next((count for count in counts if fits(options.classes, count)), None)
     print(f"fewest GPUs that {options.classes:,} classes fit on with this batch: {fewest or 'no number is enough'}")
+    if options.device is not None:
+        print_time(options, settings(options.classes, options.world_size), sheet)
+
+
+def print_time(options: Options, run: RunSettings, sheet: DataSheet | None) -> None:
+    """Print the predicted time of a step, part by part, and its assumptions. sheet: None for this CPU."""
+    from utils.step_time import count_backbone, predict_step  # Importing it takes seconds.
+
+    images = options.batch_size // options.world_size
+    backbone = count_backbone(
+        lambda: build_backbone(options.arch, options.embedding_size), images, device_type=run.device_type,
+        autocast_dtype=run.matmul_dtype, checkpointed=options.checkpoint_activations, optimizer=options.optimizer,
+        shares=options.world_size if options.enable_zero_optim else 1)
+    measured: dict[str, float] = {}
+    if sheet is None:
+        from scripts import cpu_rates
+
+        keep_freed_memory()
+        steps = {}
+        if options.measure:
+            steps = {"backbone": cpu_rates.backbone_step(build_backbone(options.arch, options.embedding_size), images),
+                     "classifier": cpu_rates.classifier_step(run)}
+        rates, measured = cpu_rates.measure_rates(images, options.batch_size, options.embedding_size, CPU_TURNS, steps)
+    else:
+        rates = with_flags(gpu_rates(sheet, Shares(), options.gpus_per_node), options)
+    parts = predict_step(backbone, run, rates, options.optimizer)
+    step = sum(part.seconds for part in parts)
+    width = max(len(part.name) for part in parts)
+    print(f"\ntime of a step on {sheet.name if sheet else 'this CPU, in one process'}, predicted")
+    for name, seconds, bound in parts:
+        print(f"{name:<{width}}  {seconds * 1e3:>10,.2f} ms  {seconds / step:>4.0%}  {bound}")
+    speed = options.batch_size / step
+    print(f"{'sum':<{width}}  {step * 1e3:>10,.2f} ms  = {speed / options.world_size:,.0f} images/s per "
+          f"{'GPU' if sheet else 'process'}, {speed:,.0f} in total")
+    if options.images is not None:
+        print(f"{'epoch':<{width}}  {options.images / options.batch_size * step / 3600:>10,.2f} h   of "
+              f"{options.images:,} images")
+    predicted = {"backbone": parts[0].seconds + parts[1].seconds, "classifier": parts[2].seconds}
+    for name, seconds in measured.items():
+        print(f"{name}: measured {seconds * 1e3:,.1f} ms, predicted {predicted[name] * 1e3:,.1f} ms "
+              f"({predicted[name] / seconds - 1:+.0%})")
+    print("\n" + "\n".join(assumptions(rates, options, sheet)))
+
+
+def with_flags(rates: Rates, options: Options) -> Rates:
+    """The rates with those that the flags give."""
+    given: dict[str, Any] = {name: value * unit for name, value, unit in (
+        ("launch", options.launch_us, 1e-6), ("node_bandwidth", options.nvlink, 1e9),
+        ("network_bandwidth", options.network, 1e9)) if value is not None}
+    if options.bandwidth is not None:
+        given["bandwidth"] = {OTHER: options.bandwidth * 1e9}
+    if options.tflops is not None:
+        name = "flops" if PRECISIONS[options.precision] is None else "low_flops"
+        old = getattr(rates, name)
+        factor = options.tflops * 1e12 / old[PRODUCT]
+        given[name] = {kind: rate * factor for kind, rate in old.items()}
+    return replace(rates, **given)
+
+
+def assumptions(rates: Rates, options: Options, sheet: DataSheet | None) -> Sequence[str]:
+    """Lines that say what the prediction rests on."""
+    flops = rates.flops if PRECISIONS[options.precision] is None else rates.low_flops
+    shown = ", ".join(f"{kind} {rate / (1e9 if sheet is None else 1e12):,.1f}" for kind, rate in flops.items())
+    moved = ", ".join(f"{kind} {rate / 1e9:,.1f}" for kind, rate in rates.bandwidth.items())
+    if sheet is None:
+        return (f"Measured in this run: GFLOP/s: {shown}; GB/s: {moved}, in the cache "
+                f"{rates.cached_bandwidth / 1e9:,.1f}; a small operator {rates.launch * 1e6:.1f} us; "
+                f"{torch.get_num_threads()} threads.", LEFT_OUT)
+    kind = "TF32" if PRECISIONS[options.precision] is None else options.precision
+    return (
+        f"Assumed, from NVIDIA's data sheet times the share that is achieved (no GPU was measured): {kind} TFLOP/s: "
+        f"{shown};",
+        f"memory {rates.bandwidth[OTHER] / 1e9:,.0f} GB/s; a launch {rates.launch * 1e6:g} us; nodes of {rates.node}: "
+        f"NVLink {rates.node_bandwidth / 1e9:,.0f} GB/s a GPU,",
+        f"network {rates.network_bandwidth / 1e9:,.0f} GB/s a GPU; {rates.node_latency * 1e6:g} and "
+        f"{rates.network_latency * 1e6:g} us for each stage of a collective within and between nodes.",
+        LEFT_OUT)
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
@@ -132,6 +253,19 @@ def parse_options(argv: list[str] | None = None) -> Options:
                          (f"--sample-rate {o.sample_rate:g}", o.sample_rate < 1)):
         if is_set and o.world_size > 1 and not o.enable_model_parallel:
             raise UserError(f"{name} with --no-enable-model-parallel: works on one GPU only; drop one of them")
+    if o.device == "cpu" and (o.world_size > 1 or o.precision != "fp32"):
+        raise UserError("--device cpu with --processes or --precision: the time on the CPU is that of one process in "
+                        "float32; drop them")
+    if o.measure and (o.device != "cpu" or o.sample_rate < 1 or o.fuse_classifier_update or o.checkpoint_activations):
+        raise UserError("--measure: times the plain step on the CPU; give --device cpu, and drop --sample-rate, "
+                        "--fuse-classifier-update and --checkpoint-activations")
+    rates = {"--tflops": o.tflops, "--bandwidth": o.bandwidth, "--launch-us": o.launch_us, "--nvlink": o.nvlink,
+             "--network": o.network}
+    if given := [name for name, value in rates.items() if value is not None]:
+        if o.device in (None, "cpu"):
+            raise UserError(f"{given[0]}: describes a GPU; give --device {'|'.join(DEVICES)}, or drop it")
+    if o.images is not None and o.device is None:
+        raise UserError("--images without --device: is for the time of an epoch; give --device, or drop it")
     return o
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up. The rooms of a line do not know one another.
 FLOORS = [
     ["utils/errors", "utils/packages"],
-    ["utils/files", "utils/flags", "utils/memory", "utils/operators", "utils/signals"],
+    ["utils/files", "utils/flags", "utils/memory", "utils/operators", "utils/rates", "utils/signals"],
     ["utils/dist"],
     ["data", "losses", "utils/launch"],
     ["models", "utils/evaluation"],
@@ -20,7 +20,7 @@ FLOORS = [
     ["utils/checkpoint"],
     ["utils/options"],
     ["utils/build", "utils/planner"],
-    ["utils/preflight"],
+    ["utils/preflight", "utils/step_time"],
     ["main", "valid"],
     ["scripts"],
 ]
