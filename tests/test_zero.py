@@ -33,6 +33,8 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.found[func.overloadpacket.__name__] += 1
+        if func.overloadpacket.__name__ == "_fused_sgd_":  # torch has no form of it for fake tensors
+            return None
         return func(*args, **(kwargs or {}))
 
 
@@ -160,7 +162,8 @@ def two_fake_ranks() -> Iterator[None]:
 @pytest.mark.parametrize("zero", [False, True])
 def test_fp16_does_not_wait_for_a_gpu(two_fake_ranks, optimizer, zero):
     """A fake tensor has no value: reading one, as the scaler does for optimizers that are not fused, is an error."""
-    with FakeTensorMode(), torch.device("cuda"):
+    with (mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)), FakeTensorMode(),
+          torch.device("cuda")):
         model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
         optimizers = Optimizers(model, optimizer, SETTINGS[optimizer], zero=zero)
         scaler = SharedGradScaler("cpu", enabled=True)  # torch switches that of "cuda" off without a GPU

@@ -76,7 +76,7 @@ class ZeroOptimizer(Optimizer):
         self._step_supports_amp_scaling = getattr(self.optim, "_step_supports_amp_scaling", False)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Collective. Step the own parameters, and take over those of the other ranks."""
         for group, own in zip(self.param_groups, self.optim.param_groups):
             own["lr"] = group["lr"]
