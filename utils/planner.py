@@ -7,7 +7,6 @@ classes of this process, K centers of a chunk of the margin softmax, q centers o
 from __future__ import annotations
 
 import bisect
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, whole_classes
 from models.checkpointing import Block
 from utils.dist.sharding import ClassShard
+from utils.training.zero import assign_owners
 
 IMAGE_VALUES = 3 * 112 * 112
 FLOAT, LABEL = 4, 8  # bytes
@@ -215,8 +215,8 @@ def largest(fits: Callable[[int], bool], start: int) -> int:
 
 
 def _largest_share(sizes: Sequence[int], world_size: int) -> int:
-    """ZeroRedundancyOptimizer's greedy partition: the largest parameter first, to the process with the least."""
+    """The bytes of the parameters of the rank that owns most."""
     shares = [0] * world_size
-    for size in sorted(sizes, reverse=True):
-        heapq.heapreplace(shares, shares[0] + size)
+    for size, owner in zip(sizes, assign_owners(sizes, world_size)):
+        shares[owner] += size
     return max(shares)

@@ -369,6 +369,7 @@ def _load(state: TrainState, checkpoint: Checkpoint, read: ReadBytes | None = No
             {key: value.clone() for key, value in values.items()}
         for name, values in contents[OPTIMIZER].items()
     }
+    state.optimizers.drop_state()
     # In format 3, a tensor in shards/ has the name it has here.
     stored_names = _FORMAT_2_NAMES if contents["format_version"] == 2 else {}
     stored = open_shards(checkpoint.directory, [stored_names.get(name, name) for name in contents["shards"]],

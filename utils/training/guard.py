@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from utils.dist.collectives import all_gather_rows
 from utils.errors import UserError
+from utils.training.flat import by_dtype, flatten, unflatten_into
 
 ADVICE = ("lower --lr or raise --warmup-epochs; with fp16 use --amp-dtype bf16; "
           "continue from the last checkpoint with --resume")
@@ -65,13 +66,13 @@ class StepGuard:
 
     def __init__(self, module: nn.Module, *, skip: bool) -> None:
         self._module, self._skip = module, skip
-        self._snapshot: list[Tensor] = []
+        self._snapshot: list[Tensor] = []  # a vector for each dtype
         self._nonfinite_in_a_row = 0
 
     def snapshot(self) -> None:
         """Copy the buffers, before the first forward pass of a step."""
         if self._skip:
-            self._snapshot = [buffer.clone() for buffer in self._module.buffers()]
+            self._snapshot = [flatten(buffers) for buffers in by_dtype(self._module.buffers())]
 
     def nonfinite(self, losses: Sequence[Tensor]) -> Tensor | None:
         """Collective with `skip`. 1 if any loss of any rank is inf or NaN, else 0: a float32 scalar on the device.
@@ -87,8 +88,8 @@ class StepGuard:
     def rollback(self, nonfinite: Tensor | None) -> None:
         """Restore the buffers if `nonfinite` is 1, after the optimizers' step."""
         if nonfinite is not None:
-            for buffer, before in zip(self._module.buffers(), self._snapshot):
-                buffer.copy_(torch.where(nonfinite > 0, before, buffer))
+            for buffers, before in zip(by_dtype(self._module.buffers()), self._snapshot):
+                unflatten_into(torch.where(nonfinite > 0, before, flatten(buffers)), buffers)
 
     def check(self, steps: Sequence[StepLoss]) -> None:
         """Look at losses that TrainingLog has read, each step once and in order. Call it on all ranks.

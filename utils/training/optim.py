@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _NormBase
@@ -17,23 +15,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from utils.dist.sharding import is_sharded
-
-
-def make_state(optimizer: Optimizer) -> None:
-    """Give SGD or AdamW the zeros from which its state starts, where it has none yet.
-
-    torch makes the state in the first step. That is too late for a step that a mask on the device may skip, and a shard
-    without classes, which never steps, needs it because the checkpoint expects it.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if "betas" in group and not state:
-                # torch's fused step takes the counter on the device, the others on the CPU.
-                state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            elif group.get("momentum") and state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
+from utils.training.zero import ZeroOptimizer, make_state
 
 
 class RowOptimizer(Optimizer):
@@ -207,15 +189,17 @@ def undecayed(module: nn.Module, kinds: Collection[str]) -> set[str]:
 class Optimizers:
     """One optimizer for the replicated parameters (with ZeRO or without), and one for this rank's shard of classes.
 
-    The shard must not be in ZeroRedundancyOptimizer. After each step, that broadcasts every parameter from its owner:
-    one rank's classes would overwrite all others.
+    The shard must not be in ZeroOptimizer. After each step, that broadcasts every parameter from its owner: one rank's
+    classes would overwrite all others.
+
+    All state is there from the beginning, as zeros.
 
     Args:
         model: its sharded parameters are registered (`utils.dist.sharding.register_parallel_dim`).
         name: in OPTIMIZERS.
         settings: the optimizer's arguments, such as lr, momentum and weight_decay.
         no_decay: kinds of replicated parameters without weight decay, of NO_DECAY.
-        zero: shard the replicated parameters' state with ZeroRedundancyOptimizer.
+        zero: shard the replicated parameters' state (ZeroOptimizer).
         skippable: a mask on the device can skip a step, which of torch's implementations only the fused one offers.
         row_optimizer: the shard's optimizer, if it steps within the backward pass or has sparse gradients.
         backbone_lr_scale: the learning rate of backbone.* is that of the class centers times this.
@@ -239,21 +223,18 @@ class Optimizers:
         groups = [{"params": [parameter for _, parameter in members], **dict(own)}
                   for own, members in itertools.groupby(replicated, group_of)]
         make: Any = OPTIMIZERS[name]
-        make_replicated = make
-        if zero:
-            # Importing it takes seconds, and few runs use it.
-            from torch.distributed.optim import ZeroRedundancyOptimizer
-
-            make_replicated = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)
-        fused = {"fused": True} if skippable else {}
+        # On GPUs, the fused one takes found_inf of the fp16 scaler on the device. The others make the host wait for it.
+        fused = {"fused": True} if skippable or any(parameter.is_cuda for _, parameter in replicated) else {}
         # The names go with each optimizer: state is saved by name, whoever holds it.
         self._named: list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]] = []
         if replicated:  # --freeze backbone leaves only the shard
-            self._named.append((make_replicated(groups, **settings, **fused), replicated))
+            optimizer = ZeroOptimizer(groups, make, **settings, **fused) if zero else make(groups, **settings, **fused)
+            self._named.append((optimizer, replicated))
         if sharded:
             # Fused: torch's other implementations copy the gradient, which is as large as the shard, for weight decay.
             shard = row_optimizer or make([parameter for _, parameter in sharded], **settings, fused=True)
             self._named.append((shard, sharded))
+        self._make_state()
 
     @property
     def all(self) -> list[Optimizer]:
@@ -275,14 +256,8 @@ class Optimizers:
         """
         found: dict[str, dict[str, Tensor]] = {}
         for optimizer, named in self._named:
-            if hasattr(optimizer, "consolidate_state_dict"):  # ZeRO
-                optimizer.consolidate_state_dict(to=0)
-                if dist.get_rank() != 0:
-                    continue
-                by_index = optimizer.state_dict()["state"]
-                states = [by_index.get(index, {}) for index in range(len(named))]
-            else:
-                states = [optimizer.state[parameter] for _, parameter in named]
+            states = (optimizer.gather_state() if isinstance(optimizer, ZeroOptimizer)
+                      else [optimizer.state[parameter] for _, parameter in named])
             for (name, _), values in zip(named, states):
                 if tensors := {key: value for key, value in values.items() if isinstance(value, Tensor)}:
                     found[name] = tensors
@@ -291,17 +266,29 @@ class Optimizers:
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Load state by parameter and state name. Every rank passes all it trains; other parameters start without."""
         for optimizer, named in self._named:
-            packed = Optimizer.state_dict(optimizer)  # ZeRO's own method would require a consolidation first.
+            local, names = _local_optimizer(optimizer), {parameter: name for name, parameter in named}
+            held = [parameter for group in local.param_groups for parameter in group["params"]]
+            packed = local.state_dict()
             packed["state"] = {
-                index: {key: _laid_out_like(parameter, value) for key, value in state[name].items()}
-                for index, (name, parameter) in enumerate(named) if name in state
+                index: {key: _laid_out_like(parameter, value) for key, value in state[names[parameter]].items()}
+                for index, parameter in enumerate(held) if names[parameter] in state
             }
-            optimizer.load_state_dict(packed)
-            local = getattr(optimizer, "optim", optimizer)  # ZeRO moves AdamW's counter to the CPU
-            for group in local.param_groups:
-                for parameter in group["params"] if group.get("fused") else ():
-                    if "step" in (values := local.state[parameter]):
-                        values["step"] = values["step"].to(parameter.device)
+            local.load_state_dict(packed)
+        self._make_state()
+
+    def drop_state(self) -> None:
+        """Free the state's memory before `load_state`, whose argument takes as much."""
+        for optimizer in self.all:
+            _local_optimizer(optimizer).state.clear()
+
+    def _make_state(self) -> None:
+        for optimizer in self.all:
+            make_state(_local_optimizer(optimizer))
+
+
+def _local_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps this rank's parameters: ZeRO's inner one, or any other optimizer itself."""
+    return optimizer.optim if isinstance(optimizer, ZeroOptimizer) else optimizer
 
 
 def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from utils.dist.collectives import all_gather_json
 from utils.dist.context import DistContext
 from utils.training.clip import GradientClip
-from utils.training.optim import make_state
 
 
 class SharedGradScaler(torch.amp.GradScaler):
@@ -28,7 +27,10 @@ class SharedGradScaler(torch.amp.GradScaler):
         """Collective when enabled. Unscale, agree on whether any gradient anywhere is inf or NaN, step or skip, update.
 
         Args:
-            optimizers: all of this rank's. With `nonfinite` they must be torch's fused ones, or ZeRO of them.
+            optimizers: all of this rank's, with their state (`utils.training.zero.make_state`): torch's fused SGD
+                allocates momentum without writing it, for the first step to fill. If that step were skipped, the second
+                one would read whatever the memory holds. With `nonfinite` they must be torch's fused ones, or ZeRO of
+                them.
             nonfinite: float32 scalar on the device, the same on all ranks. Where it is 1, weights and state stay.
                 The scale stays too, since it cannot have caused a loss that is inf or NaN. None: no step is masked.
             clip: limits the gradients after they are unscaled. If their norm is inf or NaN, a step that can be skipped
@@ -36,11 +38,6 @@ class SharedGradScaler(torch.amp.GradScaler):
 
         Returns a float32 scalar on the device: 1 if the step was skipped; None if it cannot have been.
         """
-        if self.is_enabled() or nonfinite is not None:
-            # torch's fused SGD allocates momentum without writing it, for the first step to fill. If that step is
-            # skipped, the second one would read whatever the memory holds.
-            for optimizer in optimizers:
-                make_state(_local_optimizer(optimizer))
         if not self.is_enabled():
             if clip is not None:
                 norm = clip()
@@ -48,7 +45,7 @@ class SharedGradScaler(torch.amp.GradScaler):
                     nonfinite = torch.maximum(nonfinite, norm.isfinite().logical_not().float())
             for optimizer in optimizers:
                 if nonfinite is not None:
-                    _local_optimizer(optimizer).found_inf = nonfinite  # type: ignore[attr-defined]  # of fused steps
+                    optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # of fused steps
                 optimizer.step()
             return nonfinite
         for optimizer in optimizers:
@@ -72,11 +69,6 @@ class SharedGradScaler(torch.amp.GradScaler):
             for state, old in zip(states, before):
                 state.copy_(torch.where(nonfinite > 0, old, state))
         return skipped
-
-
-def _local_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps this rank's parameters: ZeRO's inner one, or any other optimizer itself."""
-    return getattr(optimizer, "optim", optimizer)
 
 
 def amp_dtype(choice: str | None, device: torch.device) -> torch.dtype:
