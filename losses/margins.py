@@ -84,6 +84,11 @@ class Margin(nn.Module):
         self._observed = []
         return torch.cat(cosines), None if norms[0] is None else torch.cat(norms)
 
+    def highest_negative(self) -> float:
+        """An upper bound of what `negatives` returns for cosines up to 1. It must not return less than -1 for a class
+        that takes part."""
+        return 1.0
+
     def describe(self) -> str:
         """The loss in a few words, for the table of the run."""
         raise NotImplementedError
@@ -311,6 +316,9 @@ class CurricularFace(Margin):
         return (torch.where(hard, cosine * (self.t + cosine), cosine),
                 torch.where(hard, self.t + 2.0 * cosine, torch.ones_like(cosine)))
 
+    def highest_negative(self) -> float:
+        return 2.0  # c = t = 1, or both -1
+
     def update(self, cosine: Tensor, norm: Tensor | None) -> None:
         self.t.lerp_(cosine.mean().to(self.t), self.curriculum_momentum)
 
@@ -347,6 +355,9 @@ class MVSoftmax(Margin):
         hard = cosine > phi
         return (torch.where(hard, self.mv_weight * cosine + (self.mv_weight - 1.0), cosine),
                 torch.where(hard, self.mv_weight, torch.ones_like(cosine)))
+
+    def highest_negative(self) -> float:
+        return 2.0 * self.mv_weight - 1.0
 
     def describe(self) -> str:
         return f"MV-Softmax ({self.mv_target}), margin {self.margin:g}, weight {self.mv_weight:g}"
