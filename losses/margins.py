@@ -38,6 +38,9 @@ class Margin(nn.Module):
     has_statistics: ClassVar[bool] = False  # the margin defines `update`
     default_scale: ClassVar[float] = 64.0  # of the publication
     negatives: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
+    # The same map in the form that the GPU's kernels know, where it has that: target cosines and phi, (N,) each -> a
+    # threshold (N,) and coefficients (3,), float32. A cosine c above the threshold becomes k0 * c + k1 * c^2 + k2.
+    quadratic: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
     # A term of the loss in the norm alone: norms (N,) -> its value per row and the slope of that, (N,).
     penalty: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
 
@@ -310,9 +313,14 @@ class CurricularFace(Margin):
     def target(self, cosine: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
         return *arc_target(cosine, self.margin, easy=False)[:2], None
 
+    def _threshold(self, target: Tensor) -> Tensor:
+        return target * math.cos(self.margin) - sine_of(target) * math.sin(self.margin)
+
+    def quadratic(self, cosine: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        return self._threshold(cosine), torch.stack([self.t, torch.ones_like(self.t), torch.zeros_like(self.t)]).float()
+
     def negatives(self, cosine: Tensor, target: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        threshold = target * math.cos(self.margin) - sine_of(target) * math.sin(self.margin)
-        hard = cosine > threshold
+        hard = cosine > self._threshold(target)
         return (torch.where(hard, cosine * (self.t + cosine), cosine),
                 torch.where(hard, self.t + 2.0 * cosine, torch.ones_like(cosine)))
 
@@ -350,6 +358,12 @@ class MVSoftmax(Margin):
             return *arc_target(cosine, self.margin, easy=self.easy_margin)[:2], None
         inside = cosine > 0 if self.easy_margin else torch.ones_like(cosine, dtype=torch.bool)
         return torch.where(inside, cosine - self.margin, cosine), torch.ones_like(cosine), None
+
+    def quadratic(self, cosine: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        coefficients = phi.new_full((3,), self.mv_weight, dtype=torch.float32)
+        coefficients[1].fill_(0.0)
+        coefficients[2].sub_(1.0)
+        return phi, coefficients
 
     def negatives(self, cosine: Tensor, target: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         hard = cosine > phi
