@@ -117,11 +117,18 @@ class ChunkWork:
     @functools.cached_property
     def low(self) -> Tensor:
         """For E of a chunk in the backward pass, in its dtype."""
-        return self._new(len(self.bar), dtype=dtype_of_probs(self.walk, self.bar.dtype))
+        return self.new_probs(self.walk.chunk)
 
     @functools.cached_property
     def _product(self) -> Tensor:
         return self._new(self.embedding.shape[1])
+
+    def _new_probs(self, classes: int, rows: int) -> Tensor:
+        return self.bar.new_empty(classes, rows, dtype=dtype_of_probs(self.walk, self.bar.dtype))
+
+    def new_probs(self, classes: int) -> Tensor:
+        """For E of some classes, (classes, N)."""
+        return self._new_probs(classes, len(self.bar))
 
     def operand(self, centers: Tensor, classes: slice, factor: Tensor, known: bool) -> tuple[Tensor, Tensor]:
         """The centers w of a chunk (K, d), and s * w / |w| for the products. factor = s / |w|, (K,): `known`, or set.
@@ -188,9 +195,9 @@ class _ClassMajor(torch.autograd.Function):
         saved_dtype = dtype_of_probs(walk, dtype)
         saved_chunks = min(len(chunks), walk.saved_bytes // max(1, walk.chunk * rows * saved_dtype.itemsize))
         saved = chunks[saved_chunks - 1].stop if saved_chunks else 0  # columns
-        probs = embedding.new_empty(saved + 1, rows, dtype=saved_dtype)  # the last one for targets that are not there
         columns, factor = walk.columns(target), centers.new_empty(walk.size)
         work = work_class(walk, embedding, centers, cosine, phi)
+        probs = work.new_probs(saved + 1)  # the last one for targets that are not there
         for number, classes in enumerate(chunks):
             _, operand = work.operand(centers, classes, factor[classes], known=False)
             work.exponentials(operand, classes, columns[number], probs[classes] if number < saved_chunks else None)

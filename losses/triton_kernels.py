@@ -63,7 +63,8 @@ def scale_kernel(W, FACTOR, OUT, K, scale, KNOWN: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def exponentials_kernel(
-    OPERAND, X, COLUMN, BAR, SUM, NOT_CLOSER, E, LEFT_OUT, THRESHOLD, MAP, TARGET_ENTRY, N, K, scale, shift, highest,
+    OPERAND, X, COLUMN, BAR, SUM, NOT_CLOSER, E, LEFT_OUT, THRESHOLD, MAP, TARGET_ENTRY, N, STRIDE, K, scale, shift,
+    highest,
     SUMS: tl.constexpr, STORE: tl.constexpr, HAS_LEFT_OUT: tl.constexpr, HAS_MAP: tl.constexpr,
     HAS_FILTER: tl.constexpr, HAS_ENTRY: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -87,14 +88,18 @@ def exponentials_kernel(
     not_closer = tl.zeros((ROWS,), tl.int32)
     depth = tl.arange(0, DEPTH)
     for tile in range(p, tl.cdiv(K, CLASSES), programs):
-        c = tile * CLASSES + tl.arange(0, CLASSES)
+        # 32-bit offsets from the tile's first element: 64-bit ones of every element would fill the registers.
+        first_class, local = tl.full((), 0, tl.int64) + tile * CLASSES, tl.arange(0, CLASSES)
+        c = tile * CLASSES + local
         in_classes = c < K
         logits = tl.zeros((CLASSES, ROWS), tl.float32)
         for first in range(0, D, DEPTH):
             d = first + depth
-            w = tl.load(OPERAND + c[:, None].to(tl.int64) * D + d[None, :],
-                        mask=in_classes[:, None] & (d < D)[None, :], other=0.0)
-            x = tl.load(X + n[None, :] * D + d[:, None], mask=in_rows[None, :] & (d < D)[:, None], other=0.0)
+            w_mask, x_mask = in_classes[:, None], in_rows[None, :]
+            if D % DEPTH:
+                w_mask, x_mask = w_mask & (d < D)[None, :], x_mask & (d < D)[:, None]
+            w = tl.load(OPERAND + first_class * D + (local[:, None] * D + d[None, :]), mask=w_mask, other=0.0)
+            x = tl.load(X + (n[None, :] * D + d[:, None]), mask=x_mask, other=0.0)
             if INTERPRET:
                 w, x = w.to(tl.float32), x.to(tl.float32)
             logits = tl.dot(w, x, logits, input_precision=PRECISION)
@@ -120,7 +125,9 @@ def exponentials_kernel(
         if HAS_ENTRY:
             e = tl.where(is_target, entry[None, :], e)
         if STORE:
-            _store(E + c[:, None].to(tl.int64) * N + n[None, :], e, in_classes[:, None] & in_rows[None, :], INTERPRET)
+            # STRIDE divides by 16, and the rows up to it are written too: so a thread stores 16 bytes at a time.
+            _store(E + first_class * STRIDE + (local[:, None] * STRIDE + n[None, :]), e,
+                   in_classes[:, None] & (n < STRIDE)[None, :], INTERPRET)
     if SUMS:
         place = p * N + n
         tl.store(SUM + place, tl.load(SUM + place, mask=in_rows, other=0.0) + total, mask=in_rows)
@@ -179,7 +186,7 @@ def _exponentials(
     pointers = [operand if tensor is None else tensor for tensor in (
         total, not_closer, out, left_out, threshold, coefficients, target_entry)]
     exponentials_kernel[(blocks, programs_of(rows))](
-        operand, embedding, column, bar, *pointers, rows, len(operand), scale, shift, highest or 0.0,
+        operand, embedding, column, bar, *pointers, rows, 16 if out is None else out.stride(0), len(operand), scale, shift, highest or 0.0,
         SUMS=total is not None, STORE=out is not None, HAS_LEFT_OUT=left_out is not None,
         HAS_MAP=threshold is not None, HAS_FILTER=highest is not None, HAS_ENTRY=target_entry is not None,
         INTERPRET=INTERPRET, **tile_options(size, operand.dtype))
@@ -219,6 +226,11 @@ class TritonWork(ChunkWork):
         self._threshold = self._coefficients = None
         if self._has_kernel and margin.quadratic is not None:
             self._threshold, self._coefficients = margin.quadratic(cosine, phi)
+
+    def new_probs(self, classes: int) -> Tensor:
+        """The kernel stores whole 16 rows: there is room for them."""
+        rows = len(self.bar)
+        return self._new_probs(classes, -(-rows // 16) * 16)[:, :rows]
 
     def operand(self, centers: Tensor, classes: slice, factor: Tensor, known: bool) -> tuple[Tensor, Tensor]:
         here = self.walk.gather(centers, classes, self._gathered)
