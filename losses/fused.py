@@ -315,8 +315,8 @@ class _MarginSoftmax(torch.autograd.Function):
         log_others = maximum + (parts[:, 1] * (parts[:, 0] - maximum).exp()).sum(dim=0).log()
         num_closer = parts[:, 2].sum(dim=0).long()
         loss, log_total, target_grad, norm_grad = join_target(walk, log_others, target, norm, phi, slope, norm_slope)
-        ctx.save_for_backward(embedding, centers, factor, columns, log_total.to(dtype), target_grad.to(dtype), running_max,
-                              saved_probs, cosine, phi, norm_grad)
+        ctx.save_for_backward(embedding, centers, factor, columns, log_total.to(dtype), target_grad.to(dtype),
+                              running_max, saved_probs, cosine, phi, norm_grad)
         ctx.walk, ctx.finite = walk, loss.isfinite()
         ctx.mark_non_differentiable(num_closer)
         return loss, num_closer

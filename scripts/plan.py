@@ -32,7 +32,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 
 MIB, GIB = 2**20, 2**30
 # Of an A100 or H100, if no GPU is visible.
-ASSUMED_MEMORY_GIB, ASSUMED_CACHE = 80.0, 50 * MIB
+ASSUMED_MEMORY_GIB = 80.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def main() -> None:
         return predict_memory(backbone, RunSettings(
             classes=classes, world_size=world_size, batch_size=options.batch_size,
             embedding_size=options.embedding_size, sub_centers=options.sub_centers, total_bytes=memory,
-            cache_bytes=visible.L2_cache_size if visible else ASSUMED_CACHE,
+            cache_bytes=None,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
             optimizer_states=count_states(options.optimizer, momentum=0.9), ema=options.ema,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,
