@@ -180,6 +180,14 @@ class ChunkWork:
         grad.addcmul_(here, along.mul_((factor / self.walk.scale).square_()).unsqueeze(1), value=-1)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the dtype of `total`."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 class _ClassMajor(torch.autograd.Function):
     """Forward: a walk that sums exp(l) over all classes but the target. Backward: a walk for the gradients."""
 
@@ -236,7 +244,7 @@ class _ClassMajor(torch.autograd.Function):
         unit, row_gain = grad_loss / (rows * gain), row_factor * gain
         weighted = work.embedding if fp16 else walk.rounded(embedding * row_factor.unsqueeze(1))
         low = embedding.new_empty(walk.chunk if fp16 else 0, rows, dtype=torch.float16)
-        embedding_grad, part = torch.zeros_like(embedding), torch.empty_like(embedding)
+        embedding_grad = torch.zeros_like(embedding)
         needs_centers = ctx.needs_input_grad[1]
         centers_grad = centers.new_empty(walk.size, size) if needs_centers and walk.update is None else None
         chunk_grad = centers.new_empty(walk.chunk if centers_grad is None else 0, size)
@@ -248,7 +256,7 @@ class _ClassMajor(torch.autograd.Function):
                 probs = work.exponentials(operand, classes, columns[number], None, target_entry)
             if fp16:
                 probs = torch.mul(probs, row_gain, out=low[:len(here)])
-            embedding_grad += multiply(probs.t(), operand, part)
+            _add_product(embedding_grad, probs.t(), operand)
             if not needs_centers:
                 continue
             grad = chunk_grad[:len(here)] if centers_grad is None else centers_grad[classes]

@@ -9,7 +9,9 @@ truncates where a GPU rounds: `INTERPRET` avoids both.
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
 
 import torch
 import triton
@@ -21,9 +23,8 @@ from losses.fused import LEFT_OUT, Walk
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Tiles of `exponentials_kernel`: rows, classes, values of d at a time. With 4 warps the sums take 64 registers of a
-# thread: 128 x 128 did not fit.
-ROW_TILE, CLASS_TILE, DEPTH_TILE = 64, 128, 64
+# Rows of a tile of `exponentials_kernel`. `tile_options` has the rest.
+ROW_TILE = 64
 
 # Programs of `exponentials_kernel` in all: two for each of an H100's 132 multiprocessors. Each has its own partial sums,
 # and walks over tiles of classes; so the sums need no atomics, and do not depend on which program runs first.
@@ -155,12 +156,25 @@ def row_options(d: int) -> dict[str, int]:
     return {"D": d, "PADDED_D": padded, "BLOCK": max(1, 2048 // padded)}
 
 
-def tile_options(d: int, dtype: torch.dtype) -> dict[str, object]:
-    """Tiles and precision of `exponentials_kernel` for operands of this dtype. tl.dot takes 16 values at least."""
-    depth = DEPTH_TILE if dtype.itemsize == 2 else DEPTH_TILE // 2
-    return {"D": d, "ROWS": ROW_TILE, "CLASSES": CLASS_TILE, "DEPTH": min(depth, max(16, triton.next_power_of_2(d))),
+def tile_options(d: int, dtype: torch.dtype, capability: int) -> dict[str, Any]:
+    """Tiles, warps and precision of `exponentials_kernel` for operands of this dtype. tl.dot takes 16 values at least.
+
+    capability: of the GPU, 90 for 9.0. The tiles are the largest of those tried that need no local memory, as the
+    compiler tells it (tests/test_triton.py). No GPU has timed them.
+    """
+    depth = 64 if dtype.itemsize == 2 else 32
+    return {"D": d, "ROWS": ROW_TILE, "CLASSES": 128 if dtype == torch.bfloat16 and capability == 90 else 64,
+            "DEPTH": min(depth, max(16, triton.next_power_of_2(d))),
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            "num_warps": 4, "num_stages": 3}
+            "num_warps": 8, "num_stages": 3}
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _scale(centers: Tensor, factor: Tensor, out: Tensor, scale: float, known: bool) -> None:
@@ -189,7 +203,7 @@ def _exponentials(
         operand, embedding, column, bar, *pointers, rows, 16 if out is None else out.stride(0), len(operand), scale, shift, highest or 0.0,
         SUMS=total is not None, STORE=out is not None, HAS_LEFT_OUT=left_out is not None,
         HAS_MAP=threshold is not None, HAS_FILTER=highest is not None, HAS_ENTRY=target_entry is not None,
-        INTERPRET=INTERPRET, **tile_options(size, operand.dtype))
+        INTERPRET=INTERPRET, **tile_options(size, operand.dtype, _capability(operand.device)))
 
 
 def programs_of(rows: int) -> int:

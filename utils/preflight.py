@@ -137,7 +137,8 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
 def memory_remedies(options: Options, world_size: int, *, activations: bool = True) -> str:
     """What to change in a run that does not fit into memory. activations: whether they may be the cause."""
     fused = not (options.fuse_classifier_update or options.accumulation_steps > 1
-                 or options.classifier == "torchshard" or options.amp_dtype == "fp16" or world_size > 1 and not options.enable_model_parallel)
+                 or options.classifier == "torchshard" or options.amp_dtype == "fp16"
+                 or world_size > 1 and not options.enable_model_parallel)
     return "try " + ", ".join(remedy for remedy, helps in (
         ("--enable-model-parallel", not options.enable_model_parallel),
         ("more GPUs or nodes", world_size == 1 or options.enable_model_parallel),
