@@ -94,9 +94,10 @@ def margin_softmax(
         num_closer: (N,) int64, how many classes have a larger cosine (without margin) than the target: row i is a
             top-k hit where it is < k. A NaN counts as larger.
     """
-    walk = make_walk(embedding, target, centers, norm, margin=margin, scale=scale, filter_above=filter_above, group=group,
-                     sub_centers=sub_centers, saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype, update=update,
-                     chunk=chunk, drawn=drawn)
+    walk = make_walk(
+        embedding, target, centers, norm, margin=margin, scale=scale, filter_above=filter_above, group=group,
+        sub_centers=sub_centers, saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype, update=update, chunk=chunk,
+        drawn=drawn)
     return _MarginSoftmax.apply(embedding, centers, norm, target, walk)
 
 

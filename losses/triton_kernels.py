@@ -26,8 +26,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Rows of a tile of `exponentials_kernel`. `tile_options` has the rest.
 ROW_TILE = 64
 
-# Programs of `exponentials_kernel` in all: two for each of an H100's 132 multiprocessors. Each has its own partial sums,
-# and walks over tiles of classes; so the sums need no atomics, and do not depend on which program runs first.
+# Programs of `exponentials_kernel` in all: two for each of an H100's 132 multiprocessors. Each has its own partial
+# sums, and walks over tiles of classes; so the sums need no atomics, and do not depend on which program runs first.
 PROGRAMS = 264
 
 LEFT_OUT_LOGIT = tl.constexpr(LEFT_OUT)
@@ -200,7 +200,8 @@ def _exponentials(
     pointers = [operand if tensor is None else tensor for tensor in (
         total, not_closer, out, left_out, threshold, coefficients, target_entry)]
     exponentials_kernel[(blocks, programs_of(rows))](
-        operand, embedding, column, bar, *pointers, rows, 16 if out is None else out.stride(0), len(operand), scale, shift, highest or 0.0,
+        operand, embedding, column, bar, *pointers, rows, 16 if out is None else out.stride(0), len(operand), scale,
+        shift, highest or 0.0,
         SUMS=total is not None, STORE=out is not None, HAS_LEFT_OUT=left_out is not None,
         HAS_MAP=threshold is not None, HAS_FILTER=highest is not None, HAS_ENTRY=target_entry is not None,
         INTERPRET=INTERPRET, **tile_options(size, operand.dtype, _capability(operand.device)))

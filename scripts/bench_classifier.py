@@ -165,7 +165,8 @@ class ClassifierStep:
             if memory_mib is None:
                 memory_mib = automatic_memory_mib(centers, options.world_size, options.update,
                                                   sample_rate=sample_rate)
-            loss = partial(find_form(name, centers.device.type), saved_probs_mib=memory_mib, matmul_dtype=OPERANDS[options.operands],
+            loss = partial(find_form(name, centers.device.type), saved_probs_mib=memory_mib,
+                           matmul_dtype=OPERANDS[options.operands],
                            update=optimizer.update_rows if options.update else None)
             self._step = None
         self._inputs, self._steps = inputs, itertools.count()
@@ -226,7 +227,7 @@ class GemmWalk:
 
 
 def check_agreement(context: DistContext, options: Options, group: dist.ProcessGroup, name: str) -> None:
-    """Collective. Raise UserError if an implementation and torchshard's differ in loss, gradients or, with --update, steps."""
+    """Collective. Raise UserError if one and torchshard's differ in loss, gradients or, with --update, steps."""
     classes = min(options.classes, min(CHECKED_CLASSES, CHECKED_LOGITS // options.batch) // options.sub_centers)
 
     def first_step(name: str) -> list[Tensor]:
@@ -244,8 +245,8 @@ def check_agreement(context: DistContext, options: Options, group: dist.ProcessG
         squares = [tensor.square().sum(dtype=torch.float64) for tensor in (own - torchshard, torchshard)]
         difference, norm = all_reduce_sum(torch.stack(squares), group).sqrt().tolist()
         if not difference <= tolerance * norm:
-            raise UserError(f"--impl {name}: its {noun} differs from torchshard's by {difference / norm:.1e}, more than "
-                            f"{tolerance:.0e} ({classes} classes); nothing was measured")
+            raise UserError(f"--impl {name}: its {noun} differs from torchshard's by {difference / norm:.1e}, more "
+                            f"than {tolerance:.0e} ({classes} classes); nothing was measured")
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

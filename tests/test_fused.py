@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers.margins import random_case, true_gradients, truth_of
 from torch import Tensor
 
-from losses.class_major import margin_softmax_class_major
+from losses.class_major import fits, margin_softmax_class_major
 from losses.fused import margin_softmax
 from losses.margins import ArcFace, Margin
 from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
@@ -396,3 +396,25 @@ def test_negatives_and_norms_in_low_precision(walk, name, matmul_dtype, toleranc
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for true, mine in zip(*results):
         assert mine.dtype == torch.float32 and 0 < (mine - true).norm() <= tolerance * true.norm()
+
+
+# ---- The class-major form's one shift
+
+
+@pytest.mark.parametrize("scale", [64.0, 75.0, 76.0, 300.0])
+@pytest.mark.parametrize("toward", [-1.0, -0.9, 1.0])
+def test_extreme_cosines_are_exact_in_float32(scale, toward):
+    """All cosines near `toward`, the target's too: within the range of one shift, and beyond, where the walk runs."""
+    assert fits(ArcFace(), scale, torch.float32) == (scale <= 75)
+    generator = torch.Generator().manual_seed(2)
+    embedding = F.normalize(torch.randn(4, 8, generator=generator, dtype=torch.float64)[:1].expand(4, 8)
+                            + 1e-2 * torch.randn(4, 8, generator=generator, dtype=torch.float64))
+    centers = toward * embedding[:1] + 2e-2 * torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    label = torch.tensor([0, 1, 2, 4])
+    loss, grads, _ = true_gradients([embedding, centers, None], label, scale, ArcFace(easy_margin=False))
+    x, w = embedding.float().requires_grad_(), centers.float().requires_grad_()
+    got, _ = margin_softmax_class_major(x, label, w, ArcFace(easy_margin=False), scale=scale, group=None)
+    got.backward()
+    assert got.item() == pytest.approx(loss.item(), rel=1e-4)
+    for mine, true in zip((x.grad, w.grad), grads):
+        assert (mine - true).norm() <= 1e-3 * true.norm()
