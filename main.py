@@ -67,6 +67,7 @@ def main() -> None:
             evaluate(options, plan)
         return
     preflight.check_batch(options, plan)
+    preflight.check_classifier(options, plan)
     preflight.check_fused_update(options, plan)
     preflight.check_sampling(options, plan)
     preflight.check_shared_memory(options, plan)

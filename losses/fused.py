@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,9 +48,13 @@ SPARE_COLUMNS = 16
 # Bytes that the buffers of a chunk may fill of a CPU's cache: about the share of L2 and L3 of one core.
 _CPU_CACHE = 8 * 2**20
 
+# Values of the largest buffer of a chunk on a GPU: 128 MiB in float32. A matrix product of 2^25 results and 512 steps
+# takes an H100 50 us, ten times what a launch takes.
+_GPU_CHUNK = 2**25
+
 # fp16 cannot hold the probability of one class among millions (the smallest normal number is 2^-14): the backward pass
 # computes with this multiple of all probabilities. 2^13 times a probability of 1 is still below fp16's 65504.
-_FP16_GAIN = 2.0**13
+FP16_GAIN = 2.0**13
 
 
 def margin_softmax(
@@ -77,7 +82,7 @@ def margin_softmax(
             return the dtype of `centers`. None: no rounding.
         update: called in the backward pass with each chunk's gradient, which it may overwrite: an optimizer step that
             needs no (R, d) gradient. `centers.grad` stays None. It is called at least once, without rows if R is 0.
-        chunk: K, rounded down to whole classes; None: as many centers as stay in the cache.
+        chunk: K, rounded down to whole classes; None: `chunk_classes`.
         sub_centers: q.
         drawn: classes (S,), int64 and ascending. Only these and the targets take part, in the loss and in num_closer.
             The gradient of `centers` is a sparse tensor with the rows of S + N classes, some of them twice. None: all
@@ -89,29 +94,38 @@ def margin_softmax(
         num_closer: (N,) int64, how many classes have a larger cosine (without margin) than the target: row i is a
             top-k hit where it is < k. A NaN counts as larger.
     """
+    walk = make_walk(
+        embedding, target, centers, norm, margin=margin, scale=scale, filter_above=filter_above, group=group,
+        sub_centers=sub_centers, saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype, update=update, chunk=chunk,
+        drawn=drawn)
+    return _MarginSoftmax.apply(embedding, centers, norm, target, walk)
+
+
+def make_walk(
+    embedding: Tensor, target: Tensor, centers: Tensor, norm: Tensor | None, *, saved_probs_mib: float,
+    matmul_dtype: torch.dtype | None, chunk: int | None, sub_centers: int, drawn: Tensor | None, **settings: Any,
+) -> Walk:
+    """The walk of `margin_softmax` with these arguments. settings: those that `Walk` takes as they are."""
     backward_follows = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (embedding, centers, norm))
     sample = None if drawn is None else join_targets(drawn, target, sub_centers)
     size, widest = ((len(centers), len(centers)) if sample is None
                     else (len(sample.rows), max(sample.drawn, len(sample.left_out))))
-    walk = _Walk(
-        margin=margin, scale=scale, filter_above=filter_above, group=group, sample=sample, size=size,
-        sub_centers=sub_centers,
+    return Walk(
+        sample=sample, size=size, sub_centers=sub_centers,
         chunk=whole_classes(min(chunk or _chunk_size(embedding, sub_centers), widest), sub_centers),
         saved_bytes=int(saved_probs_mib * 2**20) if backward_follows else 0,
-        matmul_dtype=matmul_dtype if matmul_dtype != centers.dtype else None, update=update,
+        matmul_dtype=matmul_dtype if matmul_dtype != centers.dtype else None, **settings,
     )
-    return _MarginSoftmax.apply(embedding, centers, norm, target, walk)
 
 
 def _chunk_size(embedding: Tensor, sub_centers: int = 1) -> int:
     rows, size = embedding.shape
-    cache = torch.cuda.get_device_properties(embedding.device).L2_cache_size if embedding.is_cuda else _CPU_CACHE
-    return chunk_classes(rows, size, cache, embedding.element_size(), sub_centers)
+    return chunk_classes(rows, size, None if embedding.is_cuda else _CPU_CACHE, embedding.element_size(), sub_centers)
 
 
 @dataclass(frozen=True)
-class _Walk:
+class Walk:
     """How the centers are walked: the arguments of `margin_softmax`. `size`: how many columns the logits would have."""
 
     margin: Margin
@@ -143,9 +157,14 @@ class _Walk:
         """
         start = torch.cat([torch.arange(*part, self.chunk, device=target.device) for part in self.parts()]).unsqueeze(1)
         stop = F.pad(start[1:], (0, 0, 0, 1), value=self.size)
-        if self.sample is not None:
-            target = torch.where(target >= 0, self.sample.place + target % self.sub_centers, -1)
+        target = self.place_of(target)
         return torch.where((target >= start) & (target < stop), target - start, self.chunk)
+
+    def place_of(self, target: Tensor) -> Tensor:
+        """(N,) int64: the columns, of all logits, of these rows of the centers; -1 where `target` is."""
+        if self.sample is None:
+            return target
+        return torch.where(target >= 0, self.sample.place + target % self.sub_centers, -1)
 
     def rows(self, classes: slice) -> slice | Tensor:
         """Which rows of the centers a chunk has."""
@@ -210,7 +229,7 @@ class _Walk:
 
     def scaled_cosines(self, embedding: Tensor, centers: Tensor, factor: Tensor, out: Tensor) -> None:
         """out (N, K) = s * cosine, from the results of `rounded` and `operand`."""
-        _multiply(embedding, centers.t(), out)
+        multiply(embedding, centers.t(), out)
         if self.matmul_dtype is None:
             out.mul_(factor)
 
@@ -231,7 +250,7 @@ class _Walk:
         return slope
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a @ b, summed in the dtype of `out` whatever the dtype of a and b."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
@@ -249,9 +268,9 @@ class _MarginSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, embedding: Tensor, centers: Tensor, norm: Tensor | None, target: Tensor, walk: _Walk):
+    def forward(ctx, embedding: Tensor, centers: Tensor, norm: Tensor | None, target: Tensor, walk: Walk):
         rows, chunks, margin, dtype = embedding.shape[0], walk.chunks(), walk.margin, embedding.dtype
-        target, own_cosine = _closest_target(embedding, target, centers, walk.sub_centers)
+        target, own_cosine = closest_target(embedding, target, centers, walk.sub_centers)
         cosine = all_reduce_sum(own_cosine, walk.group)
         margin.observe(cosine, norm)
         phi, slope, norm_slope = margin.with_slopes(cosine, norm)
@@ -295,21 +314,10 @@ class _MarginSoftmax(torch.autograd.Function):
         parts = part.unsqueeze(0) if walk.group is None else all_gather_rows(part, walk.group).view(-1, *part.shape)
         maximum = parts[:, 0].amax(dim=0)
         log_others = maximum + (parts[:, 1] * (parts[:, 0] - maximum).exp()).sum(dim=0).log()
-        target_logit = walk.scale * phi.double()
-        row_loss = torch.logaddexp(log_others - target_logit, torch.zeros_like(target_logit))
-        logit_grad = -torch.sigmoid(log_others - target_logit)
-        norm_grad = None if norm_slope is None else walk.scale * logit_grad * norm_slope
-        loss, num_closer = row_loss.mean(), parts[:, 2].sum(dim=0).long()
-        if margin.penalty is not None:
-            penalty, penalty_slope = margin.penalty(norm)
-            loss = loss + penalty.mean()
-            norm_grad = penalty_slope if norm_grad is None else norm_grad + penalty_slope
-        if norm_grad is not None:
-            # Each rank knows the gradient of every norm: the owner of the target gives it, so that the sum has it once.
-            norm_grad = torch.where(target >= 0, norm_grad / rows, 0.0).to(dtype)
-        ctx.save_for_backward(embedding, centers, factor, columns, (target_logit + row_loss).to(dtype),
-                              (logit_grad * slope).to(dtype), running_max, saved_probs, cosine, phi, norm_grad)
-        loss = loss.to(dtype)
+        num_closer = parts[:, 2].sum(dim=0).long()
+        loss, log_total, target_grad, norm_grad = join_target(walk, log_others, target, norm, phi, slope, norm_slope)
+        ctx.save_for_backward(embedding, centers, factor, columns, log_total.to(dtype), target_grad.to(dtype),
+                              running_max, saved_probs, cosine, phi, norm_grad)
         ctx.walk, ctx.finite = walk, loss.isfinite()
         ctx.mark_non_differentiable(num_closer)
         return loss, num_closer
@@ -319,9 +327,9 @@ class _MarginSoftmax(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, _: None) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (embedding, centers, factor, columns, log_total, target_grad, running_max, saved_probs, cosine, phi,
          norm_grad) = ctx.saved_tensors
-        walk: _Walk = ctx.walk
+        walk: Walk = ctx.walk
         rows, size = embedding.shape
-        gain = _FP16_GAIN if walk.matmul_dtype == torch.float16 else 1.0
+        gain = FP16_GAIN if walk.matmul_dtype == torch.float16 else 1.0
         unit = grad_loss / (rows * gain)
         target_column = (target_grad * gain).unsqueeze(1)
         if walk.matmul_dtype == torch.float16:
@@ -356,12 +364,12 @@ class _MarginSoftmax(torch.autograd.Function):
                 embedding_grad.addmm_(probability.mul_(weight), here)
             else:
                 probability = walk.rounded(probability)
-                embedding_grad += _multiply(probability, center_operand, part)
+                embedding_grad += multiply(probability, center_operand, part)
             if not needs_centers:
                 continue
 
             grad = chunk_grad[:len(here)] if centers_grad is None else centers_grad[classes]
-            _multiply(probability.t(), operand, grad)
+            multiply(probability.t(), operand, grad)
             if walk.matmul_dtype is not None:
                 grad.mul_(weight.unsqueeze(1))
             # Through w / |w|: the component along w drops out. (factor / s)^2 = 1 / |w|^2.
@@ -381,7 +389,34 @@ class _MarginSoftmax(torch.autograd.Function):
         return embedding_grad, centers_grad, None if norm_grad is None else norm_grad * grad_loss, None, None
 
 
-def _closest_target(
+def join_target(
+    walk: Walk, log_others: Tensor, target: Tensor, norm: Tensor | None, phi: Tensor, slope: Tensor,
+    norm_slope: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The loss and what its gradients need, from the log-sum-exp of all other classes of all ranks, (N,) float64.
+
+    Returns:
+        loss: scalar, of the dtype of phi.
+        log_total: the log-sum-exp of all classes, (N,) float64.
+        target_grad: the derivative of the row's loss by s times the target cosine, (N,) float64.
+        norm_grad: the gradient of `norm`, (N,), of the dtype of phi. Each rank knows that of every norm: the owner of
+            the target gives it, so that the sum over ranks has it once.
+    """
+    target_logit = walk.scale * phi.double()
+    row_loss = torch.logaddexp(log_others - target_logit, torch.zeros_like(target_logit))
+    logit_grad = -torch.sigmoid(log_others - target_logit)
+    norm_grad = None if norm_slope is None else walk.scale * logit_grad * norm_slope
+    loss = row_loss.mean()
+    if walk.margin.penalty is not None:
+        penalty, penalty_slope = walk.margin.penalty(norm)
+        loss = loss + penalty.mean()
+        norm_grad = penalty_slope if norm_grad is None else norm_grad + penalty_slope
+    if norm_grad is not None:
+        norm_grad = torch.where(target >= 0, norm_grad / len(phi), 0.0).to(phi.dtype)
+    return loss.to(phi.dtype), target_logit + row_loss, logit_grad * slope, norm_grad
+
+
+def closest_target(
     embedding: Tensor, target: Tensor, centers: Tensor, sub_centers: int
 ) -> tuple[Tensor, Tensor]:
     """The row of the closest of the target's centers, and the cosine with it, (N,) each. No host synchronisation.
@@ -399,13 +434,18 @@ def _closest_target(
 
 
 def chunk_classes(
-    rows: int, embedding_size: int, cache_bytes: int, value_bytes: int = 4, sub_centers: int = 1
+    rows: int, embedding_size: int, cache_bytes: int | None, value_bytes: int = 4, sub_centers: int = 1
 ) -> int:
-    """K, a multiple of 256: so many centers that the chunk's buffers, two (N, K) and two (K, d), stay in the cache.
+    """K, a multiple of 256.
 
-    With sub-centers it is rounded down to whole classes, and to whole cache lines of float32 if there is room.
+    On a CPU so many centers that the chunk's buffers, two (N, K) and two (K, d), stay in the cache. On a GPU
+    (`cache_bytes` None) so many that the larger kind has `_GPU_CHUNK` values: there, a chunk of the cache's size would
+    take less time to compute than to launch. With sub-centers it is rounded down to whole classes, and to whole cache
+    lines of float32 if there is room.
     """
-    centers = max(256, cache_bytes // (2 * (rows + embedding_size) * value_bytes) // 256 * 256)
+    centers = (_GPU_CHUNK // max(rows, embedding_size) if cache_bytes is None
+               else cache_bytes // (2 * (rows + embedding_size) * value_bytes))
+    centers = max(256, centers // 256 * 256)
     return whole_classes(centers, math.lcm(16, sub_centers) if centers > 16 * sub_centers else sub_centers)
 
 

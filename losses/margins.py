@@ -38,6 +38,9 @@ class Margin(nn.Module):
     has_statistics: ClassVar[bool] = False  # the margin defines `update`
     default_scale: ClassVar[float] = 64.0  # of the publication
     negatives: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
+    # The same map in the form that the GPU's kernels know, where it has that: target cosines and phi, (N,) each -> a
+    # threshold (N,) and coefficients (3,), float32. A cosine c above the threshold becomes k0 * c + k1 * c^2 + k2.
+    quadratic: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
     # A term of the loss in the norm alone: norms (N,) -> its value per row and the slope of that, (N,).
     penalty: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
 
@@ -83,6 +86,11 @@ class Margin(nn.Module):
         cosines, norms = zip(*self._observed)
         self._observed = []
         return torch.cat(cosines), None if norms[0] is None else torch.cat(norms)
+
+    def highest_negative(self) -> float:
+        """An upper bound of what `negatives` returns for cosines up to 1. It must not return less than -1 for a class
+        that takes part."""
+        return 1.0
 
     def describe(self) -> str:
         """The loss in a few words, for the table of the run."""
@@ -305,11 +313,19 @@ class CurricularFace(Margin):
     def target(self, cosine: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
         return *arc_target(cosine, self.margin, easy=False)[:2], None
 
+    def _threshold(self, target: Tensor) -> Tensor:
+        return target * math.cos(self.margin) - sine_of(target) * math.sin(self.margin)
+
+    def quadratic(self, cosine: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        return self._threshold(cosine), torch.stack([self.t, torch.ones_like(self.t), torch.zeros_like(self.t)]).float()
+
     def negatives(self, cosine: Tensor, target: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        threshold = target * math.cos(self.margin) - sine_of(target) * math.sin(self.margin)
-        hard = cosine > threshold
+        hard = cosine > self._threshold(target)
         return (torch.where(hard, cosine * (self.t + cosine), cosine),
                 torch.where(hard, self.t + 2.0 * cosine, torch.ones_like(cosine)))
+
+    def highest_negative(self) -> float:
+        return 2.0  # c = t = 1, or both -1
 
     def update(self, cosine: Tensor, norm: Tensor | None) -> None:
         self.t.lerp_(cosine.mean().to(self.t), self.curriculum_momentum)
@@ -343,10 +359,19 @@ class MVSoftmax(Margin):
         inside = cosine > 0 if self.easy_margin else torch.ones_like(cosine, dtype=torch.bool)
         return torch.where(inside, cosine - self.margin, cosine), torch.ones_like(cosine), None
 
+    def quadratic(self, cosine: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        coefficients = phi.new_full((3,), self.mv_weight, dtype=torch.float32)
+        coefficients[1].fill_(0.0)
+        coefficients[2].sub_(1.0)
+        return phi, coefficients
+
     def negatives(self, cosine: Tensor, target: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         hard = cosine > phi
         return (torch.where(hard, self.mv_weight * cosine + (self.mv_weight - 1.0), cosine),
                 torch.where(hard, self.mv_weight, torch.ones_like(cosine)))
+
+    def highest_negative(self) -> float:
+        return 2.0 * self.mv_weight - 1.0
 
     def describe(self) -> str:
         return f"MV-Softmax ({self.mv_target}), margin {self.margin:g}, weight {self.mv_weight:g}"

@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.fused import margin_softmax  # noqa: E402
+from losses.class_major import find_form  # noqa: E402
 from losses.margins import ArcFace  # noqa: E402
 from losses.sampling import draw_classes  # noqa: E402
 from losses.softmax import margin_softmax_torchshard  # noqa: E402
@@ -54,6 +54,9 @@ from utils.options import EMBEDDING_SIZE  # noqa: E402
 from utils.training.optim import RowSGD  # noqa: E402
 
 OPERANDS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# --classifier of main.py: fused is what serves the device.
+IMPLEMENTATIONS = ("fused", "eager", "triton", "torchshard")
 
 SGD = dict(momentum=0.9, weight_decay=5e-4)
 
@@ -78,7 +81,7 @@ CSV_COLUMNS = (
 class Options(measure.StepFlags):
     """The command line."""
 
-    impl: tuple[str, ...] = flag("--impl", default=("fused", "torchshard"), choices=("fused", "torchshard"),
+    impl: tuple[str, ...] = flag("--impl", default=("fused", "torchshard"), choices=IMPLEMENTATIONS,
                                  metavar="A,B", help="implementations that take turns")
     steps: int = flag("--steps", default=20, metavar="K", at_least=1, help="timed steps of each")
     sub_centers: int = flag("--sub-centers", default=1, metavar="K", at_least=1, help="centers of each class")
@@ -103,11 +106,12 @@ def main() -> None:
 def run(context: DistContext, options: Options) -> None:
     """Collective. Check that the implementations agree, let them take turns, and report on rank 0."""
     device, group = context.device, init_model_parallel(context.world_size)
-    if "fused" in options.impl:
-        if options.matmul is not None:
-            set_matmul("ieee")  # TF32 rounds more than TOLERANCES allow
-        check_agreement(context, options, group)
-        set_matmul(options.matmul)
+    if options.matmul is not None:
+        set_matmul("ieee")  # TF32 rounds more than TOLERANCES allow
+    for name in options.impl:
+        if name != "torchshard":
+            check_agreement(context, options, group, name)
+    set_matmul(options.matmul)
     inputs = Inputs(context, options.classes, options.batch, options.embedding_size, options.sub_centers)
     optimizer = RowSGD(inputs.centers, lr=0.0, skip_nonfinite=False, **SGD)  # lr 0: all steps have the same centers
     gemm = GemmWalk(inputs, options, group)
@@ -159,12 +163,13 @@ class ClassifierStep:
     ) -> None:
         centers, loss = inputs.centers, margin_softmax_torchshard
         self._step = optimizer.step if options.update else None
-        if name == "fused":
+        if name != "torchshard":
             memory_mib = options.classifier_memory_mib
             if memory_mib is None:
                 memory_mib = automatic_memory_mib(centers, options.world_size, options.update,
                                                   sample_rate=sample_rate)
-            loss = partial(margin_softmax, saved_probs_mib=memory_mib, matmul_dtype=OPERANDS[options.operands],
+            loss = partial(find_form(name, centers.device.type), saved_probs_mib=memory_mib,
+                           matmul_dtype=OPERANDS[options.operands],
                            update=optimizer.update_rows if options.update else None)
             self._step = None
         self._inputs, self._steps = inputs, itertools.count()
@@ -224,8 +229,8 @@ class GemmWalk:
             torch.mm(probabilities.t(), rows, out=gradient, **self._result)
 
 
-def check_agreement(context: DistContext, options: Options, group: dist.ProcessGroup) -> None:
-    """Collective. Raise UserError if the implementations differ in loss, gradients or, with --update, steps."""
+def check_agreement(context: DistContext, options: Options, group: dist.ProcessGroup, name: str) -> None:
+    """Collective. Raise UserError if one and torchshard's differ in loss, gradients or, with --update, steps."""
     classes = min(options.classes, min(CHECKED_CLASSES, CHECKED_LOGITS // options.batch) // options.sub_centers)
 
     def first_step(name: str) -> list[Tensor]:
@@ -238,13 +243,13 @@ def check_agreement(context: DistContext, options: Options, group: dist.ProcessG
         return [loss, inputs.embedding.grad, change]
 
     nouns = ("loss", "gradient of the embeddings", f"{'step' if options.update else 'gradient'} of the centers")
-    compared = zip(nouns, TOLERANCES[options.operands], first_step("fused"), first_step("torchshard"))
-    for noun, tolerance, fused, torchshard in compared:
-        squares = [tensor.square().sum(dtype=torch.float64) for tensor in (fused - torchshard, torchshard)]
+    compared = zip(nouns, TOLERANCES[options.operands], first_step(name), first_step("torchshard"))
+    for noun, tolerance, own, torchshard in compared:
+        squares = [tensor.square().sum(dtype=torch.float64) for tensor in (own - torchshard, torchshard)]
         difference, norm = all_reduce_sum(torch.stack(squares), group).sqrt().tolist()
         if not difference <= tolerance * norm:
-            raise UserError(f"--impl fused: its {noun} differs from torchshard's by {difference / norm:.1e}, more than "
-                            f"{tolerance:.0e} ({classes} classes); nothing was measured")
+            raise UserError(f"--impl {name}: its {noun} differs from torchshard's by {difference / norm:.1e}, more "
+                            f"than {tolerance:.0e} ({classes} classes); nothing was measured")
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
@@ -253,6 +258,9 @@ def parse_options(argv: list[str] | None = None) -> Options:
     if options.sample_rate and "fused" not in options.impl:
         raise UserError("--sample-rate without fused in --impl: torchshard's form does not sample; drop one of them")
     plan = options.plan()
+    for name in options.impl:
+        if name != "torchshard":
+            find_form(name, plan.device_type)
     if plan.device_type == "cpu" and options.operands != "float32":
         raise UserError(f"--operands {options.operands}: is for GPUs, and this run is on the CPU; drop it")
     return replace(options, device=plan.device_type, matmul=plan.matmul)

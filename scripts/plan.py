@@ -42,7 +42,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 
 MIB, GIB = 2**20, 2**30
 # Of an A100 or H100, if no GPU is visible.
-ASSUMED_MEMORY_GIB, ASSUMED_CACHE = 80.0, 50 * MIB
+ASSUMED_MEMORY_GIB = 80.0
 CPU_TURNS = 7
 CPU_CACHE = 8 * MIB  # that a chunk of classes may fill
 
@@ -113,8 +113,6 @@ def main() -> None:
     memory_gib = options.memory_gib or (
         sheet.memory_gib if sheet else host_bytes() / GIB if on_cpu else visible.total_memory / GIB if visible
         else ASSUMED_MEMORY_GIB)
-    cache_bytes = (sheet.cache_mib * MIB if sheet else CPU_CACHE if on_cpu else visible.L2_cache_size if visible
-                   else ASSUMED_CACHE)
     memory, matmul_dtype = int(memory_gib * GIB), PRECISIONS[options.precision]
     backbone = measure_backbone(
         lambda: build_backbone(options.arch, options.embedding_size), device_type=device_type,
@@ -124,7 +122,7 @@ def main() -> None:
         return RunSettings(
             classes=classes, world_size=world_size, batch_size=options.batch_size,
             embedding_size=options.embedding_size, sub_centers=options.sub_centers, total_bytes=memory,
-            cache_bytes=cache_bytes, device_type=device_type,
+            cache_bytes=CPU_CACHE if on_cpu else None, device_type=device_type,
             model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
             optimizer_states=count_states(options.optimizer, momentum=0.9), ema=options.ema,
             fused_update=options.fuse_classifier_update, classifier_memory_mib=options.classifier_memory_mib,

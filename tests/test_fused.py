@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers.margins import random_case, true_gradients, truth_of
 from torch import Tensor
 
+from losses.class_major import fits, margin_softmax_class_major
 from losses.fused import margin_softmax
 from losses.margins import ArcFace, Margin
 from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
@@ -20,7 +21,9 @@ from utils.training.optim import RowSGD
 
 N, D = 9, 16
 SCALE = 16.0
-IMPLEMENTATIONS = {"fused": margin_softmax, "torchshard": margin_softmax_torchshard}
+WALKS = {"fused": margin_softmax, "class-major": margin_softmax_class_major}
+IMPLEMENTATIONS = {**WALKS, "torchshard": margin_softmax_torchshard}
+WALK = pytest.mark.parametrize("walk", WALKS)
 SAVED = pytest.mark.parametrize("saved_probs_mib", [0, 1e9])
 
 
@@ -93,7 +96,7 @@ def test_without_a_group(implementation):
     np.testing.assert_array_equal(got_rank, rank)
 
 
-def check_random_cases(rank: int, world_size: int, first_seed: int, count: int) -> int:
+def check_random_cases(rank: int, world_size: int, first_seed: int, count: int, walk: str) -> int:
     """Each rank compares its part."""
     group = init_model_parallel(world_size)
     for seed in range(first_seed, first_seed + count):
@@ -104,7 +107,7 @@ def check_random_cases(rank: int, world_size: int, first_seed: int, count: int) 
         for dtype in (torch.float64, torch.float32):
             embedding = case["embedding"].to(dtype, copy=True).requires_grad_()
             centers = case["centers"][rows].to(dtype, copy=True).requires_grad_()
-            got, _ = margin_softmax(
+            got, _ = WALKS[walk](
                 embedding, local_rows(case["label"], shard), centers, case["margin"], group=group, scale=case["scale"],
                 chunk=case["chunk"], saved_probs_mib=case["saved_probs_mib"],
             )
@@ -115,7 +118,9 @@ def check_random_cases(rank: int, world_size: int, first_seed: int, count: int) 
             for mine, true in pairs:
                 if dtype == torch.float64:
                     # At cos = 1 the slope is 7e7, and its share in the centers' gradient, 0, is a rounding error.
-                    allowed = 1e-10 * true.norm() + 1e-15 * case["scale"] * slope
+                    # Class-major, it is of a product of two rounded factors.
+                    rounding = 1e-15 if walk == "fused" else 1e-14
+                    allowed = 1e-10 * true.norm() + rounding * case["scale"] * slope
                     assert (mine - true).norm() <= allowed, (seed, float((mine - true).norm()), float(allowed))
                 else:
                     limit = 2 * case["scale"] / torch.finfo(dtype).eps**0.5
@@ -124,14 +129,16 @@ def check_random_cases(rank: int, world_size: int, first_seed: int, count: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_random_shapes_equal_float64_truth(pools, world_size):
-    assert pools(world_size).run(check_random_cases, 1000 * world_size, 60) == [60] * world_size
+@pytest.mark.parametrize(("world_size", "walk"), [*((size, "fused") for size in (1, 2, 3, 4)), (2, "class-major"),
+                                                  (3, "class-major")])
+def test_random_shapes_equal_float64_truth(pools, world_size, walk):
+    assert pools(world_size).run(check_random_cases, 1000 * world_size, 60, walk) == [60] * world_size
 
 
+@WALK
 @pytest.mark.parametrize("easy", [True, False])
 @SAVED
-def test_float32_equals_float64_away_from_the_poles(easy, saved_probs_mib):
+def test_float32_equals_float64_away_from_the_poles(walk, easy, saved_probs_mib):
     generator = torch.Generator().manual_seed(3)
     centers = torch.randn(400, 64, generator=generator, dtype=torch.float64)
     label = torch.randint(400, (48,), generator=generator)
@@ -144,7 +151,7 @@ def test_float32_equals_float64_away_from_the_poles(easy, saved_probs_mib):
     results = {}
     for dtype in (torch.float64, torch.float32):
         x, w = embedding.to(dtype, copy=True).requires_grad_(), centers.to(dtype, copy=True).requires_grad_()
-        loss, _ = margin_softmax(x, label, w, ArcFace(easy_margin=easy), group=None, scale=64.0, chunk=37,
+        loss, _ = WALKS[walk](x, label, w, ArcFace(easy_margin=easy), group=None, scale=64.0, chunk=37,
                                  saved_probs_mib=saved_probs_mib)
         loss.backward()
         results[dtype] = loss.detach(), x.grad, w.grad
@@ -152,11 +159,12 @@ def test_float32_equals_float64_away_from_the_poles(easy, saved_probs_mib):
         assert (mine - true).norm() <= 1e-5 * true.norm()
 
 
+@WALK
 @SAVED
-def test_backward_twice_gives_the_same(saved_probs_mib):
+def test_backward_twice_gives_the_same(walk, saved_probs_mib):
     embedding, label, centers = inputs(11)
     embedding.requires_grad_(), centers.requires_grad_()
-    loss, _ = margin_softmax(embedding, label, centers, ArcFace(), scale=SCALE, group=None, chunk=4,
+    loss, _ = WALKS[walk](embedding, label, centers, ArcFace(), scale=SCALE, group=None, chunk=4,
                              saved_probs_mib=saved_probs_mib)
     first = torch.autograd.grad(loss, [embedding, centers], retain_graph=True)
     second = torch.autograd.grad(2 * loss, [embedding, centers])
@@ -164,15 +172,17 @@ def test_backward_twice_gives_the_same(saved_probs_mib):
         torch.testing.assert_close(2 * once, twice, rtol=1e-12, atol=0)
 
 
-def test_loss_alone_without_a_graph():
+@WALK
+def test_loss_alone_without_a_graph(walk):
     embedding, label, centers = inputs(11)
     with torch.no_grad():
-        loss, _ = margin_softmax(embedding, label, centers.requires_grad_(), ArcFace(), scale=SCALE, group=None,
+        loss, _ = WALKS[walk](embedding, label, centers.requires_grad_(), ArcFace(), scale=SCALE, group=None,
                                  saved_probs_mib=1e9)
     assert not loss.requires_grad and loss.item() == pytest.approx(truth(11, True)[0], rel=1e-12)
 
 
-def fused_updates(rank: int, world_size: int, num_classes: int, fused: bool, momentum: float) -> tuple[np.ndarray, ...]:
+def fused_updates(rank: int, world_size: int, num_classes: int, fused: bool, momentum: float,
+                  walk: str = "fused") -> tuple[np.ndarray, ...]:
     """Weights, momentum and embedding gradient after four steps of SGD with a changing learning rate."""
     group = init_model_parallel(world_size)
     shard = ClassShard(num_classes, rank, world_size)
@@ -183,7 +193,7 @@ def fused_updates(rank: int, world_size: int, num_classes: int, fused: bool, mom
     for step in range(4):
         optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
         x = embedding.roll(step, 0).requires_grad_()
-        loss, _ = margin_softmax(x, local_rows(label, shard), weight, ArcFace(), scale=SCALE, group=group, chunk=2,
+        loss, _ = WALKS[walk](x, local_rows(label, shard), weight, ArcFace(), scale=SCALE, group=group, chunk=2,
                                  saved_probs_mib=0 if step % 2 else 1e9,
                                  update=optimizer.update_rows if fused else None)
         loss.backward()
@@ -199,9 +209,10 @@ def fused_updates(rank: int, world_size: int, num_classes: int, fused: bool, mom
 def test_fused_update_equals_the_optimizer(pools, world_size, momentum):
     for num_classes in (2, 11):
         plain = pools(world_size).run(fused_updates, num_classes, False, momentum)
-        for mine, true in zip(pools(world_size).run(fused_updates, num_classes, True, momentum), plain):
-            for one, other in zip(mine, true):
-                np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+        for walk in WALKS:
+            for mine, true in zip(pools(world_size).run(fused_updates, num_classes, True, momentum, walk), plain):
+                for one, other in zip(mine, true):
+                    np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -219,19 +230,21 @@ def test_a_masked_update_changes_nothing(momentum):
     assert all(torch.equal(one, other) for one, other in zip(states[1], states[2]))
 
 
-def test_fused_update_refuses_a_second_backward():
+@WALK
+def test_fused_update_refuses_a_second_backward(walk):
     embedding, label, centers = inputs(11)
     weight = torch.nn.Parameter(centers)
-    loss, _ = margin_softmax(embedding.requires_grad_(), label, weight, ArcFace(), scale=SCALE, group=None,
+    loss, _ = WALKS[walk](embedding.requires_grad_(), label, weight, ArcFace(), scale=SCALE, group=None,
                              update=RowSGD(weight, skip_nonfinite=False, lr=0.1).update_rows)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+@WALK
 @SAVED
 @pytest.mark.parametrize(("matmul_dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_low_precision_operands_are_near(matmul_dtype, tolerance, saved_probs_mib):
+def test_low_precision_operands_are_near(walk, matmul_dtype, tolerance, saved_probs_mib):
     generator = torch.Generator().manual_seed(1)
     centers = torch.randn(5000, 128, generator=generator)
     label = torch.randint(5000, (32,), generator=generator)
@@ -239,7 +252,7 @@ def test_low_precision_operands_are_near(matmul_dtype, tolerance, saved_probs_mi
     results = {}
     for kind in (None, matmul_dtype):
         x, w = embedding.clone().requires_grad_(), centers.clone().requires_grad_()
-        loss, _ = margin_softmax(x, label, w, ArcFace(), scale=64.0, group=None, matmul_dtype=kind, chunk=700,
+        loss, _ = WALKS[walk](x, label, w, ArcFace(), scale=64.0, group=None, matmul_dtype=kind, chunk=700,
                                  saved_probs_mib=saved_probs_mib)
         loss.backward()
         results[kind] = loss.detach(), x.grad, w.grad
@@ -247,7 +260,7 @@ def test_low_precision_operands_are_near(matmul_dtype, tolerance, saved_probs_mi
         assert mine.dtype == torch.float32 and 0 < (mine - true).norm() <= tolerance * true.norm()
 
 
-def rank_with_nan(rank: int, world_size: int, where: str):
+def rank_with_nan(rank: int, world_size: int, where: str, walk: str):
     group = init_model_parallel(world_size)
     shard = ClassShard(8, rank, world_size)
     embedding, label, centers = inputs(8)
@@ -256,21 +269,24 @@ def rank_with_nan(rank: int, world_size: int, where: str):
     else:
         centers[label[3]] = float("nan")
     with torch.no_grad():
-        _, num_closer = margin_softmax(embedding, local_rows(label, shard), centers[shard.start:shard.stop], ArcFace(),
+        loss, num_closer = WALKS[walk](embedding, local_rows(label, shard), centers[shard.start:shard.stop], ArcFace(),
                                        scale=SCALE, group=group)
-    return num_closer.numpy(), label.numpy()
+    return num_closer.numpy(), loss.item()
 
 
 @pytest.mark.parametrize("where", ["embedding", "center"])
 def test_nan_is_never_a_hit(pools, where):
-    for num_closer, _ in pools(2).run(rank_with_nan, where):
-        assert num_closer[3] >= 5
+    fused, class_major = (pools(2).run(rank_with_nan, where, walk) for walk in WALKS)
+    for (num_closer, loss), (same, also) in zip(fused, class_major):
+        assert num_closer[3] >= 5 and np.isnan(loss) and np.isnan(also)
+        np.testing.assert_array_equal(num_closer, same)
 
 
-def test_gradient_is_finite_in_float32_at_cosine_one():
+@WALK
+def test_gradient_is_finite_in_float32_at_cosine_one(walk):
     embedding, label, centers = (tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs(8))
     embedding.requires_grad_(), centers.requires_grad_()
-    loss, _ = margin_softmax(embedding, label, centers, ArcFace(), scale=64.0, group=None)
+    loss, _ = WALKS[walk](embedding, label, centers, ArcFace(), scale=64.0, group=None)
     loss.backward()
     assert embedding.grad.isfinite().all() and centers.grad.isfinite().all()
     assert centers.grad.norm() < 100
@@ -350,7 +366,8 @@ def run_more(rank: int, world_size: int, name: str, form: str, options: dict, pe
 
 @pytest.mark.parametrize(("form", "options", "permuted"), [
     ("torchshard", {}, False), ("fused", dict(chunk=5), True), ("fused", dict(chunk=4, saved_probs_mib=1e9), False),
-    ("fused", dict(chunk=3, saved_probs_mib=40 * 19 * 8 * 2 / 2**20), True),
+    ("fused", dict(chunk=3, saved_probs_mib=40 * 19 * 8 * 2 / 2**20), True), ("class-major", dict(chunk=5), True),
+    ("class-major", dict(chunk=3, saved_probs_mib=40 * 3 * 8 * 2 / 2**20), True),
 ])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("name", MORE)
@@ -365,15 +382,16 @@ def test_negatives_and_norms(pools, name, world_size, form, options, permuted):
             assert_near(mine, 2 * true.numpy())
 
 
+@WALK
 @SAVED
 @pytest.mark.parametrize(("matmul_dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("name", MORE)
-def test_negatives_and_norms_in_low_precision(name, matmul_dtype, tolerance, saved_probs_mib):
+def test_negatives_and_norms_in_low_precision(walk, name, matmul_dtype, tolerance, saved_probs_mib):
     tensors, label = more_inputs(name, torch.float32)
     leaves = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
     results = []
     for kind in (None, matmul_dtype):
-        loss, _ = margin_softmax(tensors[0], label, tensors[1], MORE[name][0], scale=12.0, group=None, norm=tensors[2],
+        loss, _ = WALKS[walk](tensors[0], label, tensors[1], MORE[name][0], scale=12.0, group=None, norm=tensors[2],
                                  matmul_dtype=kind, saved_probs_mib=saved_probs_mib, chunk=7)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for true, mine in zip(*results):
@@ -408,3 +426,23 @@ def test_products_in_tf32_are_near_float64(monkeypatch):
             assert 0 < error <= tolerance
         assert (values[1] - true[1]).norm() > 1e-5 * true[1].norm()  # the products were rounded
         assert torch.equal(low_closer < 5, closer < 5) and (low_closer - closer).abs().max() <= 5
+# ---- The class-major form's one shift
+
+
+@pytest.mark.parametrize("scale", [64.0, 75.0, 76.0, 300.0])
+@pytest.mark.parametrize("toward", [-1.0, -0.9, 1.0])
+def test_extreme_cosines_are_exact_in_float32(scale, toward):
+    """All cosines near `toward`, the target's too: within the range of one shift, and beyond, where the walk runs."""
+    assert fits(ArcFace(), scale, torch.float32) == (scale <= 75)
+    generator = torch.Generator().manual_seed(2)
+    embedding = F.normalize(torch.randn(4, 8, generator=generator, dtype=torch.float64)[:1].expand(4, 8)
+                            + 1e-2 * torch.randn(4, 8, generator=generator, dtype=torch.float64))
+    centers = toward * embedding[:1] + 2e-2 * torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    label = torch.tensor([0, 1, 2, 4])
+    loss, grads, _ = true_gradients([embedding, centers, None], label, scale, ArcFace(easy_margin=False))
+    x, w = embedding.float().requires_grad_(), centers.float().requires_grad_()
+    got, _ = margin_softmax_class_major(x, label, w, ArcFace(easy_margin=False), scale=scale, group=None)
+    got.backward()
+    assert got.item() == pytest.approx(loss.item(), rel=1e-4)
+    for mine, true in zip((x.grad, w.grad), grads):
+        assert (mine - true).norm() <= 1e-3 * true.norm()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers.margins import TRUTH, true_arcface, true_gradients
 from helpers.parity import assert_equal, run_training, true_training
 
+from losses.class_major import margin_softmax_class_major
 from losses.fused import margin_softmax
 from losses.margins import MARGINS
 from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
@@ -22,7 +23,7 @@ from utils.dist.sharding import ClassShard, init_model_parallel
 from utils.flags import check_values, flags_of
 
 CASES = [(name, settings) for name, true in TRUTH.items() for settings in true.tried]
-FORMS = {"fused": margin_softmax, "torchshard": margin_softmax_torchshard}
+FORMS = {"fused": margin_softmax, "class-major": margin_softmax_class_major, "torchshard": margin_softmax_torchshard}
 GRID = torch.linspace(-0.999, 0.999, 1001, dtype=torch.float64)
 
 
@@ -160,7 +161,7 @@ def test_unit_gradient_is_that_of_programs_which_change_the_logit_in_place():
     true = torch.autograd.grad(F.cross_entropy(16 * logits, label), [embedding, centers])
     margin = MARGINS["arcface"]()
     margin.unit_gradient = True
-    for form in (margin_softmax, margin_softmax_plain):
+    for form in (margin_softmax, margin_softmax_class_major, margin_softmax_plain):
         loss, _ = form(embedding, label, centers, margin, scale=16.0, group=None)
         for mine, expected in zip(torch.autograd.grad(loss, [embedding, centers]), true):
             assert_near(mine.numpy(), expected)
@@ -171,7 +172,7 @@ def run_filtered(rank: int, world_size: int, form: str, name: str, saved: float)
     shard = ClassShard(11, rank, world_size)
     centers = centers[shard.start:shard.stop].clone().requires_grad_()
     target = torch.where((label >= shard.start) & (label < shard.stop), label - shard.start, -1)
-    more = dict(saved_probs_mib=saved, chunk=4) if form == "fused" else {}
+    more = dict(saved_probs_mib=saved, chunk=4) if form != "torchshard" else {}
     loss, closer = FORMS[form](embedding.requires_grad_(), target, centers, MARGINS[name]().double(), scale=16.0,
                                norm=norm, filter_above=0.2, group=init_model_parallel(world_size), **more)
     loss.backward()
@@ -179,7 +180,8 @@ def run_filtered(rank: int, world_size: int, form: str, name: str, saved: float)
     return loss.detach().numpy(), closer.numpy(), embedding.grad.numpy(), centers.grad.numpy()
 
 
-@pytest.mark.parametrize(("form", "saved"), [("fused", 0), ("fused", 1e9), ("torchshard", 0)])
+@pytest.mark.parametrize(("form", "saved"), [("fused", 0), ("fused", 1e9), ("class-major", 0), ("class-major", 1e9),
+                                            ("torchshard", 0)])
 @pytest.mark.parametrize("name", ["arcface", "mv-softmax"])
 def test_inter_class_filter(pools, name, form, saved):
     tensors, label = inputs(11, name)

@@ -93,7 +93,7 @@ PUBLISHED = {
     "--amp-dtype": (None, "auto|bf16|fp16"),
     "--enable-zero-optim": (False, None),
     "--precision": ("float32", "float32|float64"),
-    "--classifier": ("fused", "fused|torchshard"),
+    "--classifier": ("fused", "fused|eager|triton|torchshard"),
     "--classifier-memory-mib": (None, "MIB"),
     "--fuse-classifier-update": (False, None),
     "--checkpoint-activations": (False, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import sampling
+from losses.class_major import margin_softmax_class_major
 from losses.fused import margin_softmax
 from losses.margins import MARGINS
 from losses.sampling import draw_classes, join_targets
@@ -80,7 +82,8 @@ def test_the_targets_join_once_and_where_they_are_is_known():
 
 @pytest.mark.parametrize(("matmul_dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 2e-3), (torch.float16, 5e-4)])
 @pytest.mark.parametrize("sub_centers", [1, 3])
-def test_equals_the_full_softmax_over_these_classes(matmul_dtype, tolerance, sub_centers):
+@pytest.mark.parametrize("walk", [margin_softmax, margin_softmax_class_major])
+def test_equals_the_full_softmax_over_these_classes(walk, matmul_dtype, tolerance, sub_centers):
     """In float32 and with rounded products; also with the filter and a slope of 1."""
     generator = torch.Generator().manual_seed(0)
     centers, label = torch.randn(90, 32, generator=generator), torch.randint(90, (N,), generator=generator)
@@ -95,7 +98,7 @@ def test_equals_the_full_softmax_over_these_classes(matmul_dtype, tolerance, sub
             margin.unit_gradient = name == "arcface"
             x = F.normalize(torch.randn(N, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
             own = weight.clone().requires_grad_()
-            loss, closer = margin_softmax(x, target, own, margin, scale=SCALE, group=None, filter_above=filter_above,
+            loss, closer = walk(x, target, own, margin, scale=SCALE, group=None, filter_above=filter_above,
                                           saved_probs_mib=saved, matmul_dtype=matmul_dtype, **more)
             loss.backward()
             grad = own.grad.to_dense()[rows] if "drawn" in more else own.grad
@@ -162,7 +165,7 @@ class NoSynchronisation(TorchDispatchMode):
 
 
 def sampled_steps(rank: int, world_size: int, name: str, num_classes: int, micro_batches: int, fused: bool,
-                  more: dict) -> list[np.ndarray]:
+                  more: dict, walk: Callable[..., tuple[Tensor, Tensor]] = margin_softmax) -> list[np.ndarray]:
     """What `true_steps` returns, of this rank's classes, by the classifier and its optimizer."""
     group, shard = init_model_parallel(world_size), ClassShard(num_classes, rank, world_size)
     embeddings, labels, centers = inputs(num_classes)
@@ -171,7 +174,7 @@ def sampled_steps(rank: int, world_size: int, name: str, num_classes: int, micro
     margin = MARGINS[name]().double()
 
     def loss(*args, **settings):
-        return margin_softmax(*args, **settings, **more, update=optimizer.update_rows if fused else None)
+        return walk(*args, **settings, **more, update=optimizer.update_rows if fused else None)
 
     with mock.patch.object(sampling, "SAMPLING_BLOCK", BLOCK):
         classifier = MarginClassifier(weight, shard, margin, scale=SCALE, group=group, loss=loss,
@@ -224,14 +227,16 @@ CASES = [
     ("magface", 61, 1, True, {}), ("magface", 50, 2, False, dict(chunk=11)),
     ("mv-softmax", 50, 1, True, dict(chunk=7, saved_probs_mib=1e9)),
 ]
+CASES = [*((*case, margin_softmax) for case in CASES), *((*CASES[case], margin_softmax_class_major)
+                                                         for case in (0, 3, 4, 6, 10, 11, 14))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_steps_equal_those_of_one_process_with_the_same_classes(pools, world_size):
-    for name, num_classes, micro_batches, fused, more in CASES:
+    for name, num_classes, micro_batches, fused, more, walk in CASES:
         what = f"{name}, {num_classes} classes, {micro_batches} micro-batches, fused {fused}"
         truth = true_steps(TRUTH[name], num_classes, micro_batches)
-        results = pools(world_size).run(sampled_steps, name, num_classes, micro_batches, fused, more)
+        results = pools(world_size).run(sampled_steps, name, num_classes, micro_batches, fused, more, walk)
         for outcome in results:
             np.testing.assert_array_equal(outcome[2], truth[2], err_msg=what)
         for number in (0, 1, 3, 4, 5):

@@ -26,6 +26,7 @@ from test_planner import RUN, kept_for_backward, predict
 
 import main
 from data.folder import FaceFolder
+from losses.class_major import margin_softmax_class_major
 from losses.fused import chunk_classes, margin_softmax
 from losses.margins import MARGINS, ArcFace
 from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
@@ -45,8 +46,11 @@ FORMS = {
     "chunks of two classes": (margin_softmax, dict(chunk=7)),  # 7, 6 or 6 centers
     "chunks of a class, half of them saved": (margin_softmax, dict(chunk=1, saved_probs_mib=30 * 19 * 8 * 9 / 2**20)),
     "filter": (margin_softmax, dict(chunk=9, filter_above=0.2)),
+    "class-major": (margin_softmax_class_major, dict(chunk=7, saved_probs_mib=30 * 19 * 8 / 2**20)),
+    "class-major, filter": (margin_softmax_class_major, dict(chunk=7, filter_above=0.2)),
     "torchshard": (margin_softmax_torchshard, {}),
 }
+WALKS = pytest.mark.parametrize("form", [margin_softmax, margin_softmax_class_major])
 # 2 classes leave a shard empty at three ranks, 11 do not divide, 12 do.
 CASES = [*itertools.product((2, 11, 12), (2, 3), FORMS), (11, 1, "one chunk"), (11, 1, "torchshard")]
 
@@ -96,7 +100,7 @@ def test_loss_and_gradients(pools, name, world_size):
     for number, (num_classes, sub_centers, form) in enumerate(CASES):
         tensors, label = inputs(num_classes, sub_centers, name)
         phi, negatives, penalty = TRUTH[name].parts()
-        if form == "filter":
+        if "filter" in form:
             negatives = lambda *values, own=negatives: filtered(own, *values)  # noqa: E731
         loss, (embedding_grad, centers_grad, *norm_grad), closer = true_gradients(
             tensors, label, 16.0, phi, negatives, penalty, sub_centers)
@@ -108,7 +112,7 @@ def test_loss_and_gradients(pools, name, world_size):
         assert_near(np.concatenate([result[number][2] for result in results]), centers_grad)
 
 
-@pytest.mark.parametrize("form", [margin_softmax, margin_softmax_plain])
+@pytest.mark.parametrize("form", [margin_softmax, margin_softmax_class_major, margin_softmax_plain])
 def test_a_center_that_is_not_the_closest_gets_no_gradient(form):
     """Neither of the target's class nor of another. Of equally close ones the first counts, and once."""
     centers = torch.zeros(4, 3, 16)  # classes, their centers, d
@@ -124,8 +128,9 @@ def test_a_center_that_is_not_the_closest_gets_no_gradient(form):
     assert closer.tolist() == [1]  # a class, of which two centers are closer than the target
 
 
+@WALKS
 @pytest.mark.parametrize("saved_probs_mib", [0.0, 1e9])
-def test_no_center_of_the_target_is_a_negative(saved_probs_mib):
+def test_no_center_of_the_target_is_a_negative(form, saved_probs_mib):
     """Where low precision rounds two cosines alike, the walk and the target may differ in which one is the closest."""
     angle = torch.tensor([0.5, 0.4999, 1.5, 1.4])  # of the target's two centers, and of another class's
     centers = torch.stack([angle.cos(), angle.sin()], dim=1).requires_grad_()
@@ -133,7 +138,7 @@ def test_no_center_of_the_target_is_a_negative(saved_probs_mib):
     results = []
     for matmul_dtype in (None, torch.bfloat16):
         centers.grad = None
-        loss, closer = margin_softmax(embedding, torch.tensor([0]), centers, MARGINS["arcface"](), scale=8.0,
+        loss, closer = form(embedding, torch.tensor([0]), centers, MARGINS["arcface"](), scale=8.0,
                                       group=None, matmul_dtype=matmul_dtype, saved_probs_mib=saved_probs_mib,
                                       sub_centers=2)
         loss.backward()
@@ -149,35 +154,38 @@ class Squares(ArcFace):
         return cosine**2, 2 * cosine
 
 
+@WALKS
 @pytest.mark.parametrize("saved_probs_mib", [0.0, 1e9])
-def test_any_map_of_the_negatives(saved_probs_mib):
+def test_any_map_of_the_negatives(form, saved_probs_mib):
     tensors, label = inputs(11, 2, "arcface")
     loss, grads, _ = true_gradients(tensors, label, 16.0, true_arcface, lambda cosine, target, phi: cosine**2,
                                     sub_centers=2)
     leaves = [tensor.requires_grad_() for tensor in tensors[:2]]
-    got, _ = margin_softmax(leaves[0], label, leaves[1], Squares(), scale=16.0, group=None, sub_centers=2, chunk=6,
+    got, _ = form(leaves[0], label, leaves[1], Squares(), scale=16.0, group=None, sub_centers=2, chunk=6,
                             saved_probs_mib=saved_probs_mib)
     assert_near(got.detach().numpy(), loss)
     for mine, true in zip(torch.autograd.grad(got, leaves), grads):
         assert_near(mine.numpy(), true)
 
 
-def test_a_nan_is_the_closest():
+@WALKS
+def test_a_nan_is_the_closest(form):
     centers = torch.randn(4, 16)
     centers[1] = float("nan")
-    loss, closer = margin_softmax(F.normalize(torch.randn(3, 16)), torch.full((3,), 1), centers, MARGINS["arcface"](),
+    loss, closer = form(F.normalize(torch.randn(3, 16)), torch.full((3,), 1), centers, MARGINS["arcface"](),
                                   scale=4.0, group=None, sub_centers=2)
     assert loss.isnan() and (closer > 0).all()
 
 
+@WALKS
 @pytest.mark.parametrize("saved_probs_mib", [0.0, 1e9])
 @pytest.mark.parametrize(("matmul_dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_low_precision_operands_are_near(matmul_dtype, tolerance, saved_probs_mib):
+def test_low_precision_operands_are_near(form, matmul_dtype, tolerance, saved_probs_mib):
     tensors, label = inputs(11, 3, "curricularface")
     leaves = [tensor.float().requires_grad_() for tensor in tensors[:2]]
     results = []
     for kind in (None, matmul_dtype):
-        loss, _ = margin_softmax(leaves[0], label, leaves[1], MARGINS["curricularface"](), scale=8.0, group=None,
+        loss, _ = form(leaves[0], label, leaves[1], MARGINS["curricularface"](), scale=8.0, group=None,
                                  matmul_dtype=kind, saved_probs_mib=saved_probs_mib, chunk=12, sub_centers=3)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for true, mine in zip(*results):

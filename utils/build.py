@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses.fused import margin_softmax
+from losses.class_major import find_form
 from losses.sampling import draw_classes
 from losses.softmax import margin_softmax_torchshard
 from models import build_backbone
@@ -121,14 +121,15 @@ def build_training(
     margin = options.build_margin()
     loss: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
         margin_softmax_torchshard, filter_above=options.inter_class_filter)
-    if options.classifier == "fused":
+    if options.classifier != "torchshard":
         saved_probs_mib: float | None = options.classifier_memory_mib
         if saved_probs_mib is None:
             saved_probs_mib = automatic_memory_mib(weight, context.processes_per_node, options.fuse_classifier_update,
                                                    count_states(options.optimizer, options.momentum),
                                                    options.sample_rate)
         loss = functools.partial(
-            margin_softmax, filter_above=options.inter_class_filter, saved_probs_mib=saved_probs_mib,
+            find_form(options.classifier, context.device.type),
+            filter_above=options.inter_class_filter, saved_probs_mib=saved_probs_mib,
             update=row_optimizer.update_rows if row_optimizer and options.fuse_classifier_update else None,
             matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU
     draw = functools.partial(draw_classes, shard, options.sample_rate, seed) if sampled else None

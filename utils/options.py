@@ -184,9 +184,12 @@ class Options(ProcessFlags, ScheduleFlags):
                           section="parallelism and precision",
                           help="float64 computes everything in double precision, for verification")
 
-    classifier: str = flag("--classifier", default="fused", choices=("fused", "torchshard"), section="speed and memory",
-                           help="fused: walk over the classes in chunks and never hold all logits; torchshard: the "
-                                "reference composed of torchshard's functions, for comparison")
+    classifier: str = flag("--classifier", default="fused", choices=("fused", "eager", "triton", "torchshard"),
+                           section="speed and memory",
+                           help="fused: walk over the classes in chunks and never hold all logits, in the form that "
+                                "serves the device; eager or triton: the form for GPUs, in PyTorch's operators or with "
+                                "Triton's kernels; torchshard: the reference composed of torchshard's functions, for "
+                                "comparison")
     classifier_memory_mib: int | None = flag(
         "--classifier-memory-mib", metavar="MIB", at_least=0, section="speed and memory",
         default_text="a quarter of the memory that the class centers leave free",
@@ -417,7 +420,7 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
     for name, is_set in ((f"--classifier-memory-mib {o.classifier_memory_mib}", o.classifier_memory_mib is not None),
                          ("--fuse-classifier-update", o.fuse_classifier_update),
                          (f"--sample-rate {o.sample_rate:g}", o.sample_rate < 1)):
-        yield (is_set and o.classifier != "fused",
+        yield (is_set and o.classifier == "torchshard",
                f"{name} with --classifier {o.classifier}: has no effect there; drop one of them")
     yield (o.fuse_classifier_update and o.accumulation_steps != 1,
            f"--fuse-classifier-update with --accumulation-steps {o.accumulation_steps}: would update the class centers "

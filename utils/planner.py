@@ -44,7 +44,7 @@ class RunSettings:
     batch_size: int  # images of a micro-batch, over all processes
     world_size: int  # W
     total_bytes: int  # memory of the GPU, or a process's share of the CPU's; for the automatic choice below
-    cache_bytes: int  # the cache that a chunk of classes must fit
+    cache_bytes: int | None  # the cache that a chunk of classes must fit; None: a GPU, with class-major chunks
     embedding_size: int = 512  # d
     sub_centers: int = 1  # q
     model_parallel: bool = True  # the classes are sharded; otherwise each process has them all, under DDP
@@ -164,7 +164,11 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     gathered = chunk * d * FLOAT if sampled else 0
     gradient = 0 if run.fused_update else used * d * FLOAT
     block = rows * (chunk + SPARE_COLUMNS)
-    saved_block = block * (2 if run.matmul_dtype == torch.bfloat16 else FLOAT)
+    probs = 2 if run.matmul_dtype == torch.bfloat16 else FLOAT
+    class_major = run.cache_bytes is None
+    if class_major:
+        block = rows * chunk
+    saved_block = block * probs
     budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update, run.optimizer_states, run.sample_rate)
               if run.classifier_memory_mib is None
               else int(run.classifier_memory_mib * 2**20))
@@ -174,6 +178,11 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     forward = 2 * block * FLOAT + low_centers + closest + gathered
     backward = (block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers + closest
                 + gathered * (2 + run.optimizer_states if run.fused_update else 1))
+    if class_major:  # losses.class_major, in its eager form: the kernels need less
+        logits = block * (FLOAT + 1) + low_centers + (0 if low else chunk * d * FLOAT) + closest + gathered
+        forward = logits
+        backward = (logits + block * low + chunk * d * FLOAT * run.fused_update
+                    + gathered * (1 + run.optimizer_states) * run.fused_update)
 
     state, states = "moments" if run.optimizer_states > 1 else "momentum", run.optimizer_states
     average = trained + backbone.fixed if run.ema else 0

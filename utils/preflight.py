@@ -12,6 +12,7 @@ import torch
 
 from data.formats import open_training_set
 from data.training_set import TrainingSet
+from losses.class_major import find_form
 from models import build_backbone, is_timm
 from models.freeze import freeze
 from models.sync_batchnorm import has_other_batchnorm
@@ -77,6 +78,12 @@ def check_sync_bn(options: Options) -> None:
                             "which synchronized ones would leave out; drop --sync-bn, or choose another network")
 
 
+def check_classifier(options: Options, plan: ProcessPlan) -> None:
+    """Raise UserError if the device does not serve --classifier."""
+    if options.classifier != "torchshard":
+        find_form(options.classifier, plan.device_type)
+
+
 def check_sampling(options: Options, plan: ProcessPlan) -> None:
     """Raise UserError if --sample-rate would sample a classifier of which each process has a copy."""
     if options.sample_rate < 1 and not options.enable_model_parallel and plan.world_size > 1:
@@ -101,7 +108,7 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
     parts = predict_memory(BackboneMemory(weights, kept, 0, 0), RunSettings(
         classes=options.num_classes, sub_centers=options.sub_centers,
         batch_size=options.batch_size * plan.nodes // options.accumulation_steps,
-        world_size=plan.world_size, total_bytes=total // sharing, cache_bytes=gpu.L2_cache_size if gpu else 2**23,
+        world_size=plan.world_size, total_bytes=total // sharing, cache_bytes=None if gpu else 2**23,
         model_parallel=options.enable_model_parallel, zero=options.enable_zero_optim,
         optimizer_states=states, ema=options.ema is not None, fused_update=options.fuse_classifier_update,
         classifier_memory_mib=options.classifier_memory_mib or 0, embedding_size=options.embedding_size,
@@ -128,8 +135,9 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
 
 def memory_remedies(options: Options, world_size: int, *, activations: bool = True) -> str:
     """What to change in a run that does not fit into memory. activations: whether they may be the cause."""
-    fused = not (options.fuse_classifier_update or options.accumulation_steps > 1 or options.classifier != "fused"
-                 or options.amp_dtype == "fp16" or world_size > 1 and not options.enable_model_parallel)
+    fused = not (options.fuse_classifier_update or options.accumulation_steps > 1
+                 or options.classifier == "torchshard" or options.amp_dtype == "fp16"
+                 or world_size > 1 and not options.enable_model_parallel)
     return "try " + ", ".join(remedy for remedy, helps in (
         ("--enable-model-parallel", not options.enable_model_parallel),
         ("more GPUs or nodes", world_size == 1 or options.enable_model_parallel),

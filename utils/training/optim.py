@@ -39,7 +39,10 @@ class RowOptimizer(Optimizer):
         stepped: bool (K,), rows that have had their step. If it is given, a row may be there several times: its first
             gradient and `stepped` count.
         """
-        self._update_rows(rows, grad, finite.logical_not().float() if self._skip_nonfinite else None, stepped)
+        found_inf = None  # float32 at once: this is called for each chunk of classes
+        if self._skip_nonfinite:
+            found_inf = torch.logical_not(finite, out=finite.new_empty((), dtype=torch.float32))
+        self._update_rows(rows, grad, found_inf, stepped)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

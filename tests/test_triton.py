@@ -1,0 +1,139 @@
+"""The Triton kernels: compiled here for GPUs that are not here, and run by Triton's interpreter against float64."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from losses.class_major import _ClassMajor, margin_softmax_class_major
+from losses.margins import ArcFace
+from utils.training.optim import RowSGD
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter is on in this process", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from losses import triton_kernels as kernels  # noqa: E402
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Compute capability -> shared memory that a program may have, bytes (CUDA C++ Programming Guide, technical
+# specifications), and the instructions of its tensor cores.
+CHIPS = {80: (163 * 1024, "HMMA"), 90: (227 * 1024, "HGMMA"), 100: (227 * 1024, r"UTC\w*MMA")}
+POINTERS = {
+    "operand": {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"},
+    "E": {"bf16": "*bf16", "fp16": "*fp32", "fp32": "*fp32"},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PLAIN = dict(HAS_LEFT_OUT=False, HAS_MAP=False, HAS_FILTER=False)
+# Each with all that a run may ask for, and without: the others lie between.
+VARIANTS = {
+    "forward": dict(SUMS=True, STORE=True, HAS_ENTRY=False),
+    "nothing saved": dict(SUMS=True, STORE=False, HAS_ENTRY=False),
+    "backward": dict(SUMS=False, STORE=True, HAS_ENTRY=True),
+}
+CASES = [*((operands, "forward", True) for operands in DTYPES), ("bf16", "backward", True),
+         ("bf16", "forward", False), ("bf16", "nothing saved", False)]
+
+
+def compiled(kernel, capability: int, signature: dict[str, str], options: dict, directory: Path) -> tuple[str, int]:
+    """The machine code of a kernel, as text, and the bytes of shared memory of a program."""
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names)
+               if signature.get(name, "").startswith("*") or name == "STRIDE"}
+    source = ASTSource(fn=kernel, signature={**signature, **dict.fromkeys(options, "constexpr")},
+                       constexprs={(kernel.arg_names.index(name),): value for name, value in options.items()},
+                       attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    path = directory / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    usage, code = (subprocess.run([BIN / name, *flags, path], capture_output=True, text=True, check=True).stdout
+                   for name, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", [])))
+    # REG:..., STACK:0 and LOCAL:0: nothing was spilled.
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
+    assert not re.search(r"\b(STL|LDL)\b", code)
+    return code, binary.metadata.shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CHIPS)
+def test_products_use_tensor_cores_and_no_local_memory(tmp_path, capability):
+    limit, instruction = CHIPS[capability]
+    for operands, variant, everything in CASES:
+        of_operand, of_e = (POINTERS[name][operands] for name in ("operand", "E"))
+        signature = dict(OPERAND=of_operand, X=of_operand, COLUMN="*i64", BAR="*fp32", SUM="*fp32", NOT_CLOSER="*i32",
+                         E=of_e, LEFT_OUT="*u8", THRESHOLD="*fp32", MAP="*fp32", TARGET_ENTRY="*fp32", N="i32",
+                         STRIDE="i32", K="i32", scale="fp32", shift="fp32", highest="fp32")
+        options = {**VARIANTS[variant], **dict.fromkeys(PLAIN, everything), "INTERPRET": False,
+                   **kernels.tile_options(512, DTYPES[operands], capability), "PRECISION": "tf32"}
+        code, shared = compiled(kernels.exponentials_kernel, capability, signature, options, tmp_path)
+        assert re.search(rf"\b{instruction}\b", code) and shared <= limit, (operands, variant, everything)
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+def test_the_other_kernels_use_no_local_memory(tmp_path, capability):
+    for out in ("*bf16", "*fp32"):
+        compiled(kernels.scale_kernel, capability, dict(W="*fp32", FACTOR="*fp32", OUT=out, K="i32", scale="fp32"),
+                 {"KNOWN": False, "INTERPRET": False, **kernels.row_options(512)}, tmp_path)
+    compiled(kernels.project_kernel, capability,
+             dict(G="*fp32", W="*fp32", FACTOR="*fp32", UNIT="*fp32", K="i32", scale="fp32"),
+             kernels.row_options(512), tmp_path)
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_equal_float64():
+    """In a process of its own: Triton reads the variable when it is imported."""
+    script = Path(__file__).parent / "helpers" / "interpreted.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    finished = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that launch work on a GPU: all but those that only make views or memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator._schema.name.partition("::")[2]
+        if not operator.is_view and name not in ("device", "empty", "empty_like", "new_empty", "detach", "lift_fresh"):
+            self.names[name] += 1
+        if name == "_fused_sgd_":  # fake tensors do not know it
+            return None
+        return operator(*args, **(kwargs or {}))
+
+
+# As of the issue: a million classes, 1,024 rows, bf16 operands.
+@pytest.mark.parametrize(("with_kernels", "saved_probs_mib", "update", "limit"), [
+    (True, 1e6, False, 400), (True, 1e6, True, 400), (True, 0, True, 400), (False, 1e6, True, 3000),
+    (False, 0, True, 3000),
+])
+def test_launches_of_a_step(with_kernels, saved_probs_mib, update, limit):
+    with FakeTensorMode():
+        embedding = torch.empty(1024, 512, device="cuda", requires_grad=True)
+        weight = nn.Parameter(torch.empty(1_000_000, 512, device="cuda"))
+        target = torch.zeros(1024, dtype=torch.int64, device="cuda")
+        rows = RowSGD(weight, skip_nonfinite=True, lr=0.1, momentum=0.9).update_rows if update else None
+        with Launches() as launches:
+            loss, _ = margin_softmax_class_major(
+                embedding, target, weight, ArcFace(), scale=64.0, group=None, matmul_dtype=torch.bfloat16,
+                saved_probs_mib=saved_probs_mib, update=rows, triton=with_kernels)
+            # torch's engine would look for the GPU.
+            _ClassMajor.backward(loss.grad_fn, torch.ones_like(loss), None)
+    assert 100 < sum(launches.names.values()) <= limit, launches.names
+    assert launches.names["exponentials"] == (31 if saved_probs_mib else 62) * with_kernels
