@@ -73,8 +73,8 @@ class OperatorCounter(TorchDispatchMode):
     kernel launch is an operator that computes on the device: not a view, not an allocation. Operators over lists of
     tensors count as many launches as torch makes of them, and a convolution's backward pass one for each gradient.
     Other operators of several kernels, such as a sort, count as one. Bytes are those of the tensors that an operator
-    reads and writes, each once, as if nothing stayed in a cache. Arithmetic is that of torch.utils.flop_counter, two
-    operations for a multiplication and an addition: products and convolutions only.
+    reads and writes, each once, as if nothing stayed in a cache. Arithmetic is that of products and convolutions, two
+    operations for a multiplication and an addition.
 
     Waits that are no operators, such as torch.cuda.synchronize(), are not seen.
 
@@ -122,8 +122,7 @@ class OperatorCounter(TorchDispatchMode):
             return
         self.counts.launches[name] += _launches(name, args, written)
         self.counts.bytes[name] += _bytes(name, func, args, kwargs, read, written)
-        if func.overloadpacket in flop_registry:
-            self.counts.flops[name] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        self.counts.flops[name] += _flops(func, args, kwargs, result)
 
     def _on_device(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor.device.type == self.device_type
@@ -188,6 +187,17 @@ def _launches(name: str, args: Any, written: list[Tensor]) -> int:
     count = len(lists[0])
     blocks = sum(-(-tensor.numel() // _LIST_VALUES) for tensor in lists[0])
     return max(1, math.ceil(count / _LIST_TENSORS[len(lists) - 1]), math.ceil(blocks / _LIST_BLOCKS))
+
+
+def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    name = func.overloadpacket.__name__
+    if name == "addmm_":  # torch's counter knows it only out of place
+        return 2 * args[1].numel() * args[2].shape[1]
+    if name == "convolution_backward":  # there, torch's counter multiplies by the groups
+        grad, _, weight = args[:3]
+        return 2 * sum(args[-1][:2]) * grad.numel() * (weight.numel() // weight.shape[0])
+    formula = flop_registry.get(func.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 def _bytes(

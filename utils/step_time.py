@@ -83,14 +83,9 @@ class _Recorder(OperatorCounter):
         flops, size, launches = (sum(counted.values()) for counted in
                                  (self.counts.flops, self.counts.bytes, self.counts.launches))
         if launches:
-            name = func.overloadpacket.__name__
-            if name == "addmm_":  # torch's counter knows it only out of place
-                flops = 2 * args[1].numel() * args[2].shape[1]
-            elif name == "convolution_backward":  # there, torch's counter multiplies by the groups
-                grad, _, weight = args[:3]
-                flops = 2 * sum(args[-1][:2]) * grad.numel() * (weight.numel() // weight.shape[0])
             low = flops > 0 and args[0].dtype in (torch.bfloat16, torch.float16)
-            self.work[Operator(_kind_of(name, args, flops), low, flops, size, launches)] += 1
+            kind = _kind_of(func.overloadpacket.__name__, args, flops)
+            self.work[Operator(kind, low, flops, size, launches)] += 1
 
     def take_work(self) -> Work:
         """The work so far. Recording starts again."""
