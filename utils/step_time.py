@@ -83,7 +83,7 @@ class _Recorder(OperatorCounter):
         flops, size, launches = (sum(counted.values()) for counted in
                                  (self.counts.flops, self.counts.bytes, self.counts.launches))
         if launches:
-            low = flops > 0 and args[0].dtype in (torch.bfloat16, torch.float16)
+            low = flops > 0 and args[1].dtype in (torch.bfloat16, torch.float16)  # args[0] of addmm is the sum
             kind = _kind_of(func.overloadpacket.__name__, args, flops)
             self.work[Operator(kind, low, flops, size, launches)] += 1
 
