@@ -37,7 +37,7 @@ import models.classifier
 from data.loader import TrainBatch
 from helpers.tiny import TinyBackbone
 from helpers.training import make_run
-from losses.fused import margin_softmax
+from losses.class_major import find_form
 from losses.margins import ArcFace
 from utils import build
 from utils.checkpoint.writer import CheckpointWriter
@@ -47,6 +47,7 @@ from utils.dist.sharding import ClassShard
 from utils.evaluation.embed import embed_images
 from utils.operators import Counts, OperatorCounter
 from utils.options import parse_options
+from utils.training import scaler
 from utils.training.metrics import TrainingLog
 
 GIB = 2**30
@@ -109,6 +110,9 @@ class FakeGPU(FakeTensorMode):
         if packet is aten._to_copy and to_host:
             copy = torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
             return self._pin(copy) if kwargs.get("non_blocking") else copy
+        if packet is aten.empty_like and to_host:
+            like = torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype)
+            return self._pin(like) if kwargs.get("pin_memory") else like
         if packet is aten.copy_ and not isinstance(args[0], FakeTensor):
             return args[0]
         if packet in (aten.index, aten.index_put_):  # a mask takes everything
@@ -179,6 +183,9 @@ class _Stream:
     def wait_stream(self, other: Any) -> None:
         pass
 
+    def synchronize(self) -> None:
+        pass
+
 
 class StandInDDP(nn.Module):
     """What DistributedDataParallel asks of the device. Its own C++ code would ask the driver for a timer.
@@ -186,10 +193,11 @@ class StandInDDP(nn.Module):
     Gradients are averaged in buckets of 1 MiB, then 25 MiB, last parameter first; buffers are broadcast by dtype.
     """
 
-    def __init__(self, module: nn.Module, device_ids: Any = None, *, broadcast_buffers: bool = True,
-                 gradient_as_bucket_view: bool = False, **others: Any) -> None:
+    def __init__(self, module: nn.Module, device_ids: Any = None, *, gradient_as_bucket_view: bool = False,
+                 **others: Any) -> None:
         super().__init__()
-        self.module, self._broadcast, self._as_view = module, broadcast_buffers, gradient_as_bucket_view
+        self._broadcast = others.get("forward_sync_buffers", others.get("broadcast_buffers", True))  # new and old name
+        self.module, self._as_view = module, gradient_as_bucket_view
         self.parameters_to_ignore = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         self._syncs, self._ready = True, set[nn.Parameter]()
         averaged = [parameter for name, parameter in module.named_parameters()
@@ -313,6 +321,7 @@ def _one_of_many(world_size: int, rank: int) -> Iterator[None]:
     new_group = dist.new_group
     with mock.patch.object(build, "DistributedDataParallel", StandInDDP), \
             mock.patch.object(build, "all_gather_json", lambda value, device: [value]), \
+            mock.patch.object(scaler, "all_gather_json", lambda value, device: [value]), \
             mock.patch.object(dist, "new_group", lambda *args, **kwargs: new_group(backend="fake")), \
             mock.patch.object(models.classifier, "initial_centers", _undrawn_centers):
         try:
@@ -331,15 +340,15 @@ def _undrawn_centers(
 
 def count_classifier(
     classes: int, *, batch: int = 1024, d: int = 512, matmul_dtype: torch.dtype | None = torch.bfloat16,
-    saved_probs_mib: float = 1e6,
+    saved_probs_mib: float = 1e6, form: str = "eager",
 ) -> Counts:
-    """The counts of the margin softmax, forward and backward, of one GPU that has all classes."""
+    """The counts of a form of the margin softmax, forward and backward, of one GPU that has all classes."""
     with FakeGPU(), OperatorCounter() as counter:
         embedding, centers = (torch.empty(rows, d, device=CUDA, requires_grad=True) for rows in (batch, classes))
         target = torch.empty(batch, dtype=torch.int64, device=CUDA)
         counter.take()
-        loss, _ = margin_softmax(embedding, target, centers, ArcFace(), scale=64.0, group=None,
-                                 saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype)
+        loss, _ = find_form(form, "cuda")(embedding, target, centers, ArcFace(), scale=64.0, group=None,
+                                          saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype)
         loss.backward()
         return counter.take()
 
