@@ -294,9 +294,10 @@ def evaluate_backbone(run: Run) -> signal.Signals | None:
     assert run.evaluator is not None and run.writer is not None
     position, started = run.state.position, time.perf_counter()
     try:
-        with (run.state.ema.in_place() if run.state.ema is not None else contextlib.nullcontext(),
-              # torch.compile would compile the network again, for evaluation mode and other batches: minutes.
-              torch.compiler.set_stance("force_eager") if run.options.compile else contextlib.nullcontext()):
+        averaged = run.state.ema.in_place() if run.state.ema is not None else contextlib.nullcontext()
+        # torch.compile would compile the network again, for evaluation mode and other batches: minutes.
+        eager = torch.compiler.set_stance("force_eager") if run.options.compile else contextlib.nullcontext()
+        with averaged, eager:
             evaluation = run.evaluator.run(run.state.backbone, run.stop)
     except Dropped as dropped:
         run.log.pause(time.perf_counter() - started)
