@@ -4,6 +4,7 @@
 #     bash scripts/kill_test.sh                # 20 kills, some minutes
 #     KILLS=3 bash scripts/kill_test.sh
 #     NODES=2 bash scripts/kill_test.sh        # two nodes without a shared directory; some kills hit one of them only
+#     bash scripts/kill_test.sh --sample-rate 0.3    # with more flags of main.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -13,6 +14,7 @@ KILLS="${KILLS:-20}"
 NODES="${NODES:-1}"  # 1 or 2
 STEPS="${STEPS:-$((8 * KILLS))}"  # more than it does before it is killed for the last time
 
+flags=("$@")
 scratch="$(mktemp -d)"
 runs=()
 trap 'for run in "${runs[@]}"; do kill -KILL -- "-$run" 2> /dev/null || true; done; rm -rf "$scratch"' EXIT
@@ -28,7 +30,7 @@ start() {
         setsid "$PYTHON" main.py "$scratch/faces" --multiprocessing-distributed --nproc-per-node "$((2 / NODES))" \
             --device cpu --world-size "$NODES" --rank "$node" --dist-url "tcp://127.0.0.1:$port" --enable-model-parallel \
             -a mobilefacenet --num-classes 11 -b "$((4 / NODES))" -j 2 --epochs 999 --lr-milestones none --seed 1 \
-            --max-steps "$STEPS" --output "$output" "$@" >> "$scratch/log" 2>&1 &
+            --max-steps "$STEPS" --output "$output" "${flags[@]}" "$@" >> "$scratch/log" 2>&1 &
         runs+=($!)
         output="$scratch/none"  # the other node neither has nor makes a directory
     done
