@@ -3,8 +3,8 @@
 Shapes: N rows, K classes of a chunk, d the embedding size. Three ideas make a chunk a few large operations:
 
 - **No running maximum.** A logit is at most s times the largest value of the margin's map. With one shift for all rows,
-  exp(l - shift) and its sums fit the dtype, if s is not too large: `fits`. Partial sums of chunks and of ranks simply
-  add up.
+  exp(l - shift) and its sums fit the dtype, if s is not too large: `fits`. Otherwise a pass over the classes before the
+  others finds each row's largest logit, its shift. Partial sums of chunks and of ranks simply add up.
 - **Class-major.** E (K, N) holds exp(l - shift), and 0 for the target. A chunk is a contiguous block of it, whatever K.
 - **The row's factor goes into the embeddings.** The probability of row i is E * r_i, r_i = exp(shift - lse_i). With
   w' = s * w / |w|, the gradients are dX = r * (E^T @ w') and dw' = E @ (r * X), up to 1 / N: the backward pass has no
@@ -18,14 +18,23 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from losses.fused import FP16_GAIN, RowUpdate, Walk, closest_target, join_target, make_walk, margin_softmax, multiply
+from losses.fused import (
+    FP16_GAIN,
+    LEFT_OUT,
+    RowUpdate,
+    Walk,
+    closest_target,
+    join_target,
+    make_walk,
+    margin_softmax,
+    multiply,
+)
 from losses.margins import Margin
 from utils.dist.collectives import all_reduce_sum
 from utils.errors import UserError
@@ -41,11 +50,11 @@ def fits(margin: Margin, scale: float, dtype: torch.dtype) -> bool:
 
     In float32 it does up to a scale of 75, for a map of the other cosines that stays in [-1, 1].
     """
-    return scale + _shift(margin, scale, dtype) <= _LOWEST[dtype]
+    return scale + _one_shift(margin, scale, dtype) <= _LOWEST[dtype]
 
 
-def _shift(margin: Margin, scale: float, dtype: torch.dtype) -> float:
-    """What is subtracted from all logits: 0 for most runs, which saves the subtraction."""
+def _one_shift(margin: Margin, scale: float, dtype: torch.dtype) -> float:
+    """What is subtracted from all logits, where that `fits`."""
     return max(0.0, scale * margin.highest_negative() - _HIGHEST[dtype])
 
 
@@ -55,18 +64,15 @@ def margin_softmax_class_major(
     saved_probs_mib: float = 0.0, matmul_dtype: torch.dtype | None = None, update: RowUpdate | None = None,
     chunk: int | None = None, sub_centers: int = 1, drawn: Tensor | None = None, triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Collective over `group`. `margin_softmax`, with the same arguments and results; by it, unless `fits`.
+    """Collective over `group`. `margin_softmax`, with the same arguments and results.
 
-    triton: by the kernels of `losses.triton_kernels`, in float32.
+    triton: by the kernels of `losses.triton_kernels`. They take float32.
     """
-    settings: dict[str, Any] = dict(
-        scale=scale, group=group, filter_above=filter_above, saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype,
-        update=update, chunk=chunk, sub_centers=sub_centers, drawn=drawn)
-    if not fits(margin, scale, embedding.dtype):
-        return margin_softmax(embedding, target, centers, margin, norm=norm, **settings)
-    walk = make_walk(embedding, target, centers, norm, margin=margin, **settings)
-    kernels = triton and embedding.dtype == torch.float32
-    return _ClassMajor.apply(embedding, centers, norm, target, walk, _triton_work() if kernels else ChunkWork)
+    walk = make_walk(
+        embedding, target, centers, norm, margin=margin, scale=scale, filter_above=filter_above, group=group,
+        sub_centers=sub_centers, saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype, update=update, chunk=chunk,
+        drawn=drawn)
+    return _ClassMajor.apply(embedding, centers, norm, target, walk, _triton_work() if triton else ChunkWork)
 
 
 def _triton_work() -> type[ChunkWork]:
@@ -75,19 +81,32 @@ def _triton_work() -> type[ChunkWork]:
     return TritonWork
 
 
-def find_form(name: str, device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`--classifier NAME` -> the margin softmax. fused: what serves the device best. Raises UserError.
+WALK = "walk"  # losses.fused
 
-    All of them compute the same loss: a resumed run may have another one.
+
+def choose_form(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """`--classifier NAME` -> what computes it: WALK, or "eager" or "triton", both class-major. Raises UserError.
+
+    fused: what serves the device best. dtype: of the class centers.
     """
     has_triton = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    if name == "fused":
+        return WALK if device_type != "cuda" else "triton" if has_triton and dtype == torch.float32 else "eager"
+    if name == "triton" and dtype != torch.float32:
+        raise UserError("--classifier triton with --precision float64: its kernels compute in float32; choose eager")
     if name == "triton" and not has_triton:
         raise UserError("--classifier triton: " + (
             "Triton is not installed; install it, or choose eager" if device_type == "cuda" else
             "its kernels are for GPUs, and this run is on the CPU; choose fused"))
-    if name == "fused" and device_type != "cuda":
-        return margin_softmax
-    return functools.partial(margin_softmax_class_major, triton=name == "triton" or name == "fused" and has_triton)
+    return name
+
+
+def find_form(
+    name: str, device_type: str, dtype: torch.dtype = torch.float32
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The margin softmax of `choose_form`. All of them compute the same loss: a resumed run may have another one."""
+    form = choose_form(name, device_type, dtype)
+    return margin_softmax if form == WALK else functools.partial(margin_softmax_class_major, triton=form == "triton")
 
 
 def dtype_of_probs(walk: Walk, dtype: torch.dtype) -> torch.dtype:
@@ -98,21 +117,26 @@ def dtype_of_probs(walk: Walk, dtype: torch.dtype) -> torch.dtype:
 class ChunkWork:
     """The work on a chunk of classes, in PyTorch's operators. A subclass has kernels for it.
 
-    cosine, phi: of the targets, (N,). columns: `Walk.columns`. bar: s * cosine.
+    cosine, phi: of the targets, (N,). columns: `Walk.columns`. bar: s * cosine. shift: what is subtracted from each
+    row's logits, (N,); None: nothing, as in most runs.
     """
 
-    def __init__(self, walk: Walk, embedding: Tensor, centers: Tensor, cosine: Tensor, phi: Tensor) -> None:
-        self.walk, self.cosine, self.phi, self.bar = walk, cosine, phi, walk.scale * cosine
-        self.shift = _shift(walk.margin, walk.scale, embedding.dtype)
+    def __init__(
+        self, walk: Walk, embedding: Tensor, centers: Tensor, cosine: Tensor, phi: Tensor, shift: Tensor | None
+    ) -> None:
+        self.walk, self.cosine, self.phi, self.bar, self.shift = walk, cosine, phi, walk.scale * cosine, shift
         self.embedding, self._gathered = walk.rounded(embedding), walk.new_buffer(centers)
         self._new = functools.partial(centers.new_empty, walk.chunk)
-        # "<=" and not ">" below: a NaN must count against the hit.
         self._sums = embedding.new_zeros(2, len(embedding), dtype=torch.float64)
 
     @functools.cached_property
     def _buffer(self) -> Tensor:
         """For logits, and E in their dtype. The last row takes the writes for targets of other chunks."""
         return self._sums.new_empty(self.walk.chunk + 1, len(self.bar), dtype=self.bar.dtype)
+
+    @functools.cached_property
+    def _largest(self) -> Tensor:
+        return torch.full_like(self.bar, LEFT_OUT)
 
     @functools.cached_property
     def low(self) -> Tensor:
@@ -138,26 +162,43 @@ class ChunkWork:
             torch.linalg.vector_norm(here, dim=1, out=factor).clamp_(min=1e-12).reciprocal_().mul_(self.walk.scale)
         return here, self.walk.rounded(torch.mul(here, factor.unsqueeze(1), out=self._product[:len(here)]))
 
-    def exponentials(self, operand: Tensor, classes: slice, column: Tensor, out: Tensor | None,
-                     target_entry: Tensor | None = None) -> Tensor:
-        """E of a chunk (K, N), times the map's slope: the probabilities but for the row's factor.
-
-        Adds to what `totals` returns. column: the target's in this chunk, (N,), an entry of `Walk.columns`. out: for E,
-        if it is saved. target_entry: in the backward pass the entries of the targets, (N,).
-        """
+    def _logits(self, operand: Tensor, classes: slice, column: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
+        """The logits of a chunk, (K, N), and the slope of the map, (N, K), or None for 1. count: for `totals`."""
         walk, logits = self.walk, self._buffer[:len(operand)]
         multiply(operand, self.embedding.t(), logits)
         # `Walk` has the rows first. It gets views.
         left_out = walk.left_out(classes, logits.t())
         walk.leave_out(self._buffer.t(), column, left_out)
-        self._sums[1] += torch.le(logits, self.bar).sum(dim=0)
+        if count:  # "<=" and not ">": a NaN must count against the hit.
+            self._sums[1] += torch.le(logits, self.bar).sum(dim=0)
         slope = walk.map_negatives(logits.t(), self.cosine, self.phi)
         if slope is not None:
             walk.leave_out(self._buffer.t(), column, left_out)
-        if self.shift:
+        return logits, slope
+
+    def find_largest(self, operand: Tensor, classes: slice, column: Tensor) -> None:
+        """The logits of a chunk count for `largest`."""
+        logits, _ = self._logits(operand, classes, column, count=False)
+        torch.maximum(self._largest, logits.amax(dim=0), out=self._largest)
+
+    def largest(self) -> Tensor:
+        """(N,): the largest logit of all chunks but the target's, or LEFT_OUT."""
+        return self._largest
+
+    def exponentials(self, operand: Tensor, classes: slice, column: Tensor, out: Tensor | None,
+                     target_entry: Tensor | None = None) -> Tensor:
+        """E of a chunk (K, N), times the map's slope: the probabilities but for the row's factor.
+
+        column: the target's in this chunk, (N,), an entry of `Walk.columns`. out: for E, if it is saved. target_entry:
+        in the backward pass the entries of the targets, (N,); in the forward pass the chunk counts for `totals`.
+        """
+        walk, forward = self.walk, target_entry is None
+        logits, slope = self._logits(operand, classes, column, count=forward)
+        if self.shift is not None:
             logits.sub_(self.shift)
         exponentials = torch.exp(logits, out=logits if out is None or out.dtype != logits.dtype else out)
-        self._sums[0] += exponentials.sum(dim=0)
+        if forward:
+            self._sums[0] += exponentials.sum(dim=0)
         if slope is not None:
             exponentials.mul_(slope.t())
         if out is not None and out is not exponentials:
@@ -204,19 +245,31 @@ class _ClassMajor(torch.autograd.Function):
         saved_chunks = min(len(chunks), walk.saved_bytes // max(1, walk.chunk * rows * saved_dtype.itemsize))
         saved = chunks[saved_chunks - 1].stop if saved_chunks else 0  # columns
         columns, factor = walk.columns(target), centers.new_empty(walk.size)
-        work = work_class(walk, embedding, centers, cosine, phi)
+        searches, one_shift = not fits(walk.margin, walk.scale, dtype), _one_shift(walk.margin, walk.scale, dtype)
+        work = work_class(walk, embedding, centers, cosine, phi,
+                          None if searches or not one_shift else torch.full_like(cosine, one_shift))
+        if searches:
+            for number, classes in enumerate(chunks):
+                _, operand = work.operand(centers, classes, factor[classes], known=False)
+                work.find_largest(operand, classes, columns[number])
+            # A row without other classes has LEFT_OUT, which shall not become exp(0).
+            work.shift = work.largest().clamp_(min=-walk.scale)
+            if walk.group is not None:
+                dist.all_reduce(work.shift, op=dist.ReduceOp.MAX, group=walk.group)
         probs = work.new_probs(saved + 1)  # the last one for targets that are not there
         for number, classes in enumerate(chunks):
-            _, operand = work.operand(centers, classes, factor[classes], known=False)
+            _, operand = work.operand(centers, classes, factor[classes], known=searches)
             work.exponentials(operand, classes, columns[number], probs[classes] if number < saved_chunks else None)
 
         # The ranks' sums have one shift. In float64 the sum of few terms is as exact as they are.
         sum_exp, not_closer = work.totals()
         sums = all_reduce_sum(torch.stack([sum_exp, walk.size - not_closer]), walk.group)
-        log_others, num_closer = sums[0].log() + work.shift, sums[1].long()
+        shift = 0.0 if work.shift is None else work.shift.double()
+        log_others, num_closer = sums[0].log() + shift, sums[1].long()
         loss, log_total, target_grad, norm_grad = join_target(walk, log_others, target, norm, phi, slope, norm_slope)
-        # Without any other class E is 0, and the factor may be any finite number.
-        row_factor = (work.shift - log_total).clamp_(max=_LOWEST[dtype]).exp()
+        # Without any other class E is 0, and the factor may be any finite number. The lower limit, of float64, is met
+        # where both the target's gradient and the row's factor are 0 in the dtype of E.
+        row_factor = (shift - log_total).clamp_(-_LOWEST[torch.float64], _LOWEST[dtype]).exp()
         if walk.matmul_dtype == torch.float16:
             target_grad.clamp_(min=torch.finfo(torch.float16).min / FP16_GAIN)
         limit = torch.finfo(dtype).max
@@ -225,7 +278,7 @@ class _ClassMajor(torch.autograd.Function):
         probs.scatter_(0, torch.where((place >= 0) & (place < saved), place, saved).unsqueeze(0),
                        target_entry.to(saved_dtype).unsqueeze(0))
         ctx.save_for_backward(embedding, centers, factor, columns, probs, row_factor.to(dtype), target_entry, cosine,
-                              phi, norm_grad)
+                              phi, norm_grad, work.shift)
         ctx.walk, ctx.finite, ctx.saved_chunks, ctx.work_class = walk, loss.isfinite(), saved_chunks, work_class
         ctx.mark_non_differentiable(num_closer)
         return loss, num_closer
@@ -233,11 +286,11 @@ class _ClassMajor(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, _: None) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
-        (embedding, centers, factor, columns, saved_probs, row_factor, target_entry, cosine, phi,
-         norm_grad) = ctx.saved_tensors
+        (embedding, centers, factor, columns, saved_probs, row_factor, target_entry, cosine, phi, norm_grad,
+         shift) = ctx.saved_tensors
         walk: Walk = ctx.walk
         rows, size = embedding.shape
-        work = ctx.work_class(walk, embedding, centers, cosine, phi)
+        work = ctx.work_class(walk, embedding, centers, cosine, phi, shift)
         fp16 = walk.matmul_dtype == torch.float16
         # fp16 cannot hold E: it gets the probabilities, by an element-wise pass after all.
         gain = FP16_GAIN if fp16 else 1.0

@@ -64,16 +64,17 @@ def scale_kernel(W, FACTOR, OUT, K, scale, KNOWN: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def exponentials_kernel(
-    OPERAND, X, COLUMN, BAR, SUM, NOT_CLOSER, E, LEFT_OUT, THRESHOLD, MAP, TARGET_ENTRY, N, STRIDE, K, scale, shift,
+    OPERAND, X, COLUMN, BAR, SUM, NOT_CLOSER, E, LEFT_OUT, THRESHOLD, MAP, TARGET_ENTRY, SHIFT, N, STRIDE, K, scale,
     highest,
-    SUMS: tl.constexpr, STORE: tl.constexpr, HAS_LEFT_OUT: tl.constexpr, HAS_MAP: tl.constexpr,
-    HAS_FILTER: tl.constexpr, HAS_ENTRY: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    LARGEST: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, HAS_LEFT_OUT: tl.constexpr, HAS_MAP: tl.constexpr,
+    HAS_FILTER: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     """`ChunkWork.exponentials`: product, mask, count, exp, sums, and E (K, N).
 
     A program (number of the block of rows, p): every P-th tile of classes. SUM and NOT_CLOSER, (P, N): it adds to its
     own rows of them. MAP (3,): the cosines c above THRESHOLD (N,) become MAP[0] * c + MAP[1] * c^2 + MAP[2].
+    LARGEST: `ChunkWork.find_largest` instead; SUM holds maxima, and there are no exponentials.
     """
     p, programs = tl.program_id(1), tl.num_programs(1)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -85,7 +86,9 @@ def exponentials_kernel(
         linear, square, constant = tl.load(MAP), tl.load(MAP + 1), tl.load(MAP + 2)
     if HAS_ENTRY:
         entry = tl.load(TARGET_ENTRY + n, mask=in_rows, other=0.0)
-    total = tl.zeros((ROWS,), tl.float32)
+    if HAS_SHIFT:
+        shift = tl.load(SHIFT + n, mask=in_rows, other=0.0)
+    total = tl.full((ROWS,), LEFT_OUT_LOGIT if LARGEST else 0.0, tl.float32)
     not_closer = tl.zeros((ROWS,), tl.int32)
     depth = tl.arange(0, DEPTH)
     for tile in range(p, tl.cdiv(K, CLASSES), programs):
@@ -118,7 +121,11 @@ def exponentials_kernel(
             cosine = logits / scale
             hard = cosine > threshold[None, :]
             logits = tl.where(hard, scale * (constant + cosine * (linear + square * cosine)), logits)
-        e = tl.where(out, 0.0, tl.exp2((logits - shift) * LOG2_E))
+        if LARGEST:
+            total = tl.maximum(total, tl.max(tl.where(out, LEFT_OUT_LOGIT, logits), axis=0))
+        if HAS_SHIFT:
+            logits -= shift[None, :]
+        e = tl.where(out, 0.0, tl.exp2(logits * LOG2_E))
         if SUMS:
             total += tl.sum(e, axis=0)
         if HAS_MAP:
@@ -129,8 +136,11 @@ def exponentials_kernel(
             # STRIDE divides by 16, and the rows up to it are written too: so a thread stores 16 bytes at a time.
             _store(E + first_class * STRIDE + (local[:, None] * STRIDE + n[None, :]), e,
                    in_classes[:, None] & (n < STRIDE)[None, :], INTERPRET)
+    place = p * N + n
+    if LARGEST:
+        before = tl.load(SUM + place, mask=in_rows, other=0.0)
+        tl.store(SUM + place, tl.maximum(before, total), mask=in_rows)
     if SUMS:
-        place = p * N + n
         tl.store(SUM + place, tl.load(SUM + place, mask=in_rows, other=0.0) + total, mask=in_rows)
         tl.store(NOT_CLOSER + place, tl.load(NOT_CLOSER + place, mask=in_rows, other=0) + not_closer, mask=in_rows)
 
@@ -192,19 +202,21 @@ def _project(grad: Tensor, centers: Tensor, factor: Tensor, unit: Tensor, scale:
 def _exponentials(
     operand: Tensor, embedding: Tensor, column: Tensor, bar: Tensor, total: Tensor | None, not_closer: Tensor | None,
     out: Tensor | None, left_out: Tensor | None, threshold: Tensor | None, coefficients: Tensor | None,
-    target_entry: Tensor | None, scale: float, shift: float, highest: float | None,
+    target_entry: Tensor | None, shift: Tensor | None, scale: float, highest: float | None,
 ) -> None:
+    """total without not_closer: LARGEST."""
     rows, size = embedding.shape
     blocks = triton.cdiv(rows, ROW_TILE)
     # A pointer that the variant does not read is that of the operand.
     pointers = [operand if tensor is None else tensor for tensor in (
-        total, not_closer, out, left_out, threshold, coefficients, target_entry)]
+        total, not_closer, out, left_out, threshold, coefficients, target_entry, shift)]
     exponentials_kernel[(blocks, programs_of(rows))](
         operand, embedding, column, bar, *pointers, rows, 16 if out is None else out.stride(0), len(operand), scale,
-        shift, highest or 0.0,
-        SUMS=total is not None, STORE=out is not None, HAS_LEFT_OUT=left_out is not None,
-        HAS_MAP=threshold is not None, HAS_FILTER=highest is not None, HAS_ENTRY=target_entry is not None,
-        INTERPRET=INTERPRET, **tile_options(size, operand.dtype, _capability(operand.device)))
+        highest or 0.0,
+        LARGEST=total is not None and not_closer is None, SUMS=not_closer is not None, STORE=out is not None,
+        HAS_LEFT_OUT=left_out is not None, HAS_MAP=threshold is not None, HAS_FILTER=highest is not None,
+        HAS_ENTRY=target_entry is not None, HAS_SHIFT=shift is not None, INTERPRET=INTERPRET,
+        **tile_options(size, operand.dtype, _capability(operand.device)))
 
 
 def programs_of(rows: int) -> int:
@@ -218,8 +230,8 @@ for _name, _schema, _function in (
     ("project", "Tensor(a!) grad, Tensor centers, Tensor factor, Tensor unit, float scale", _project),
     ("exponentials",
      "Tensor operand, Tensor embedding, Tensor column, Tensor bar, Tensor(a!)? total, Tensor(b!)? not_closer, "
-     "Tensor(c!)? out, Tensor? left_out, Tensor? threshold, Tensor? coefficients, Tensor? target_entry, float scale, "
-     "float shift, float? highest", _exponentials),
+     "Tensor(c!)? out, Tensor? left_out, Tensor? threshold, Tensor? coefficients, Tensor? target_entry, Tensor? shift, "
+     "float scale, float? highest", _exponentials),
 ):
     _library.define(f"{_name}({_schema}) -> ()")
     for _key in ("CPU", "CUDA"):
@@ -231,13 +243,16 @@ class TritonWork(ChunkWork):
     """`ChunkWork` by kernels. Sub-centers, and a map of the other cosines that is not `Margin.quadratic`, go through
     PyTorch's operators for E; everything else has a kernel."""
 
-    def __init__(self, walk: Walk, embedding: Tensor, centers: Tensor, cosine: Tensor, phi: Tensor) -> None:
+    def __init__(
+        self, walk: Walk, embedding: Tensor, centers: Tensor, cosine: Tensor, phi: Tensor, shift: Tensor | None
+    ) -> None:
         margin = walk.margin
         self._has_kernel = walk.sub_centers == 1 and (margin.negatives is None or margin.quadratic is not None)
-        super().__init__(walk, embedding, centers, cosine, phi)
+        super().__init__(walk, embedding, centers, cosine, phi, shift)
         self._operand = centers.new_empty(walk.chunk, centers.shape[1], dtype=walk.matmul_dtype or centers.dtype)
         self._partial = [embedding.new_zeros(programs_of(len(embedding)), len(embedding), dtype=dtype)
                          for dtype in (torch.float32, torch.int32)] if self._has_kernel else []
+        self._maxima: Tensor | None = None
         self._threshold = self._coefficients = None
         if self._has_kernel and margin.quadratic is not None:
             self._threshold, self._coefficients = margin.quadratic(cosine, phi)
@@ -253,6 +268,24 @@ class TritonWork(ChunkWork):
         torch.ops.arcface.scale(here, factor, operand, self.walk.scale, known)
         return here, operand
 
+    def _run(self, operand: Tensor, classes: slice, column: Tensor, total: Tensor | None, not_closer: Tensor | None,
+             out: Tensor | None, target_entry: Tensor | None) -> None:
+        repeated, highest = self.walk.repeated(classes), self.walk.filter_above
+        torch.ops.arcface.exponentials(
+            operand, self.embedding, column, self.bar, total, not_closer, out,
+            None if repeated is None else repeated.view(torch.uint8), self._threshold, self._coefficients, target_entry,
+            self.shift, self.walk.scale, None if highest is None else highest * self.walk.scale)
+
+    def find_largest(self, operand: Tensor, classes: slice, column: Tensor) -> None:
+        if not self._has_kernel:
+            return super().find_largest(operand, classes, column)
+        if self._maxima is None:
+            self._maxima = torch.full_like(self._partial[0], LEFT_OUT)
+        self._run(operand, classes, column, self._maxima, None, None, None)
+
+    def largest(self) -> Tensor:
+        return super().largest() if self._maxima is None else self._maxima.amax(dim=0)
+
     def exponentials(self, operand: Tensor, classes: slice, column: Tensor, out: Tensor | None,
                      target_entry: Tensor | None = None) -> Tensor:
         if not self._has_kernel:
@@ -260,11 +293,8 @@ class TritonWork(ChunkWork):
         backward = target_entry is not None
         if backward:
             out = self.low[:len(operand)]
-        repeated, highest = self.walk.repeated(classes), self.walk.filter_above
-        torch.ops.arcface.exponentials(
-            operand, self.embedding, column, self.bar, *([None, None] if backward else self._partial), out,
-            None if repeated is None else repeated.view(torch.uint8), self._threshold, self._coefficients, target_entry,
-            self.walk.scale, self.shift, None if highest is None else highest * self.walk.scale)
+        total, not_closer = (None, None) if backward else self._partial
+        self._run(operand, classes, column, total, not_closer, out, target_entry)
         return operand if out is None else out
 
     def totals(self) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.margins import random_case, true_gradients, truth_of
+from helpers.margins import TRUTH, random_case, true_gradients, truth_of
 from torch import Tensor
 
 from losses.class_major import fits, margin_softmax_class_major
 from losses.fused import margin_softmax
-from losses.margins import ArcFace, Margin
+from losses.margins import MARGINS, ArcFace, Margin
 from losses.softmax import margin_softmax_plain, margin_softmax_torchshard
 from utils.dist.sharding import ClassShard, init_model_parallel
 from utils.training.optim import RowSGD
@@ -353,8 +354,8 @@ def run_more(rank: int, world_size: int, name: str, form: str, options: dict, pe
     target = (label[:, None] == rows).int().argmax(1).where(torch.isin(label, rows), -1)
     own = centers[rows].clone().requires_grad_()
     leaves = [tensor.requires_grad_() for tensor in (embedding, norm) if tensor is not None]
-    loss, closer = IMPLEMENTATIONS[form](embedding, target, own, MORE[name][0], scale=12.0, norm=norm,
-                                         group=init_model_parallel(world_size), **options)
+    loss, closer = IMPLEMENTATIONS[form](embedding, target, own, MORE[name][0], norm=norm,
+                                         group=init_model_parallel(world_size), **{"scale": 12.0, **options})
     (2 * loss).backward()
     whole = torch.zeros_like(centers)
     whole[rows] = own.grad
@@ -368,13 +369,16 @@ def run_more(rank: int, world_size: int, name: str, form: str, options: dict, pe
     ("torchshard", {}, False), ("fused", dict(chunk=5), True), ("fused", dict(chunk=4, saved_probs_mib=1e9), False),
     ("fused", dict(chunk=3, saved_probs_mib=40 * 19 * 8 * 2 / 2**20), True), ("class-major", dict(chunk=5), True),
     ("class-major", dict(chunk=3, saved_probs_mib=40 * 3 * 8 * 2 / 2**20), True),
+    # One shift does not serve this scale.
+    ("class-major", dict(chunk=5, scale=1000.0), True),
+    ("class-major", dict(chunk=3, saved_probs_mib=1, scale=1000.0), False),
 ])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("name", MORE)
 def test_negatives_and_norms(pools, name, world_size, form, options, permuted):
     """Also where the rows of the centers are any classes in any order, as sampled ones are."""
     tensors, label = more_inputs(name)
-    loss, grads, closer = true_gradients(tensors, label, 12.0, *MORE[name][1:])
+    loss, grads, closer = true_gradients(tensors, label, options.get("scale", 12.0), *MORE[name][1:])
     for got_loss, *got, got_closer in pools(world_size).run(run_more, name, form, options, permuted):
         assert got_loss == pytest.approx(loss.item(), rel=1e-12)
         np.testing.assert_array_equal(got_closer, closer.numpy())
@@ -429,20 +433,39 @@ def test_products_in_tf32_are_near_float64(monkeypatch):
 # ---- The class-major form's one shift
 
 
-@pytest.mark.parametrize("scale", [64.0, 75.0, 76.0, 300.0])
-@pytest.mark.parametrize("toward", [-1.0, -0.9, 1.0])
-def test_extreme_cosines_are_exact_in_float32(scale, toward):
-    """All cosines near `toward`, the target's too: within the range of one shift, and beyond, where the walk runs."""
-    assert fits(ArcFace(), scale, torch.float32) == (scale <= 75)
-    generator = torch.Generator().manual_seed(2)
-    embedding = F.normalize(torch.randn(4, 8, generator=generator, dtype=torch.float64)[:1].expand(4, 8)
-                            + 1e-2 * torch.randn(4, 8, generator=generator, dtype=torch.float64))
-    centers = toward * embedding[:1] + 2e-2 * torch.randn(5, 8, generator=generator, dtype=torch.float64)
-    label = torch.tensor([0, 1, 2, 4])
-    loss, grads, _ = true_gradients([embedding, centers, None], label, scale, ArcFace(easy_margin=False))
-    x, w = embedding.float().requires_grad_(), centers.float().requires_grad_()
-    got, _ = margin_softmax_class_major(x, label, w, ArcFace(easy_margin=False), scale=scale, group=None)
-    got.backward()
-    assert got.item() == pytest.approx(loss.item(), rel=1e-4)
-    for mine, true in zip((x.grad, w.grad), grads):
-        assert (mine - true).norm() <= 1e-3 * true.norm()
+# name: (settings, the running statistic, the largest scale here that one shift serves)
+EXTREME = {"arcface": (dict(easy_margin=False), {}, 75), "mv-softmax": ({}, {}, 64),
+           "curricularface, t 0": ({}, dict(t=0.0), 0), "curricularface, t 1": ({}, dict(t=1.0), 0)}
+
+
+@pytest.mark.parametrize("scale", [64.0, 75.0, 76.0, 300.0, 1000.0])
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_cosines_are_exact_in_float32(name, scale):
+    """All cosines near -1, -0.9, 0 or 1, and one row's target among them or near the other end.
+
+    One shift serves some of these scales, and the others have a pass for each row's largest logit.
+    """
+    (settings, statistic, largest), name = EXTREME[name], name.partition(",")[0]
+    margin = MARGINS[name](**settings)
+    if statistic:
+        margin.t.fill_(statistic["t"])
+    assert fits(margin, scale, torch.float32) == (scale <= largest)
+    for toward, own in itertools.product((-1.0, -0.9, 0.0, 1.0), (None, 0.99, -0.99)):
+        generator = torch.Generator().manual_seed(2)
+        x, noise = (torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (5, 5))
+        x = F.normalize(x[:1] + 1e-2 * x)
+        centers = toward * x[:1] + 2e-2 * noise
+        label = torch.tensor([0, 1, 2, 4, 3])
+        if own is not None:
+            centers[3] = own * x[4] + (1 - own**2) ** 0.5 * F.normalize(noise[3] - (noise[3] @ x[4]) * x[4], dim=0)
+        true_parts = TRUTH[name].parts(**settings, **statistic)[:2]
+        loss, grads, _ = true_gradients([x, centers, None], label, scale, *true_parts)
+        for saved_probs_mib in (0, 1e9):
+            leaves = [x.float().requires_grad_(), centers.float().requires_grad_()]
+            got, _ = margin_softmax_class_major(leaves[0], label, leaves[1], margin, scale=scale, group=None, chunk=2,
+                                                saved_probs_mib=saved_probs_mib)
+            got.backward()
+            # A cosine's rounding error, times the scale, is that of a logit.
+            assert (got - loss).abs() <= 1e-6 * (scale + loss), (toward, own)
+            for mine, true in zip(leaves, grads):
+                assert (mine.grad - true).norm() <= 2e-5 * scale * true.norm(), (toward, own)

@@ -26,7 +26,7 @@ from utils.planner import BackboneMemory, RunSettings, largest, measure_backbone
 MIB, GIB = 2**20, 2**30
 BACKBONE = BackboneMemory(trained=(1000, 300, 200), fixed=50, activations=70, activations_per_image=10_000)
 RUN = RunSettings(classes=100_000, batch_size=256, world_size=8, classifier_memory_mib=0, device_type="cpu",
-                  total_bytes=16 * GIB, cache_bytes=8 * MIB)
+                  class_major=False, total_bytes=16 * GIB, cache_bytes=8 * MIB)
 
 
 def predict(**changes) -> dict[str, int]:

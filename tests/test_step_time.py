@@ -72,7 +72,7 @@ def test_bytes_of_a_copy():
 
 @pytest.mark.parametrize("changes", [
     {}, {"matmul_dtype": torch.bfloat16}, {"sub_centers": 3}, {"fused_update": True}, {"world_size": 3},
-    {"classes": 1000}, {"device_type": "cpu", "classes": 100_000, "cache_bytes": 8 * 2**20}])
+    {"classes": 1000}, {"device_type": "cpu", "class_major": False, "classes": 100_000, "cache_bytes": 8 * 2**20}])
 def test_arithmetic_of_the_walk(changes):
     """6 N R d operations if all probabilities are saved, else 8 N R d, whatever the last chunk's size."""
     run = dataclasses.replace(RUN, **changes)

@@ -37,15 +37,16 @@ POINTERS = {
     "E": {"bf16": "*bf16", "fp16": "*fp32", "fp32": "*fp32"},
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PLAIN = dict(HAS_LEFT_OUT=False, HAS_MAP=False, HAS_FILTER=False)
+PLAIN = dict(HAS_LEFT_OUT=False, HAS_MAP=False, HAS_FILTER=False, HAS_SHIFT=False)
 # Each with all that a run may ask for, and without: the others lie between.
 VARIANTS = {
-    "forward": dict(SUMS=True, STORE=True, HAS_ENTRY=False),
-    "nothing saved": dict(SUMS=True, STORE=False, HAS_ENTRY=False),
-    "backward": dict(SUMS=False, STORE=True, HAS_ENTRY=True),
+    "forward": dict(LARGEST=False, SUMS=True, STORE=True, HAS_ENTRY=False),
+    "nothing saved": dict(LARGEST=False, SUMS=True, STORE=False, HAS_ENTRY=False),
+    "backward": dict(LARGEST=False, SUMS=False, STORE=True, HAS_ENTRY=True),
+    "largest": dict(LARGEST=True, SUMS=False, STORE=False, HAS_ENTRY=False),
 }
 CASES = [*((operands, "forward", True) for operands in DTYPES), ("bf16", "backward", True),
-         ("bf16", "forward", False), ("bf16", "nothing saved", False)]
+         ("bf16", "forward", False), ("bf16", "nothing saved", False), ("bf16", "largest", True)]
 
 
 def compiled(kernel, capability: int, signature: dict[str, str], options: dict, directory: Path) -> tuple[str, int]:
@@ -74,8 +75,8 @@ def test_products_use_tensor_cores_and_no_local_memory(tmp_path, capability):
     for operands, variant, everything in CASES:
         of_operand, of_e = (POINTERS[name][operands] for name in ("operand", "E"))
         signature = dict(OPERAND=of_operand, X=of_operand, COLUMN="*i64", BAR="*fp32", SUM="*fp32", NOT_CLOSER="*i32",
-                         E=of_e, LEFT_OUT="*u8", THRESHOLD="*fp32", MAP="*fp32", TARGET_ENTRY="*fp32", N="i32",
-                         STRIDE="i32", K="i32", scale="fp32", shift="fp32", highest="fp32")
+                         E=of_e, LEFT_OUT="*u8", THRESHOLD="*fp32", MAP="*fp32", TARGET_ENTRY="*fp32", SHIFT="*fp32",
+                         N="i32", STRIDE="i32", K="i32", scale="fp32", highest="fp32")
         options = {**VARIANTS[variant], **dict.fromkeys(PLAIN, everything), "INTERPRET": False,
                    **kernels.tile_options(512, DTYPES[operands], capability), "PRECISION": "tf32"}
         code, shared = compiled(kernels.exponentials_kernel, capability, signature, options, tmp_path)

@@ -44,7 +44,7 @@ class RunSettings:
     batch_size: int  # images of a micro-batch, over all processes
     world_size: int  # W
     total_bytes: int  # memory of the GPU, or a process's share of the CPU's; for the automatic choice below
-    cache_bytes: int | None  # the cache that a chunk of classes must fit; None: a GPU, with class-major chunks
+    cache_bytes: int | None  # the cache that a chunk of classes must fit; None: a GPU
     embedding_size: int = 512  # d
     sub_centers: int = 1  # q
     model_parallel: bool = True  # the classes are sharded; otherwise each process has them all, under DDP
@@ -57,6 +57,7 @@ class RunSettings:
     classifier_memory_mib: float | None = None  # for saved probabilities; None: the trainer's automatic choice
     matmul_dtype: torch.dtype | None = None  # of the classifier's matrix products in low precision
     device_type: str = "cuda"  # or "cpu"
+    class_major: bool = True  # the classifier's form, by losses.class_major.choose_form; False: the walk
 
 
 def measure_backbone(
@@ -165,8 +166,7 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     gradient = 0 if run.fused_update else used * d * FLOAT
     block = rows * (chunk + SPARE_COLUMNS)
     probs = 2 if run.matmul_dtype == torch.bfloat16 else FLOAT
-    class_major = run.cache_bytes is None
-    if class_major:
+    if run.class_major:
         block = rows * chunk
     saved_block = block * probs
     budget = (automatic_memory_bytes(centers, run.total_bytes, run.fused_update, run.optimizer_states, run.sample_rate)
@@ -178,7 +178,7 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     forward = 2 * block * FLOAT + low_centers + closest + gathered
     backward = (block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers + closest
                 + gathered * (2 + run.optimizer_states if run.fused_update else 1))
-    if class_major:  # losses.class_major, in its eager form: the kernels need less
+    if run.class_major:  # losses.class_major, in its eager form: the kernels need less
         logits = block * (FLOAT + 1) + low_centers + (0 if low else chunk * d * FLOAT) + closest + gathered
         forward = logits
         backward = (logits + block * low + chunk * d * FLOAT * run.fused_update

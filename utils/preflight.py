@@ -12,7 +12,7 @@ import torch
 
 from data.formats import open_training_set
 from data.training_set import TrainingSet
-from losses.class_major import find_form
+from losses.class_major import WALK, choose_form
 from models import build_backbone, is_timm
 from models.freeze import freeze
 from models.sync_batchnorm import has_other_batchnorm
@@ -80,8 +80,14 @@ def check_sync_bn(options: Options) -> None:
 
 def check_classifier(options: Options, plan: ProcessPlan) -> None:
     """Raise UserError if the device does not serve --classifier."""
-    if options.classifier != "torchshard":
-        find_form(options.classifier, plan.device_type)
+    _form(options, plan)
+
+
+def _form(options: Options, plan: ProcessPlan) -> str:
+    """What computes the loss: that of `choose_form`, or "torchshard"."""
+    if options.classifier == "torchshard":
+        return options.classifier
+    return choose_form(options.classifier, plan.device_type, getattr(torch, options.precision))
 
 
 def check_sampling(options: Options, plan: ProcessPlan) -> None:
@@ -113,7 +119,7 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
         optimizer_states=states, ema=options.ema is not None, fused_update=options.fuse_classifier_update,
         classifier_memory_mib=options.classifier_memory_mib or 0, embedding_size=options.embedding_size,
         sample_rate=options.sample_rate, micro_batches=options.accumulation_steps,
-        device_type="cpu"))
+        device_type="cpu", class_major=_form(options, plan) not in (WALK, "torchshard")))
     parts["optimizer, beyond activations"] = 0  # depends on the activations
     if options.enable_zero_optim and sharing > 1:  # the largest share is one process's: together they hold all once
         of_backbone, of_centers = (name for name in parts if name.endswith(("momentum", "moments")))
@@ -248,6 +254,11 @@ def shared_facts(options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]
     }
 
 
+def _describe_form(options: Options, plan: ProcessPlan) -> str:
+    form = _form(options, plan)
+    return form if form == options.classifier else f"{options.classifier} ({form})"
+
+
 def run_table(
     options: Options, plan: ProcessPlan, dataset: TrainingSet, sets: Sequence[EvalSet],
     resumed: Checkpoint | None = None,
@@ -288,7 +299,8 @@ def run_table(
         "classifier": f"{options.num_classes:,} classes{without}, "
                       + (f"{options.sub_centers} centers each, " if options.sub_centers > 1 else "")
                       + f"{centers * options.embedding_size:,} parameters, "
-                      + ("sharded over all processes" if options.enable_model_parallel else "a copy per process"),
+                      + ("sharded over all processes" if options.enable_model_parallel else "a copy per process")
+                      + f", {_describe_form(options, plan)}",
         "class centers": f"up to {own_centers:,} per process: {center_mib:,.0f} MiB"
                          + (f", {(1 + gradients + states) * center_mib:,.0f} MiB with "
                             f"{' and '.join(held)}"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from losses.class_major import find_form
-from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, whole_classes
+from losses.class_major import margin_softmax_class_major
+from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, margin_softmax, whole_classes
 from losses.margins import ArcFace
 from models.checkpointing import checkpoint_activations
 from models.classifier import MarginClassifier
@@ -179,7 +179,7 @@ def count_classifier(run: RunSettings, optimizer: str = "sgd") -> tuple[Work, Wo
     walk = functools.partial(_count_walk, run, optimizer, rows, size, chunk)
     low = run.matmul_dtype == torch.bfloat16
     chunks = -(-used // chunk)
-    columns = chunk * q + (SPARE_COLUMNS if run.device_type == "cpu" else 0)
+    columns = chunk * q + (0 if run.class_major else SPARE_COLUMNS)
     kept = min(chunks, probability_bytes(run) // (rows * columns * (2 if low else FLOAT)))
     full, rest = (chunks - 1, used - (chunks - 1) * chunk) if chunks > 1 else (0, used)
     everything = 2**50
@@ -197,11 +197,6 @@ def count_classifier(run: RunSettings, optimizer: str = "sgd") -> tuple[Work, Wo
     return total, Counter() if run.fused_update else _count_centers_update(run, optimizer, rows, size, used)
 
 
-def _form(run: RunSettings) -> Any:
-    """The margin softmax of the device, in PyTorch's operators: the counter cannot see into Triton's kernels."""
-    return find_form("fused" if run.device_type == "cpu" else "eager", run.device_type)
-
-
 def _count_walk(run: RunSettings, optimizer: str, rows: int, size: int, chunk: int, used: int, memory: int) -> Work:
     """Of `used` classes, with so many bytes for saved probabilities."""
     sampled = run.sample_rate < 1
@@ -212,8 +207,10 @@ def _count_walk(run: RunSettings, optimizer: str, rows: int, size: int, chunk: i
         step: Any = ROW_OPTIMIZERS[optimizer](centers, skip_nonfinite=True, **_settings(optimizer))
         if run.fused_update:
             make_state(step)
+        # In PyTorch's operators: the counter cannot see into Triton's kernels.
+        form: Any = margin_softmax_class_major if run.class_major else margin_softmax
         loss: Any = functools.partial(
-            _form(run), saved_probs_mib=memory / 2**20, matmul_dtype=run.matmul_dtype,
+            form, saved_probs_mib=memory / 2**20, matmul_dtype=run.matmul_dtype,
             update=step.update_rows if run.fused_update else None, chunk=chunk * run.sub_centers)
         if sampled:
             loss = functools.partial(loss, drawn=torch.empty(used, dtype=torch.int64))

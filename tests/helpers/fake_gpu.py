@@ -38,7 +38,7 @@ from data.loader import TrainBatch
 from helpers.tiny import TinyBackbone
 from helpers.training import make_run
 from losses.class_major import find_form
-from losses.margins import ArcFace
+from losses.margins import MARGINS
 from utils import build
 from utils.checkpoint.writer import CheckpointWriter
 from utils.dist import sharding
@@ -340,16 +340,16 @@ def _undrawn_centers(
 
 def count_classifier(
     classes: int, *, batch: int = 1024, d: int = 512, matmul_dtype: torch.dtype | None = torch.bfloat16,
-    saved_probs_mib: float = 1e6, form: str = "eager",
+    saved_probs_mib: float = 1e6, form: str = "eager", loss: str = "arcface",
 ) -> Counts:
     """The counts of a form of the margin softmax, forward and backward, of one GPU that has all classes."""
     with FakeGPU(), OperatorCounter() as counter:
         embedding, centers = (torch.empty(rows, d, device=CUDA, requires_grad=True) for rows in (batch, classes))
         target = torch.empty(batch, dtype=torch.int64, device=CUDA)
         counter.take()
-        loss, _ = find_form(form, "cuda")(embedding, target, centers, ArcFace(), scale=64.0, group=None,
-                                          saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype)
-        loss.backward()
+        value, _ = find_form(form, "cuda")(embedding, target, centers, MARGINS[loss](), scale=64.0, group=None,
+                                           saved_probs_mib=saved_probs_mib, matmul_dtype=matmul_dtype)
+        value.backward()
         return counter.take()
 
 
