@@ -21,7 +21,7 @@ from helpers import format2
 from helpers.commands import read_metrics, run
 from helpers.saved import assert_same_training, saved_training
 from helpers.tiny import TinyBackbone
-from helpers.training import MODES, train
+from helpers.training import MODES, losses, train
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,6 +47,14 @@ def train_in_small_blocks(rank: int, world_size: int, argv: list[str]) -> None:
     """`train`, with shards that are written in several blocks even of few classes."""
     with mock.patch.object(shards, "BLOCK_CLASSES", 2):
         train(rank, world_size, argv)
+
+
+def train_with_forms(rank: int, world_size: int, faces: str, output: str, forms: list[str], mode: str) -> None:
+    """A run of two steps with each form of the classifier in turn, which resumes the one before."""
+    for number, form in enumerate(forms):
+        start = ["--resume", "auto"] if number else ["--seed", "3"]
+        train(rank, world_size, [faces, *MATRIX, *MODES[mode], *start, "--classifier", form, "--output", output,
+                                 "--max-steps", str(2 * number + 2)])
 
 
 def refusal(rank: int, world_size: int, argv: list[str]) -> str:
@@ -85,6 +93,13 @@ def saved_at(pools, faces, tmp_path_factory):
             pools(world_size).run(train_in_small_blocks, [str(faces), *flags, "--output", str(outputs[world_size])])
         return outputs[world_size]
     return output_of
+
+
+@pytest.mark.parametrize("forms", [["torchshard", "fused", "eager"], ["eager", "torchshard", "fused"]])
+def test_resume_with_another_form_of_the_classifier(pools, faces, tmp_path, uninterrupted, forms):
+    pools(2).run(train_with_forms, str(faces), str(tmp_path), forms, "sharded")
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-9)
+    assert_same_training(tmp_path, uninterrupted, tolerance=1e-9)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
+from losses.class_major import margin_softmax_class_major
 from losses.fused import _chunk_size, automatic_memory_bytes, chunk_classes, margin_softmax
 from losses.margins import ArcFace
 from models import build_backbone
@@ -22,6 +23,7 @@ from scripts import bench_step, plan
 from utils.dist.context import DistContext
 from utils.errors import UserError, exit_on_user_error
 from utils.planner import BackboneMemory, RunSettings, largest, measure_backbone, predict_memory
+from utils.training.optim import RowSGD, make_state
 
 MIB, GIB = 2**20, 2**30
 BACKBONE = BackboneMemory(trained=(1000, 300, 200), fixed=50, activations=70, activations_per_image=10_000)
@@ -161,14 +163,41 @@ def peak_allocations(rank: int, world_size: int, flags: list[str], sample_rate: 
     training = dataclasses.replace(training, sample_rate=sample_rate)
     context = DistContext(rank, world_size, world_size, torch.device("cpu"))
     images, labels = bench_step.draw_batch(context, options)
+    return peak_of(lambda: bench_step.OurTraining(context, training, images, labels).run(2))
+
+
+def peak_of(work) -> int:
+    """The most bytes that PyTorch has allocated at once in work(), beyond those before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bench_step.OurTraining(context, training, images, labels).run(2)
+        work()
     with tempfile.TemporaryDirectory() as directory:
         profiler.export_chrome_trace(f"{directory}/trace.json")
         with open(f"{directory}/trace.json", encoding="utf-8") as file:
             events = [event for event in json.load(file)["traceEvents"] if event.get("name") == "[memory]"]
     events.sort(key=lambda event: event["ts"])
     return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
+
+
+@pytest.mark.parametrize("fused_update", [False, True])
+@pytest.mark.parametrize("memory_mib", [0, 1000])
+@pytest.mark.parametrize("form", [margin_softmax, margin_softmax_class_major])
+def test_buffers_equal_the_allocations_of_the_classifier(form, memory_mib, fused_update):
+    rows, size, classes = 256, 32, 28_600
+    embedding = F.normalize(torch.randn(rows, size)).requires_grad_()
+    centers, label = torch.nn.Parameter(torch.randn(classes, size)), torch.arange(rows)
+    optimizer = RowSGD(centers, skip_nonfinite=False, lr=0.1, momentum=0.9)
+    make_state(optimizer)
+
+    def step() -> None:
+        loss, _ = form(embedding, label, centers, ArcFace(), scale=64.0, group=None, saved_probs_mib=memory_mib,
+                       update=optimizer.update_rows if fused_update else None)
+        loss.backward()
+
+    parts = predict(classes=classes, batch_size=rows, world_size=1, embedding_size=size, fused_update=fused_update,
+                    classifier_memory_mib=memory_mib, class_major=form is margin_softmax_class_major)
+    buffers, gradient = parts["saved probabilities"] + parts["chunk buffers"], parts["class centers' gradient"]
+    # Without the fused update the peak may be that of the forward pass, when there is no gradient.
+    assert 0.93 * buffers <= peak_of(step) <= 1.08 * (buffers + gradient)
 
 
 @pytest.mark.slow

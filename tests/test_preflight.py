@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from utils.checkpoint.reader import Checkpoint
 from utils.errors import UserError, exit_on_user_error
 from utils.launch.plan import ProcessPlan, plan_processes
 from utils.options import parse_options
-from utils.preflight import run_table, shared_facts
+from utils.preflight import check_classifier, run_table, shared_facts
 
 
 @pytest.fixture
@@ -157,6 +158,9 @@ def test_the_table_of_the_run(faces):
     assert adamw["class centers"].strip().endswith("8 MiB with gradient and two moments")
     assert rows["images"].startswith("48 of 8 identities in ")
     assert rows["training"] == "35 epochs x 6 steps, augmentation flip"
+    for flags, form in (([], "fused (walk)"), (["--classifier", "eager"], "eager (class-major eager)"),
+                        (["--classifier", "torchshard"], "torchshard")):
+        assert table(*flags)["classifier"].endswith(f"a copy per process, {form}")
     changed = table("--margin", "0.3", "--no-easy-margin", "--scale", "32", "--max-steps", "4", "--enable-amp-mode")
     assert "margin 0.3 (hard), scale 32" in changed["loss"]
     assert "stops at step 4" in changed["training"]
@@ -180,10 +184,14 @@ def test_the_table_of_the_run(faces):
 def test_the_table_says_how_a_gpu_multiplies(faces, monkeypatch, flags, words):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # Triton, which CPUs need not have
     options = parse_options([str(faces), "-b", "8", "-a", "mobilefacenet", *flags])
     plan = ProcessPlan("single", 1, 0, 1, "cuda", None, "nccl", "127.0.0.1", 0, matmul=options.matmul or "tf32")
     table = run_table(options, plan, FaceFolder(str(faces)), [])
     assert f"precision      {words}" in table.splitlines() and "device         H100, nccl" in table.splitlines()
+    assert f", fused (class-major {'eager' if 'float64' in flags else 'triton'})\n" in table
+    with pytest.raises(UserError, match="--classifier triton with --precision float64"):
+        check_classifier(parse_options([str(faces), "--precision", "float64", "--classifier", "triton"]), plan)
 
 
 def test_nodes_compare_the_flags_that_must_agree(faces):

@@ -179,9 +179,10 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     backward = (block * (FLOAT + low) + chunk * d * FLOAT * (1 + run.fused_update) + low_centers + closest
                 + gathered * (2 + run.optimizer_states if run.fused_update else 1))
     if run.class_major:  # losses.class_major, in its eager form: the kernels need less
-        logits = block * (FLOAT + 1) + low_centers + (0 if low else chunk * d * FLOAT) + closest + gathered
-        forward = logits
-        backward = (logits + block * low + chunk * d * FLOAT * run.fused_update
+        both = block * FLOAT + low_centers + (0 if low else chunk * d * FLOAT) + closest + gathered
+        # Which classes are not closer, bool. A CPU widens it to int64 to count them.
+        forward = both + block * (1 if run.cache_bytes is None else 1 + LABEL)
+        backward = (both + block * low + chunk * d * FLOAT * run.fused_update
                     + gathered * (1 + run.optimizer_states) * run.fused_update)
 
     state, states = "moments" if run.optimizer_states > 1 else "momentum", run.optimizer_states

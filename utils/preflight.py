@@ -256,7 +256,7 @@ def shared_facts(options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]
 
 def _describe_form(options: Options, plan: ProcessPlan) -> str:
     form = _form(options, plan)
-    return form if form == options.classifier else f"{options.classifier} ({form})"
+    return form if form == "torchshard" else f"{options.classifier} ({form if form == WALK else f'class-major {form}'})"
 
 
 def run_table(
