@@ -252,8 +252,8 @@ class _ClassMajor(torch.autograd.Function):
             for number, classes in enumerate(chunks):
                 _, operand = work.operand(centers, classes, factor[classes], known=False)
                 work.find_largest(operand, classes, columns[number])
-            # A row without other classes has LEFT_OUT, which shall not become exp(0).
-            work.shift = work.largest().clamp_(min=-walk.scale)
+            # LEFT_OUT, of a row without other classes, makes the row's factor 0.
+            work.shift = work.largest()
             if walk.group is not None:
                 dist.all_reduce(work.shift, op=dist.ReduceOp.MAX, group=walk.group)
         probs = work.new_probs(saved + 1)  # the last one for targets that are not there
@@ -267,8 +267,8 @@ class _ClassMajor(torch.autograd.Function):
         shift = 0.0 if work.shift is None else work.shift.double()
         log_others, num_closer = sums[0].log() + shift, sums[1].long()
         loss, log_total, target_grad, norm_grad = join_target(walk, log_others, target, norm, phi, slope, norm_slope)
-        # Without any other class E is 0, and the factor may be any finite number. The lower limit, of float64, is met
-        # where both the target's gradient and the row's factor are 0 in the dtype of E.
+        # Without any other class the row has no gradient, and the factor may be any finite number. The lower limit,
+        # of float64, is met where the target's gradient is 0 too.
         row_factor = (shift - log_total).clamp_(-_LOWEST[torch.float64], _LOWEST[dtype]).exp()
         if walk.matmul_dtype == torch.float16:
             target_grad.clamp_(min=torch.finfo(torch.float16).min / FP16_GAIN)

@@ -293,6 +293,47 @@ def test_gradient_is_finite_in_float32_at_cosine_one(walk):
     assert centers.grad.norm() < 100
 
 
+@WALK
+@pytest.mark.parametrize("scale", [16.0, 1000.0])
+@SAVED
+def test_rows_without_other_classes_have_no_gradient(walk, scale, saved_probs_mib):
+    embedding, label, centers = inputs(8)
+    embedding, centers = embedding.float().requires_grad_(), centers.float().requires_grad_()
+    loss, _ = WALKS[walk](embedding, label, centers, ArcFace(), scale=scale, group=None, filter_above=-1.0, chunk=3,
+                          saved_probs_mib=saved_probs_mib)
+    loss.backward()
+    assert loss.item() == 0 and not embedding.grad.any() and not centers.grad.any()
+
+
+@WALK
+def test_a_loss_that_is_not_finite_updates_nothing(walk):
+    embedding, label, centers = inputs(11)
+    embedding[3] = float("nan")
+    weight = torch.nn.Parameter(centers.clone())
+    optimizer = RowSGD(weight, skip_nonfinite=True, lr=0.1, momentum=0.9)
+    loss, _ = WALKS[walk](embedding.requires_grad_(), label, weight, ArcFace(), scale=SCALE, group=None, chunk=4,
+                          update=optimizer.update_rows)
+    loss.backward()
+    assert torch.equal(weight, centers)
+
+
+@WALK
+@SAVED
+def test_fp16_holds_small_probabilities(walk, saved_probs_mib):
+    """Most of the other classes' probabilities are below 1e-6, where fp16 has steps of 6e-8."""
+    generator = torch.Generator().manual_seed(1)
+    centers, label = torch.randn(2000, 128, generator=generator), torch.randint(20, (32,), generator=generator)
+    embedding = F.normalize(F.normalize(centers[label]) + 0.04 * torch.randn(32, 128, generator=generator))
+    grads = []
+    for kind in (None, torch.float16):
+        w = centers.clone().requires_grad_()
+        loss, _ = WALKS[walk](embedding.clone().requires_grad_(), label, w, ArcFace(), scale=24.0, group=None,
+                              matmul_dtype=kind, saved_probs_mib=saved_probs_mib)
+        loss.backward()
+        grads.append(w.grad[20:])
+    assert (grads[1] - grads[0]).norm() <= 5e-3 * grads[0].norm()
+
+
 # ---- Margins with a map of the negatives, and with the norm
 
 
