@@ -68,7 +68,8 @@ def exponentials_kernel(
     highest,
     LARGEST: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, HAS_LEFT_OUT: tl.constexpr, HAS_MAP: tl.constexpr,
     HAS_FILTER: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """`ChunkWork.exponentials`: product, mask, count, exp, sums, and E (K, N).
 
