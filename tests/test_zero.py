@@ -164,10 +164,13 @@ def test_equals_torch_in_one_process_to_the_bit(pools, world_size, optimizer, sk
 def one_parameter(rank: int, world_size: int, values: int) -> tuple[list[float], list[float], int]:
     model = nn.Linear(values, 1, bias=False)
     model.weight.data.fill_(1.0)
-    optimizers = Optimizers(model, "sgd", {"lr": 0.5, "momentum": 0.9}, zero=True)
+    optimizers = Optimizers(model, "sgd", {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}, zero=True)
+    optimizers.all[0].param_groups[0]["weight_decay"] = 0.0
     model.weight.grad = torch.ones(1, values)
     optimizers.all[0].step()
     momentum = [value for state in optimizers.state().values() for value in state["momentum_buffer"].flatten().tolist()]
+    optimizers.load_state({})
+    assert not any(value.any() for state in optimizers.state().values() for value in state.values())
     return model.weight.flatten().tolist(), momentum, bytes_of_state(optimizers)
 
 
@@ -175,6 +178,15 @@ def test_a_large_parameter_is_shared_and_a_small_one_leaves_ranks_without(pools)
     for values, held in ((3 * 320, [1280] * 3), (2, [8, 0, 0])):
         weights, momentum, own = zip(*pools(3).run(one_parameter, values))
         assert weights == ([0.5] * values,) * 3 and momentum == ([1.0] * values, [], []) and list(own) == held
+
+
+def test_gradients_that_the_step_itself_unscales():
+    weight = nn.Parameter(torch.ones(3))
+    with mock.patch.multiple(dist, get_rank=lambda: 0, get_world_size=lambda: 1):
+        optimizer = zero.ZeroOptimizer([{"params": [weight]}], torch.optim.SGD, lr=0.5, fused=True)
+    weight.grad, optimizer.grad_scale = torch.ones(3), torch.tensor(2.0)
+    optimizer.step()
+    assert weight.tolist() == [0.75] * 3
 
 
 def test_a_parameter_with_gaps_is_an_error():
