@@ -7,7 +7,7 @@ classes of this process, K centers of a chunk of the margin softmax, q centers o
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, whole_classes
 from models.checkpointing import Block
 from utils.dist.sharding import ClassShard
-from utils.training.zero import assign_owners
 
 IMAGE_VALUES = 3 * 112 * 112
 FLOAT, LABEL = 4, 8  # bytes
@@ -48,7 +47,7 @@ class RunSettings:
     embedding_size: int = 512  # d
     sub_centers: int = 1  # q
     model_parallel: bool = True  # the classes are sharded; otherwise each process has them all, under DDP
-    zero: bool = False  # the optimizer state of replicated parameters is sharded, by whole parameters
+    zero: bool = False  # the optimizer state of replicated parameters is sharded, in equal parts
     optimizer_states: int = 1  # values that the optimizer keeps for each value of a parameter
     ema: bool = False  # an average of the backbone is kept
     fused_update: bool = False  # the gradient of the class centers is never stored
@@ -151,8 +150,8 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     centers, trained = size * d * FLOAT, sum(backbone.trained)
 
     replicated = [*backbone.trained, *([] if sharded else [centers])]
-    optimized = _largest_share(replicated, run.world_size) if run.zero else sum(replicated)
-    momentum = optimized + (centers if sharded else 0)
+    shares = run.world_size if run.zero else 1
+    of_centers = centers if sharded else -(-centers // shares)
 
     # The buffers of losses.fused for a chunk in the forward and in the backward pass, and what connects the two.
     # Sampled classes are the drawn ones and one for each row; chunks of them gather rows of centers and momentum.
@@ -192,13 +191,13 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         # A gradient moves to its bucket as soon as it is complete; before the last micro-batch it is added up outside.
         "backbone gradients": trained if run.micro_batches > 1 else max(backbone.trained, default=0),
         "DDP buckets": sum(replicated),
-        f"backbone {state}": max(0, momentum - centers) * states,
+        f"backbone {state}": -(-trained // shares) * states,
         **({"backbone average": average} if run.ema else {}),
         "images": images * IMAGE_VALUES * (1 + FLOAT),
         "activations": backbone.activations + images * backbone.activations_per_image,
         "class centers": centers,
         "class centers' gradient": gradient * (run.micro_batches if sampled else 1),
-        f"class centers' {state}": min(centers, momentum) * states,
+        f"class centers' {state}": of_centers * states,
         "saved probabilities": min(chunks, budget // saved_block) * saved_block,
         "chunk buffers": (max(forward, backward) + chunks * rows * (LABEL + FLOAT)
                           + used * (FLOAT + LABEL * sampled)),
@@ -208,12 +207,15 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         "optimizer, beyond activations": 0,
         "CUDA, cuDNN, NCCL": CUDA_ALLOWANCE if run.device_type == "cuda" else 0,
     }
-    # Weight decay copies the gradients of replicated parameters, AdamW makes roots of one of its states, the average of
-    # --ema differences, and RowOptimizer sums of the rows of sampled classes; the backward pass has freed its inputs by
-    # then.
+    # Weight decay copies the gradients of replicated parameters, AdamW makes roots of one of its states, ZeRO gathers
+    # all weights beside its own, the average of --ema differences, and RowOptimizer sums of the rows of sampled
+    # classes; the backward pass has freed its inputs by then.
     freed = sum(parts[name] for name in ("images", "activations", "saved probabilities", "chunk buffers", "embeddings"))
     summed = parts["class centers' gradient"] if sampled else 0
-    parts["optimizer, beyond activations"] = max(0, optimized - freed, average - freed, summed - freed)
+    optimized = -(-sum(replicated) // shares)
+    weights = sum(replicated) + optimized if shares > 1 else 0
+    parts["optimizer, beyond activations"] = max(0, *(
+        size - freed for size in (optimized, weights, average, summed)))
     return parts
 
 
@@ -222,11 +224,3 @@ def largest(fits: Callable[[int], bool], start: int) -> int:
     numbers = range(start, 2**50)
     count = bisect.bisect_left(numbers, True, key=lambda number: not fits(number))
     return numbers[count - 1] if count else 0
-
-
-def _largest_share(sizes: Sequence[int], world_size: int) -> int:
-    """The bytes of the parameters of the rank that owns most."""
-    shares = [0] * world_size
-    for size, owner in zip(sizes, assign_owners(sizes, world_size)):
-        shares[owner] += size
-    return max(shares)

@@ -121,11 +121,6 @@ def check_memory(options: Options, plan: ProcessPlan) -> str:
         sample_rate=options.sample_rate, micro_batches=options.accumulation_steps,
         device_type="cpu", class_major=_form(options, plan) not in (WALK, "torchshard")))
     parts["optimizer, beyond activations"] = 0  # depends on the activations
-    if options.enable_zero_optim and sharing > 1:  # the largest share is one process's: together they hold all once
-        of_backbone, of_centers = (name for name in parts if name.endswith(("momentum", "moments")))
-        parts[of_backbone] = states * sum(weights) // plan.world_size
-        if not options.enable_model_parallel:
-            parts[of_centers] = states * parts["class centers"] // plan.world_size
     need = sum(parts.values()) * (2 if options.precision == "float64" else 1)
     text = (f"at least {_size(need)} per process, without activations; "
             + ("a GPU" if gpu else "this machine" if sharing == 1 else f"{sharing} processes share a machine that")

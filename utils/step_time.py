@@ -293,5 +293,5 @@ def predict_step(backbone: BackboneWork, run: RunSettings, rates: Rates, optimiz
     exposed = max(average - backward.seconds, average / buckets)
     parts.append(Part("gradients' average, not overlapped", exposed, NETWORK))
     if run.zero:
-        parts.append(Part("ZeRO's broadcast of weights", rates.collective(trained, world_size), NETWORK))
+        parts.append(Part("ZeRO's gathering of weights", rates.collective(trained, world_size), NETWORK))
     return parts

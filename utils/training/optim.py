@@ -192,8 +192,7 @@ def undecayed(module: nn.Module, kinds: Collection[str]) -> set[str]:
 class Optimizers:
     """One optimizer for the replicated parameters (with ZeRO or without), and one for this rank's shard of classes.
 
-    The shard must not be in ZeroOptimizer. After each step, that broadcasts every parameter from its owner: one rank's
-    classes would overwrite all others.
+    The shard must not be in ZeroOptimizer, which gives all ranks the same values.
 
     All state is there from the beginning, as zeros.
 
@@ -255,7 +254,8 @@ class Optimizers:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Collective with ZeRO. {parameter: {state: tensor}}: {"backbone.conv1.weight": {"momentum_buffer": ...}, ...}.
 
-        Replicated parameters are complete on rank 0, and with ZeRO absent on other ranks; a shard is on its own rank.
+        Replicated parameters are complete on rank 0, and with ZeRO on its CPU, and absent on other ranks; a shard is on
+        its own rank.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for optimizer, named in self._named:
@@ -269,14 +269,15 @@ class Optimizers:
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Load state by parameter and state name. Every rank passes all it trains; other parameters start without."""
         for optimizer, named in self._named:
-            local, names = _local_optimizer(optimizer), {parameter: name for name, parameter in named}
-            held = [parameter for group in local.param_groups for parameter in group["params"]]
-            packed = local.state_dict()
+            if isinstance(optimizer, ZeroOptimizer):
+                optimizer.load_state(state.get(name, {}) for name, _ in named)
+                continue
+            packed = optimizer.state_dict()
             packed["state"] = {
-                index: {key: _laid_out_like(parameter, value) for key, value in state[names[parameter]].items()}
-                for index, parameter in enumerate(held) if names[parameter] in state
+                index: {key: _laid_out_like(parameter, value) for key, value in state[name].items()}
+                for index, (name, parameter) in enumerate(named) if name in state
             }
-            local.load_state_dict(packed)
+            optimizer.load_state_dict(packed)
         self._make_state()
 
     def drop_state(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.training.flat import by_dtype, flatten, unflatten_into
+from utils.dist.collectives import all_gather_rows
+from utils.training.flat import by_dtype, flatten, in_memory_order, memory_order, unflatten_into
+
+# Of values. In the vector that is cut, parameters and ranges start at multiples of it. So a rank steps its values in
+# the same vectors of the processor as an optimizer without ZeRO, and to the same bits: torch's fused SGD rounds the
+# values that fill no vector otherwise. On a GPU, pieces are aligned as their parameters are.
+_ALIGNMENT = 32
 
 
 def make_state(optimizer: Optimizer) -> None:
@@ -40,24 +46,22 @@ def _initial_state(name: str, group: dict[str, Any], parameter: nn.Parameter, de
     return torch.zeros_like(parameter, device=device, requires_grad=False)
 
 
-def assign_owners(sizes: Sequence[int], world_size: int) -> list[int]:
-    """The rank that owns each parameter: greedily, the largest first, to the rank that owns the fewest bytes so far."""
-    owners = [0] * len(sizes)
-    shares = [(0, rank) for rank in range(world_size)]
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        share, owners[index] = shares[0]
-        heapq.heapreplace(shares, (share + sizes[index], owners[index]))
-    return owners
+def _aligned(values: int) -> int:
+    return -(-values // _ALIGNMENT) * _ALIGNMENT
 
 
 class ZeroOptimizer(Optimizer):
     """ZeRO stage 1 (Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020).
 
-    Each rank steps the parameters that it owns, with an optimizer of torch (`optim`), and then sends their values to
-    all. torch.distributed.optim.ZeroRedundancyOptimizer broadcasts every parameter alone, and pickles the state, byte
-    by byte and to all ranks, for a checkpoint. Here a step has a broadcast for each owner and dtype.
+    All parameters of a dtype, one after another, form a vector that is cut into a range for each rank. Each rank steps
+    the pieces of parameters in its range with an optimizer of torch (`optim`), which works on each value alone. Then
+    one all-gather for each dtype brings the new values to all ranks. A rank has 1/W of the state, whatever the sizes
+    of the parameters. torch.distributed.optim.ZeroRedundancyOptimizer broadcasts every parameter alone, and pickles the
+    state, byte by byte and to all ranks, for a checkpoint.
 
-    `param_groups` has all parameters: their learning rate counts, and a gradient scaler unscales them all.
+    A piece is a view of its parameter's memory: the parameter must have no gaps there, and keep it.
+
+    `param_groups` has all parameters: their settings count, and a gradient scaler unscales them all.
 
     groups, settings: as `make`, SGD or AdamW, takes them. The same on all ranks.
     """
@@ -66,67 +70,96 @@ class ZeroOptimizer(Optimizer):
         super().__init__(groups, settings)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._owner = dict(zip(parameters, assign_owners([p.nbytes for p in parameters], self._world_size)))
-        own = [{**group, "params": [p for p in group["params"] if self._owner[p] == self._rank]}
-               for group in self.param_groups]
-        self.optim = make(own, **settings)
-        self._buckets = [(owner, tensors) for owner in range(self._world_size if self._world_size > 1 else 0)
-                         for tensors in by_dtype(p for p in parameters if self._owner[p] == owner)]
+        self._values = {parameter: parameter.detach().permute(memory_order(parameter)).view(-1)
+                        for parameter in parameters}
+        # For each dtype: {parameter: where it starts in the vector}, and how many values a rank has.
+        self._vectors: list[tuple[dict[nn.Parameter, int], int]] = []
+        for members in by_dtype(parameters):
+            *starts, size = itertools.accumulate((_aligned(member.numel()) for member in members), initial=0)
+            self._vectors.append((dict(zip(members, starts)), _aligned(-(-size // self._world_size))))
+        self._parts = self._parts_of(self._rank)
+        self._pieces = {parameter: nn.Parameter(self._values[parameter][part])
+                        for parameter, part in self._parts.items()}
+        self.optim = make([
+            {**group, "params": [self._pieces[parameter] for parameter in group["params"] if parameter in self._pieces]}
+            for group in self.param_groups], **settings)
         # A gradient scaler asks for it: whether a step takes `found_inf`, which then stays on the device.
         self._step_supports_amp_scaling = getattr(self.optim, "_step_supports_amp_scaling", False)
 
+    def _parts_of(self, rank: int) -> dict[nn.Parameter, slice]:
+        """The parameters in a rank's range, and which of their values, in memory order."""
+        parts = {}
+        for starts, share in self._vectors:
+            for parameter, start in starts.items():
+                first, end = max(0, rank * share - start), min(parameter.numel(), (rank + 1) * share - start)
+                if first < end:
+                    parts[parameter] = slice(first, end)
+        return parts
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Collective. Step the own parameters, and take over those of the other ranks."""
+        """Collective. Step the own pieces, and take over those of the other ranks."""
         for group, own in zip(self.param_groups, self.optim.param_groups):
-            own["lr"] = group["lr"]
+            own.update({**group, "params": own["params"]})
         for name in ("found_inf", "grad_scale"):  # as torch's fused optimizers get them
             setattr(self.optim, name, getattr(self, name, None))
+        for parameter, piece in self._pieces.items():
+            if parameter.grad is not None:
+                piece.grad = in_memory_order(parameter.grad, parameter)[self._parts[parameter]]
         self.optim.step()
-        for owner, tensors in self._buckets:
-            if len(tensors) == 1 and tensors[0].is_contiguous():  # such as replicated class centers: no copy
-                dist.broadcast(tensors[0].detach(), src=owner)
-                continue
-            flat = (flatten(tensors) if owner == self._rank
-                    else tensors[0].new_empty(sum(tensor.numel() for tensor in tensors)))
-            dist.broadcast(flat, src=owner)
-            if owner != self._rank:
-                unflatten_into(flat, tensors)
+        self.optim.zero_grad()  # lets go of the gradients' memory
+        for starts, share in self._vectors if self._world_size > 1 else ():
+            values = next(iter(starts)).new_empty(share)
+            pieces = [(starts[parameter] + self._parts[parameter].start - self._rank * share, self._pieces[parameter])
+                      for parameter in starts if parameter in self._pieces]
+            if pieces:
+                torch._foreach_copy_([values[place : place + piece.numel()] for place, piece in pieces],
+                                     [piece for _, piece in pieces])
+            vector = all_gather_rows(values, None)
+            torch._foreach_copy_([self._values[parameter] for parameter in starts],
+                                 [vector[start : start + parameter.numel()] for parameter, start in starts.items()])
 
     def gather_state(self) -> list[dict[str, Tensor]]:
-        """Collective. On rank 0 the state of every parameter in the order of `param_groups`; elsewhere [].
+        """Collective. On rank 0 the state of every parameter, in the order of `param_groups`; elsewhere [].
 
-        That of other owners is on the CPU, so that the device of rank 0 holds one owner's at a time.
+        It is on the CPU, laid out in memory as the parameter. The device of rank 0 holds one rank's at a time.
         """
         make_state(self.optim)
-        found: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for owner in range(self._world_size):
-            if self._rank not in (0, owner):
-                continue
-            states, devices = dict[nn.Parameter, dict[str, Tensor]](), set[torch.device]()
-            for group, own in zip(self.param_groups, self.optim.param_groups):
-                for parameter in group["params"]:
-                    if self._owner[parameter] == owner:
-                        devices.add(parameter.device)
-                        states[parameter] = {
-                            name: self.optim.state[parameter][name] if owner == self._rank
-                            else _initial_state(name, own, parameter, torch.device("cpu"))
-                            for name in _state_names(own)}
-            if owner:
-                for tensors in by_dtype(value for values in states.values() for value in values.values()):
-                    self._send_to_rank_0(tensors, owner, *devices)
-            found |= states
-        return list(found[parameter] for parameter in self._owner) if self._rank == 0 else []
+        device, names = next(iter(self._values)).device, _state_names(self.optim.param_groups[0])
+        whole = {parameter: {name: _initial_state(name, self.optim.param_groups[0], parameter, torch.device("cpu"))
+                             for name in names}
+                 for parameter in self._values} if self._rank == 0 else {}
+        for rank in range(self._world_size):
+            own, parts = list[Tensor](), list[Tensor]()
+            if rank == self._rank:
+                own = [self.optim.state[piece][name] for piece in self._pieces.values() for name in names]
+            if self._rank == 0:
+                parts = [_part_of(whole[parameter][name], parameter, part)
+                         for parameter, part in self._parts_of(rank).items() for name in names]
+            for sources, targets in zip(by_dtype(own or parts), by_dtype(parts or own)):
+                vector = (flatten([source.to(device) for source in sources]) if own
+                          else targets[0].new_empty(sum(target.numel() for target in targets), device=device))
+                if rank:
+                    # A batch of one: NCCL then uses the group's communicator, and makes none for the two ranks.
+                    exchange = dist.P2POp(dist.isend, vector, 0) if own else dist.P2POp(dist.irecv, vector, rank)
+                    for work in dist.batch_isend_irecv([exchange]):
+                        work.wait()
+                if parts:
+                    unflatten_into(vector.cpu(), targets)
+        return list(whole.values())
 
-    def _send_to_rank_0(self, tensors: list[Tensor], owner: int, device: torch.device) -> None:
-        """Collective of rank 0 and the owner. tensors: of one dtype; rank 0 overwrites its own."""
-        if owner == self._rank:
-            flat = flatten([tensor.to(device) for tensor in tensors])
-        else:
-            flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), device=device)
-        # A batch of one: NCCL then uses the group's communicator, and makes none for the two ranks.
-        exchange = dist.P2POp(dist.isend, flat, 0) if owner == self._rank else dist.P2POp(dist.irecv, flat, owner)
-        for work in dist.batch_isend_irecv([exchange]):
-            work.wait()
-        if owner != self._rank:
-            unflatten_into(flat.cpu(), tensors)
+    @torch.no_grad()
+    def load_state(self, states: Iterable[dict[str, Tensor]]) -> None:
+        """Take the own part of each parameter's state, in the order of `param_groups`. What is missing is zero."""
+        self.optim.state.clear()
+        make_state(self.optim)
+        for parameter, values in zip(self._values, states):
+            if parameter in self._pieces:
+                for name, value in self.optim.state[self._pieces[parameter]].items():
+                    if name in values:
+                        value.copy_(_part_of(values[name], parameter, self._parts[parameter]))
+
+
+def _part_of(state: Tensor, parameter: nn.Parameter, part: slice) -> Tensor:
+    """Of a parameter's state the values that belong to `part`: of AdamW's step the one that it has."""
+    return in_memory_order(state, parameter)[part] if state.dim() else state
