@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from types import SimpleNamespace
@@ -151,11 +152,15 @@ class OurTraining:
         self._batch = TrainBatch(images, labels, indices, skipped=0)
         self.losses: list[Tensor] = []
         log: Any = SimpleNamespace(add=self._add, count_replaced=lambda images: None)  # no TrainingLog: nothing is read
-        guard = StepGuard(state.backbone, skip=False)
+        guard = StepGuard(state.backbone, skip=options.on_nonfinite == "skip")
+        self.state = state
         self._run = training.Run(context, options, state, model, ENDLESS_EPOCH, log, guard)
 
     def run(self, steps: int) -> None:
-        training.train_one_epoch(self._run, [self._batch] * steps, steps)
+        self.run_batches([self._batch] * steps * self._run.options.accumulation_steps, steps)
+
+    def run_batches(self, batches: Iterable[TrainBatch], steps: int) -> None:
+        training.train_one_epoch(self._run, batches, steps)
 
     def _add(self, *, loss: Tensor, **others: object) -> list[StepLoss]:
         self.losses.append(loss)

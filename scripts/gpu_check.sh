@@ -1,85 +1,134 @@
 #!/usr/bin/env bash
-# Check a machine with an NVIDIA GPU in under 8 minutes: run the CUDA tests, both benchmarks at sizes that fill the
-# chip, 200 steps of IResNet-50 in each precision, and the largest number of classes that trains on one GPU.
-#     bash scripts/gpu_check.sh                      # rows and logs go to scripts/results/
+# Ask a machine with an NVIDIA GPU what only a GPU can answer, in at most 460 s; with two GPUs in 180 s more.
+#     bash scripts/gpu_check.sh                          # rows.jsonl, report.md and log.txt go to scripts/results/gpu/
 #     bash scripts/gpu_check.sh --out DIR
-# It uses the interpreter that choose_python of setup.sh chooses if that has the packages, or creates a virtual
-# environment. If a part fails, the others still run and the exit status is 1.
+#     bash scripts/gpu_check.sh --only classifier,tiles  # some parts again; their new rows replace the old ones
+#     bash scripts/gpu_check.sh --wheels DIR             # wheels of packages that are missing, such as torchshard
+#     bash scripts/gpu_check.sh --dry-run                # every part on the CPU, with tiny sizes, in a temporary directory
+# It uses the interpreter that choose_python of setup.sh chooses, and installs nothing. Each part is a process with a
+# time limit, and writes its rows as it finds them. If a part fails, the others still run and the exit status is 1.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=scripts/results
+# NAME:SECONDS of each part, the most valuable answers first. They add up to more than the budget: few need all of theirs.
+# Those with a & measure no time. They run beside one another and beside the next two, which do not either.
+parts="machine:30 predict&:150 resume&:100 tests&:60 kernels:60 modes:90 classifier:110 step:60 largest:60 profile:50
+    memory:40 backbone:60 tiles:45 save:45 compile:90 two:180"
+out="" wheels="" only="" dry=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --out) out="${2:?--out: give a directory}"; shift 2 ;;
-        *) echo "error: $1: unknown; the only flag is --out DIR" >&2; exit 2 ;;
+        --wheels) wheels="${2:?--wheels: give a directory}"; shift 2 ;;
+        --only) only=",${2:?--only: give names of parts},"; shift 2 ;;
+        --dry-run) dry=(--dry-run); shift ;;
+        *) echo "error: $1: unknown; the flags are --out DIR, --wheels DIR, --only PART,PART and --dry-run" >&2; exit 2 ;;
     esac
+done
+for name in ${only//,/ }; do
+    if [[ " ${parts//[&$'\n']/ }" != *" $name"[\ :]* ]]; then
+        echo "error: --only $name: unknown; the parts are $(echo $parts | sed 's/&*:[0-9]*//g')" >&2
+        exit 2
+    fi
 done
 source scripts/setup.sh
 choose_python
-if ! "$PYTHON" -c 'import torch, torchvision, torchshard, pytest' 2>/dev/null; then
-    setup_environment requirements.txt tests/requirements.txt
+scratch="$(mktemp -d)"
+running=""
+trap '[ -z "$running" ] || kill "$running" 2> /dev/null || true; rm -rf "$scratch"' EXIT
+trap 'exit 130' INT TERM
+if [ -n "$wheels" ]; then
+    # A wheel is an archive of what belongs on Python's path. Those of packages that are there stay packed.
+    "$PYTHON" - "$wheels" "$scratch/packages" <<'END'
+import importlib.metadata, pathlib, sys, zipfile
+
+wheels = sorted(pathlib.Path(sys.argv[1]).glob("*.whl"))
+if not wheels:
+    sys.exit(f"error: --wheels {sys.argv[1]}: has no *.whl")
+for wheel in wheels:
+    try:
+        importlib.metadata.version(wheel.name.split("-")[0])
+    except importlib.metadata.PackageNotFoundError:
+        zipfile.ZipFile(wheel).extractall(sys.argv[2])
+        print(f"unpacked {wheel.name}")
+END
+    export PYTHONPATH="$scratch/packages${PYTHONPATH:+:$PYTHONPATH}"
 fi
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "error: PyTorch sees no GPU here: check nvidia-smi and CUDA_VISIBLE_DEVICES" >&2
+if [ ${#dry[@]} -gt 0 ]; then export CUDA_VISIBLE_DEVICES=""; fi
+if ! gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"; then
+    echo "error: $PYTHON cannot import torch; activate an environment that has it, or set PYTHON" >&2
     exit 2
 fi
+budget=460
+if [ ${#dry[@]} -gt 0 ]; then
+    out="${out:-$(mktemp -d)}" gpus=2 budget=1800
+elif [ "$gpus" = 0 ]; then
+    echo "error: PyTorch sees no GPU here: check nvidia-smi and CUDA_VISIBLE_DEVICES, or give --dry-run" >&2
+    exit 2
+fi
+out="${out:-scripts/results/gpu}"
 mkdir -p "$out"
 out="$(realpath "$out")"
-scratch="$(mktemp -d)"
-trap 'rm -rf "$scratch"' EXIT
-started=$SECONDS
-failed=()
 
-# part NAME SECONDS COMMAND...: run it within SECONDS; its output goes to the screen and to NAME.log
-part() {
-    local name="$1" limit="$2"
-    shift 2
-    printf '\n== %s (%d s)\n+ %s\n' "$name" $((SECONDS - started)) "$*"
-    if ! timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"; then
-        echo "!! $name failed or ran out of its $limit s"
-        failed+=("$name")
-    fi
+# note PART STATUS SECONDS WHY: a row about a part
+note() {
+    printf '{"question": "part", "case": "%s", "ok": %s, "seconds": %d, "failed": "%s"}\n' "$1" \
+        "$([ "$2" = 0 ] && echo true || echo false)" "$3" "$4" >> "$out/rows.jsonl"
 }
 
-"$PYTHON" -c 'import torch; p = torch.cuda.get_device_properties(0)
-print(p.name, f"{p.total_memory / 2**30:.0f} GiB, L2 {p.L2_cache_size / 2**20:.0f} MiB, torch", torch.__version__)' | tee "$out/gpu.txt"
+# part NAME SECONDS COMMAND...: run it within SECONDS, and within what is left of the budget. `timeout` ends what it
+# started too: they are one process group. Output goes to a file, not through a pipe that a process could hold open.
+part() {
+    local name="$1" limit="$2" begun=$SECONDS left=$((budget - SECONDS)) status=0 why="" log="$scratch/$1.log"
+    shift 2
+    if [ -n "$only" ] && [[ "$only" != *",$name,"* ]]; then return; fi
+    if [ ${#dry[@]} -gt 0 ]; then limit=600; fi
+    if [ "$limit" -gt "$left" ]; then limit="$left"; fi
+    printf '\n== %s\n+ %s\n' "$name" "$*" > "$log"
+    if [ "$limit" -lt 5 ]; then
+        status=1 why="no time was left"
+    else
+        timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 &
+        running=$!
+        wait "$running" || status=$?  # not in the foreground, so that Ctrl-C ends it
+        running=""
+        case "$status" in
+            0) ;;
+            124 | 137) why="ran out of its $limit s" ;;
+            *) why="exit status $status" ;;
+        esac
+    fi
+    note "$name" "$status" $((SECONDS - begun)) "$why"
+    printf '%4d s  %-12s%s\n' "$SECONDS" "$name" "$why"
+    if [ "$status" != 0 ]; then
+        echo "$name" >> "$scratch/failed"
+        tail -n 8 "$log" | sed 's/^/        /'
+    fi
+    cat "$log" >> "$out/log.txt"
+    "$PYTHON" scripts/gpu_report.py "$out"
+}
 
-part cuda-tests 200 env ARCFACE_TEST_CUDA=1 "$PYTHON" -m pytest -q tests/test_cuda.py --maxfail=5
+# question NAME SECONDS: of scripts/gpu_questions.py
+question() {
+    part "$1" "$2" "$PYTHON" scripts/gpu_questions.py "$1" --out "$out" "${dry[@]}"
+}
 
-# The classifier. The benchmark reports torchshard's form as out of memory where its ten (N, C) matrices do not fit.
-for size in "85744 512" "85744 1024" "1000000 512" "1000000 1024" "4000000 1024"; do
-    read -r classes batch <<< "$size"
-    part "bench-classifier-$classes-$batch" 60 "$PYTHON" scripts/bench_classifier.py --classes "$classes" --batch "$batch" \
-        --steps 10 --operands bf16 --csv "$out/classifier_cuda.csv"
+for each in $parts; do
+    name="${each%:*}" limit="${each#*:}"
+    case "$name" in
+        *\&) question "${name%&}" "$limit" & ;;
+        classifier) wait; question "$name" "$limit" ;;
+        two)
+            if [ "$gpus" -ge 2 ]; then
+                budget=$((SECONDS + limit))
+                question two "$limit"
+            fi ;;
+        *) question "$name" "$limit" ;;
+    esac
 done
-part bench-classifier-1000000-1024-recompute 60 "$PYTHON" scripts/bench_classifier.py --classes 1000000 --batch 1024 --steps 10 \
-    --operands bf16 --impl fused --classifier-memory-mib 0 --csv "$out/classifier_cuda.csv"
-
-# The most classes whose centers and momentum, 4096 bytes per class, fit into nine tenths of the memory.
-largest="$("$PYTHON" -c 'import torch; print(int(torch.cuda.mem_get_info()[0] * 0.9) // 4096 // 1000000 * 1000000)')"
-part "bench-classifier-largest" 60 "$PYTHON" scripts/bench_classifier.py --classes "$largest" --batch 512 --steps 3 \
-    --operands bf16 --impl fused --update --csv "$out/classifier_cuda.csv"
-
-# The whole step, compared with that of the published script.
-part bench-step-bf16 90 "$PYTHON" scripts/bench_step.py -a iresnet50 --classes 85744 --batch 256 --precision bf16 --channels-last \
-    --steps 20 --csv "$out/step_cuda.csv"
-part bench-step-fp32 90 "$PYTHON" scripts/bench_step.py -a iresnet50 --classes 85744 --batch 256 --precision fp32 \
-    --steps 12 --csv "$out/step_cuda.csv"
-
-# Training from images on disk. The logs have images/s and losses.
-"$PYTHON" scripts/synthesize.py "$scratch/faces" --identities 128 --images 16 --pairs 20 --pair-identities 4 > /dev/null
-train=("$PYTHON" main.py "$scratch/faces" -a iresnet50 --enable-model-parallel --num-classes 85744 -b 256 -j 8 --max-steps 200 \
-    --epochs 100 --lr 0.02 --print-freq 50 --no-save --seed 0 --device cuda)
-part train-fp32 100 "${train[@]}" --output "$scratch/fp32"
-part train-bf16 60 "${train[@]}" --enable-amp-mode --amp-dtype bf16 --channels-last --output "$scratch/bf16"
-part train-fp16 60 "${train[@]}" --enable-amp-mode --amp-dtype fp16 --channels-last --output "$scratch/fp16"
-part train-largest 120 "$PYTHON" main.py "$scratch/faces" -a iresnet50 --enable-model-parallel --fuse-classifier-update \
-    --classifier-memory-mib 0 --num-classes "$largest" -b 64 -j 8 --max-steps 3 --print-freq 1 --no-save --seed 0 --device cuda \
-    --enable-amp-mode --amp-dtype bf16 --output "$scratch/largest"
-
-printf '\n== done in %d s: %s\n' $((SECONDS - started)) "$out"
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "failed: ${failed[*]}" >&2
+wait
+"$PYTHON" scripts/gpu_report.py "$out"
+printf 'done in %d s: %s\n' "$SECONDS" "$out/report.md"
+if [ -e "$scratch/failed" ]; then
+    echo "failed: $(tr '\n' ' ' < "$scratch/failed")" >&2
     exit 1
 fi
