@@ -16,12 +16,12 @@ from helpers.commands import ROOT
 from scripts import gpu_questions, gpu_report
 
 COMMON = {"device": "NVIDIA H200", "capability": "9.0", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0",
-          "date": "2026-11-26T00:00:00+00:00", "commit": "abc", "dry_run": False}
+          "commit": "abc", "dry_run": False}
 
 
-def write_rows(directory: Path, *rows: dict[str, Any]) -> None:
+def write_rows(directory: Path, *rows: dict[str, Any], date: str = "2026-11-26T00:00:00+00:00") -> None:
     with open(directory / "rows.jsonl", "a") as file:
-        file.writelines(json.dumps({**row, **COMMON}) + "\n" for row in rows)
+        file.writelines(json.dumps({**row, **COMMON, "date": date}) + "\n" for row in rows)
 
 
 def row(question: str, case: str, **values: Any) -> dict[str, Any]:
@@ -71,9 +71,13 @@ def test_the_report_answers_the_acceptance_figures(tmp_path):
     assert cells["modes"] == ["fp16", "error waits, at a.py:1"]
 
 
-def test_a_later_row_replaces_an_earlier_one(tmp_path):
-    write_rows(tmp_path, *classifier_rows(0.01), *classifier_rows(0.0113))
-    assert report_of(tmp_path)["classifier, bf16, as a multiple of its floor"][-1] == "not reached"
+def test_the_last_answers_to_a_question_count(tmp_path):
+    write_rows(tmp_path, *classifier_rows(0.01), row("step", "all", left_out="torchshard is missing"))
+    write_rows(tmp_path, *classifier_rows(0.0113)[:3], date="2026-11-27T00:00:00+00:00")
+    cells = report_of(tmp_path)
+    assert cells["classifier, bf16, as a multiple of its floor"][-1] == "not reached"
+    assert cells["launches of a classifier step, triton"][-1] == "not measured"  # the later process did not say
+    assert cells["step"] == ["all", "left out: torchshard is missing"]
 
 
 def test_what_was_not_measured_is_said(tmp_path):
