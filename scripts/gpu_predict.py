@@ -29,9 +29,11 @@ def predict(check: Check) -> None:
     prepare(check)
     sizes = check.sizes
     rows, _ = read_rows(check.out)
-    name, total_mib = data_sheet(rows)
+    name, total_mib = data_sheet(rows, check.dry_run)
     if name is None:
-        check.add("all", left_out="utils/rates.py has no data sheet of this GPU")
+        asked = any(row.get("capability") for row in rows.values())
+        check.add("all", left_out="utils/rates.py has no data sheet of this GPU" if asked else
+                  "the part machine has not said which GPU this is")
         return
     rates, total_bytes = gpu_rates(DEVICES[name], Shares()), int(total_mib * MIB)
     check.add("rates", of="machine", sheet=DEVICES[name].name, bf16_product_tflops=rates.low_flops[PRODUCT] / 1e12,

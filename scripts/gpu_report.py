@@ -47,7 +47,10 @@ def read_rows(directory: str) -> tuple[Rows, int]:
     rows: Rows = {}
     dates: dict[str, Any] = {}  # of the process that asked the question; all of its rows have it
     broken = 0
-    with open(os.path.join(directory, ROWS_FILE), encoding="utf-8", errors="replace") as file:
+    path = os.path.join(directory, ROWS_FILE)
+    if not os.path.exists(path):
+        return rows, broken
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
@@ -61,10 +64,9 @@ def read_rows(directory: str) -> tuple[Rows, int]:
     return rows, broken
 
 
-def data_sheet(rows: Rows) -> tuple[str | None, float]:
+def data_sheet(rows: Rows, dry_run: bool) -> tuple[str | None, float]:
     """The name of this GPU in utils.rates.DEVICES, if it is there, and its memory in MiB. A dry run is an H100."""
-    first = next(iter(rows.values()), {})
-    if first.get("dry_run"):
+    if dry_run:
         return "h100", DEVICES["h100"].memory_gib * 1024
     device = next((str(row["device"]) for row in rows.values() if row.get("capability")), "")
     name = next((name for name in DEVICES if name.upper() in device.upper()), None)

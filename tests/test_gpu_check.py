@@ -96,6 +96,14 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert "1 lines" in (tmp_path / "report.md").read_text()
 
 
+def test_predictions_are_for_the_gpu_of_the_rows(tmp_path):
+    assert gpu_report.data_sheet(gpu_report.read_rows(str(tmp_path))[0], False) == (None, 0.0)  # no row yet
+    write_rows(tmp_path, row("machine", "memory", total_mib=143_000.0))
+    rows, _ = gpu_report.read_rows(str(tmp_path))
+    assert gpu_report.data_sheet(rows, False) == ("h200", 143_000.0)
+    assert gpu_report.data_sheet(rows, True)[0] == "h100"
+
+
 def test_a_question_without_its_package_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the dry run sets it
     monkeypatch.setitem(gpu_questions.QUESTIONS, "machine", ("gpu_questions", ("torch", "no_such_package")))
