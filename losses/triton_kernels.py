@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from losses.class_major import ChunkWork
 from losses.fused import LEFT_OUT, Walk
@@ -262,6 +263,12 @@ for _name, _schema, _function in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"arcface::{_name}", lambda *_: None, lib=_library)
+
+
+@register_flop_formula(torch.ops.arcface.exponentials)
+def _count_flops(operand: torch.Size, embedding: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Of the product, for `utils.operators`."""
+    return 2 * operand[0] * operand[1] * embedding[0]
 
 
 class TritonWork(ChunkWork):
