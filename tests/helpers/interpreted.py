@@ -21,11 +21,12 @@ TOLERANCES = {None: (1e-6, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (
 
 
 def check(name: str, kind: torch.dtype | None, chunk: int | None, saved: float, filter_above: float | None,
-          drawn: torch.Tensor | None = None) -> None:
+          drawn: torch.Tensor | None = None, sub_centers: int = 1) -> None:
     """70 rows and 300 classes: more than one tile of each, and no whole number of tiles; 40 values, no power of 2."""
     generator = torch.Generator().manual_seed(1)
-    centers, label = torch.randn(300, 40, generator=generator), torch.randint(300, (70,), generator=generator)
-    embedding = F.normalize(F.normalize(centers[label]) + 0.3 * torch.randn(70, 40, generator=generator))
+    centers = torch.randn(300, 40, generator=generator)
+    label = torch.randint(300 // sub_centers, (70,), generator=generator)
+    embedding = F.normalize(F.normalize(centers[label * sub_centers]) + 0.3 * torch.randn(70, 40, generator=generator))
     margin, settings = MARGINS[name](), dict(statistics=TRUTH[name].statistics and dict(t=0.3))
     if name == "curricularface":
         margin.t.fill_(0.3)
@@ -33,17 +34,19 @@ def check(name: str, kind: torch.dtype | None, chunk: int | None, saved: float, 
     for walk, more in ((margin_softmax_class_major, dict(triton=True)), (margin_softmax, {})):
         x, w = embedding.clone().requires_grad_(), centers.clone().requires_grad_()
         loss, closer = walk(x, label, w, margin, scale=24.0, group=None, matmul_dtype=kind, chunk=chunk,
-                            saved_probs_mib=saved, filter_above=filter_above, drawn=drawn, **more)
+                            saved_probs_mib=saved, filter_above=filter_above, drawn=drawn,
+                            sub_centers=sub_centers, **more)
         loss.backward()
         results.append([loss.detach(), x.grad, w.grad.to_dense(), closer])
     mine, today = results
-    what = f"{name}, {kind}, chunk {chunk}, saved {saved}, filter {filter_above}, sampled {drawn is not None}"
+    what = f"{name}, {kind}, chunk {chunk}, saved {saved}, filter {filter_above}, sampled {drawn is not None}, " \
+        f"sub-centers {sub_centers}"
     assert torch.equal(mine[3], today[3]), what
     for number in range(3):
         error = (mine[number] - today[number]).norm() / today[number].norm()
         # Both round, and not all values alike.
         assert error <= TOLERANCES[kind][number > 0], f"{what}, {number}: {error:.1e} from today's walk"
-    if filter_above is None and drawn is None and kind is None:
+    if filter_above is None and drawn is None and kind is None and sub_centers == 1:
         phi, negatives, penalty = TRUTH[name].parts(**(settings["statistics"] or {}))
         loss, grads, closer = true_gradients([embedding.double(), centers.double(), None], label, 24.0, phi, negatives,
                                              penalty)
@@ -124,6 +127,7 @@ if __name__ == "__main__":
     check("curricularface", bf16, None, 0, None)
     check("arcface", bf16, 150, 70 * 150 * 2 / 2**20, None, torch.arange(0, 300, 3))
     check("curricularface", fp16, 150, 0, 0.1)
+    check("arcface", None, 150, 0, None, sub_centers=3)
     check_sgd(70, 40)
     check_sgd(3, 600)
     check_update(RowSGD, False, lr=0.5, momentum=0.9, weight_decay=0.1)
