@@ -21,7 +21,7 @@ TOLERANCES = {None: (1e-6, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (
 
 
 def check(name: str, kind: torch.dtype | None, chunk: int | None, saved: float, filter_above: float | None,
-          drawn: torch.Tensor | None = None, sub_centers: int = 1) -> None:
+          drawn: torch.Tensor | None = None, scale: float = 24.0, sub_centers: int = 1) -> None:
     """70 rows and 300 classes: more than one tile of each, and no whole number of tiles; 40 values, no power of 2."""
     generator = torch.Generator().manual_seed(1)
     centers = torch.randn(300, 40, generator=generator)
@@ -33,7 +33,7 @@ def check(name: str, kind: torch.dtype | None, chunk: int | None, saved: float, 
     results = []
     for walk, more in ((margin_softmax_class_major, dict(triton=True)), (margin_softmax, {})):
         x, w = embedding.clone().requires_grad_(), centers.clone().requires_grad_()
-        loss, closer = walk(x, label, w, margin, scale=24.0, group=None, matmul_dtype=kind, chunk=chunk,
+        loss, closer = walk(x, label, w, margin, scale=scale, group=None, matmul_dtype=kind, chunk=chunk,
                             saved_probs_mib=saved, filter_above=filter_above, drawn=drawn,
                             sub_centers=sub_centers, **more)
         loss.backward()
@@ -48,7 +48,7 @@ def check(name: str, kind: torch.dtype | None, chunk: int | None, saved: float, 
         assert error <= TOLERANCES[kind][number > 0], f"{what}, {number}: {error:.1e} from today's walk"
     if filter_above is None and drawn is None and kind is None and sub_centers == 1:
         phi, negatives, penalty = TRUTH[name].parts(**(settings["statistics"] or {}))
-        loss, grads, closer = true_gradients([embedding.double(), centers.double(), None], label, 24.0, phi, negatives,
+        loss, grads, closer = true_gradients([embedding.double(), centers.double(), None], label, scale, phi, negatives,
                                              penalty)
         assert torch.equal(mine[3], closer), what
         for true, got in zip([loss, *grads], mine):
@@ -128,6 +128,7 @@ if __name__ == "__main__":
     check("arcface", bf16, 150, 70 * 150 * 2 / 2**20, None, torch.arange(0, 300, 3))
     check("curricularface", fp16, 150, 0, 0.1)
     check("arcface", None, 150, 0, None, sub_centers=3)
+    check("arcface", None, 150, 0, None, scale=70.0)  # the shift is not 0
     check_sgd(70, 40)
     check_sgd(3, 600)
     check_update(RowSGD, False, lr=0.5, momentum=0.9, weight_decay=0.1)
