@@ -151,8 +151,7 @@ class RowSGD(RowOptimizer, SGD):
         if projection is None or settings["dampening"] or settings["nesterov"] or settings["maximize"]:
             super()._step_finite(here, grad, finite, projection)
             return
-        weight, momentum = [*here, None][:2]
-        projection.sgd(grad, weight, momentum, finite,
+        projection.sgd(grad, here[0], here[1] if len(here) > 1 else None, finite,
                        **{name: settings[name] for name in ("lr", "momentum", "weight_decay")})
 
 
