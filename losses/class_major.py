@@ -220,6 +220,13 @@ class ChunkWork:
         along = torch.mul(grad, here, out=self._product[:len(here)]).sum(dim=1)
         grad.addcmul_(here, along.mul_((factor / self.walk.scale).square_()).unsqueeze(1), value=-1)
 
+    def update(
+        self, classes: slice, grad: Tensor, here: Tensor, factor: Tensor, unit: Tensor, finite: Tensor
+    ) -> None:
+        """The fused update of a chunk, from the gradient that `project` gets."""
+        self.project(grad, here, factor, unit)
+        self.walk.step_rows(classes, grad, finite)
+
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, summed in the dtype of `total`."""
@@ -314,10 +321,10 @@ class _ClassMajor(torch.autograd.Function):
                 continue
             grad = chunk_grad[:len(here)] if centers_grad is None else centers_grad[classes]
             multiply(probs, weighted, grad)
-            work.project(grad, here, factor[classes], unit)
-            if walk.update is not None:
-                repeated = walk.repeated(classes)
-                walk.update(walk.rows(classes), grad, ctx.finite, *([] if repeated is None else [repeated]))
+            if walk.update is None:
+                work.project(grad, here, factor[classes], unit)
+            else:
+                work.update(classes, grad, here, factor[classes], unit, ctx.finite)
         if walk.update is not None and walk.size == 0:
             walk.update(slice(0, 0), centers.new_empty(0, size), ctx.finite)
         if centers_grad is not None and walk.sample is not None:

@@ -35,7 +35,8 @@ from utils.dist.collectives import all_gather_rows, all_reduce_sum
 
 # Makes the step of some rows: (rows of the centers, their gradient (K, d), whether the loss is finite, a bool scalar).
 # Of sampled classes the rows are an int64 tensor (K,). Those of the targets may be there twice, and come with a bool
-# tensor (K,), which of them have had their step; of equal rows the first one counts.
+# tensor (K,), which of them have had their step; of equal rows the first one counts. Triton's form passes
+# `projection`, a `triton_kernels.Projection` that the gradient has not had yet.
 RowUpdate = Callable[..., None]
 
 # Logit of a column that is left out: exp(this - any logit) is 0, and this - this is no NaN, as it would be of -inf.
@@ -185,6 +186,12 @@ class Walk:
         if self.sample is None or classes.start < self.sample.drawn:
             return None
         return self.sample.left_out[classes.start - self.sample.drawn:classes.stop - self.sample.drawn]
+
+    def step_rows(self, classes: slice, grad: Tensor, finite: Tensor, **more: Any) -> None:
+        """Call `update` for a chunk. more: its other arguments."""
+        assert self.update is not None
+        repeated = self.repeated(classes)
+        self.update(self.rows(classes), grad, finite, *([] if repeated is None else [repeated]), **more)
 
     def class_columns(self, column: Tensor) -> Tensor:
         """(N, q): the columns of all centers of the class that has the center in `column`, (N,), an entry of `columns`.
@@ -377,8 +384,7 @@ class _MarginSoftmax(torch.autograd.Function):
             along.mul_((chunk_factor / walk.scale).square_())
             grad.addcmul_(here, along.unsqueeze(1), value=-1)
             if walk.update is not None:
-                repeated = walk.repeated(classes)
-                walk.update(walk.rows(classes), grad, ctx.finite, *([] if repeated is None else [repeated]))
+                walk.step_rows(classes, grad, ctx.finite)
         if walk.update is not None and walk.size == 0:
             walk.update(slice(0, 0), centers.new_empty(0, size), ctx.finite)
         if centers_grad is not None and walk.sample is not None:

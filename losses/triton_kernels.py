@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from losses.class_major import ChunkWork
 from losses.fused import LEFT_OUT, Walk
@@ -43,7 +45,8 @@ def _store(pointer, value, mask, INTERPRET: tl.constexpr):
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# K is not specialized: a last chunk of another size is no reason to compile again.
+@triton.jit(do_not_specialize=["K"])
 def scale_kernel(W, FACTOR, OUT, K, scale, KNOWN: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
                  BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
     """OUT = w * FACTOR, in its dtype; FACTOR = scale / |w| is KNOWN, or set. A program: BLOCK classes."""
@@ -62,7 +65,7 @@ def scale_kernel(W, FACTOR, OUT, K, scale, KNOWN: tl.constexpr, D: tl.constexpr,
     _store(OUT + place, w * factor[:, None], mask, INTERPRET)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def exponentials_kernel(
     OPERAND, X, COLUMN, BAR, SUM, NOT_CLOSER, E, LEFT_OUT, THRESHOLD, MAP, TARGET_ENTRY, SHIFT, N, STRIDE, K, scale,
     highest,
@@ -146,19 +149,35 @@ def exponentials_kernel(
         tl.store(NOT_CLOSER + place, tl.load(NOT_CLOSER + place, mask=in_rows, other=0) + not_closer, mask=in_rows)
 
 
-@triton.jit
-def project_kernel(G, W, FACTOR, UNIT, K, scale, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK: tl.constexpr):
-    """`ChunkWork.project`, in place. A program: BLOCK classes."""
+@triton.jit(do_not_specialize=["K"])
+def gradient_kernel(G, W, FACTOR, UNIT, M, FINITE, K, scale, lr, momentum, weight_decay, STEP: tl.constexpr,
+                    HAS_MOMENTUM: tl.constexpr, HAS_FINITE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    """`ChunkWork.project`, in place; or, with STEP, also the step of SGD, which changes W and M and not G.
+
+    A program: BLOCK classes. FINITE: where it is 0, nothing is read or written.
+    """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, PADDED_D)
-    here, mask = c < K, (c < K)[:, None] & (d < D)[None, :]
+    here = c < K
+    if HAS_FINITE:
+        here = here & (tl.load(FINITE) != 0)
+    mask = here[:, None] & (d < D)[None, :]
     place = c[:, None].to(tl.int64) * D + d[None, :]
     factor = tl.load(FACTOR + c, mask=here, other=0.0)
     w = tl.load(W + place, mask=mask, other=0.0)
     g = tl.load(G + place, mask=mask, other=0.0) * (factor * tl.load(UNIT))[:, None]
     inverse = factor / scale
     along = tl.sum(g * w, axis=1) * inverse * inverse
-    tl.store(G + place, g - w * along[:, None], mask=mask)
+    g -= w * along[:, None]
+    if STEP:
+        g += weight_decay * w
+        if HAS_MOMENTUM:
+            g += momentum * tl.load(M + place, mask=mask, other=0.0)
+            tl.store(M + place, g, mask=mask)
+        tl.store(W + place, w - lr * g, mask=mask)
+    else:
+        tl.store(G + place, g, mask=mask)
 
 
 def row_options(d: int) -> dict[str, int]:
@@ -195,9 +214,26 @@ def _scale(centers: Tensor, factor: Tensor, out: Tensor, scale: float, known: bo
 
 
 def _project(grad: Tensor, centers: Tensor, factor: Tensor, unit: Tensor, scale: float) -> None:
+    _gradient(grad, centers, factor, unit, None, None, scale, 0.0, 0.0, 0.0, step=False)
+
+
+def _sgd(
+    grad: Tensor, centers: Tensor, momentum_buffer: Tensor | None, factor: Tensor, unit: Tensor, finite: Tensor | None,
+    scale: float, lr: float, momentum: float, weight_decay: float,
+) -> None:
+    _gradient(grad, centers, factor, unit, momentum_buffer, finite, scale, lr, momentum, weight_decay, step=True)
+
+
+def _gradient(
+    grad: Tensor, centers: Tensor, factor: Tensor, unit: Tensor, momentum_buffer: Tensor | None, finite: Tensor | None,
+    scale: float, lr: float, momentum: float, weight_decay: float, step: bool,
+) -> None:
     options = row_options(centers.shape[1])
-    project_kernel[(triton.cdiv(len(centers), options["BLOCK"]),)](
-        grad, centers, factor, unit, len(centers), scale, **options)
+    # A pointer that the variant does not read is that of the gradient. Triton compiles once for all values of a float.
+    gradient_kernel[(triton.cdiv(len(centers), options["BLOCK"]),)](
+        grad, centers, factor, unit, grad if momentum_buffer is None else momentum_buffer,
+        grad if finite is None else finite.view(torch.uint8), len(centers), scale, lr, momentum, weight_decay,
+        STEP=step, HAS_MOMENTUM=momentum_buffer is not None, HAS_FINITE=finite is not None, **options)
 
 
 def _exponentials(
@@ -229,6 +265,8 @@ _library = torch.library.Library("arcface", "DEF")
 for _name, _schema, _function in (
     ("scale", "Tensor centers, Tensor(a!) factor, Tensor(b!) out, float scale, bool known", _scale),
     ("project", "Tensor(a!) grad, Tensor centers, Tensor factor, Tensor unit, float scale", _project),
+    ("sgd", "Tensor grad, Tensor(a!) centers, Tensor(b!)? momentum_buffer, Tensor factor, Tensor unit, "
+     "Tensor? finite, float scale, float lr, float momentum, float weight_decay", _sgd),
     ("exponentials",
      "Tensor operand, Tensor embedding, Tensor column, Tensor bar, Tensor(a!)? total, Tensor(b!)? not_closer, "
      "Tensor(c!)? out, Tensor? left_out, Tensor? threshold, Tensor? coefficients, Tensor? target_entry, Tensor? shift, "
@@ -238,6 +276,12 @@ for _name, _schema, _function in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"arcface::{_name}", lambda *_: None, lib=_library)
+
+
+@register_flop_formula(torch.ops.arcface.exponentials)
+def _count_flops(operand: torch.Size, embedding: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Of the product, for `utils.operators`."""
+    return 2 * operand[0] * operand[1] * embedding[0]
 
 
 class TritonWork(ChunkWork):
@@ -304,4 +348,36 @@ class TritonWork(ChunkWork):
         return self._partial[0].double().sum(dim=0), self._partial[1].sum(dim=0).double()
 
     def project(self, grad: Tensor, here: Tensor, factor: Tensor, unit: Tensor) -> None:
-        torch.ops.arcface.project(grad, here, factor, unit, self.walk.scale)
+        Projection(factor, unit, self.walk.scale).project(grad, here)
+
+    def update(
+        self, classes: slice, grad: Tensor, here: Tensor, factor: Tensor, unit: Tensor, finite: Tensor
+    ) -> None:
+        self.walk.step_rows(classes, grad, finite, projection=Projection(factor, unit, self.walk.scale))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What `ChunkWork.project` does to the gradient of a chunk: alone, or in one kernel with the step of SGD.
+
+    Equal centers have equal factors. So the centers that are given may be those of equal rows, in any order.
+    """
+
+    factor: Tensor
+    unit: Tensor
+    scale: float
+
+    def project(self, grad: Tensor, centers: Tensor) -> None:
+        """In place, the gradient alone."""
+        torch.ops.arcface.project(grad, centers, self.factor, self.unit, self.scale)
+
+    def sgd(
+        self, grad: Tensor, centers: Tensor, momentum_buffer: Tensor | None, finite: Tensor | None, *, lr: float,
+        momentum: float, weight_decay: float,
+    ) -> None:
+        """torch.optim.SGD's step of centers and momentum, in place. The gradient stays as it is.
+
+        finite: bool scalar on the device; where it is False, nothing changes.
+        """
+        torch.ops.arcface.sgd(grad, centers, momentum_buffer, self.factor, self.unit, finite, self.scale, lr, momentum,
+                              weight_decay)

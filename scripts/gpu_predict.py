@@ -1,11 +1,12 @@
 """What the time model and the memory planner predict for the questions of gpu_questions.py. It needs no GPU.
 
-The time model knows PyTorch's operators, not Triton's kernels: its classifier is the eager form. Its float32 is TF32.
+The time model's float32 is TF32.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from utils.planner import RunSettings, measure_backbone, predict_memory
 from utils.rates import CONVOLUTION, DEVICES, OTHER, PRODUCT, Shares, gpu_rates
 from utils.step_time import BackboneWork, count_backbone, count_classifier, predict_step, time_of
 
+FORMS = ("triton", "eager")
 DTYPES: dict[str, torch.dtype | None] = {"bf16": torch.bfloat16, "tf32": None}
 
 
@@ -51,9 +53,10 @@ def predict(check: Check) -> None:
             for kind in KINDS:
                 run = settings(classes, sizes.rows, dtype, embedding_size=sizes.size, fused_update=kind == "update",
                                classifier_memory_mib=0 if kind == "recomputed" else 1e9)
-                part = time_of(count_classifier(run)[0], rates)
-                check.add(f"classifier: {classes} {precision} {kind} eager", of="classifier", seconds=part.seconds,
-                          bound=part.bound)
+                for form in FORMS if importlib.util.find_spec("triton") else ("eager",):
+                    part = time_of(count_classifier(run, form=form)[0], rates)
+                    check.add(f"classifier: {classes} {precision} {kind} {form}", of="classifier", seconds=part.seconds,
+                              bound=part.bound)
 
     @functools.cache
     def work(images: int, dtype: torch.dtype | None) -> BackboneWork:

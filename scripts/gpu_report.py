@@ -234,9 +234,10 @@ def classifier(rows: Rows) -> Iterable[Sequence[str]]:
         products = found.get(f"{row['classes']} {row['precision']} products", {})
         memory = found.get(f"{base} memory", {})
         floor = max(products, memory, key=lambda each: each.get("seconds", 0.0))
-        eager, guess = found.get(f"{base} eager", {}), predicted(rows, "classifier", f"{base} eager")
+        eager = found.get(f"{base} eager", {})
+        guess, eager_guess = (predicted(rows, "classifier", f"{base} {form}") for form in ("triton", "eager"))
         yield (base, ms(row), ms(eager), ms(found.get(f"{base} walk", {})), ms(products), ms(memory),
-               ratio(row, floor), ms(guess), ratio(eager, guess))
+               ratio(row, floor), ms(guess), ratio(row, guess), ms(eager_guess), ratio(eager, eager_guess))
 
 
 def chunks(rows: Rows) -> Iterable[Sequence[str]]:
@@ -341,7 +342,7 @@ SECTIONS: Sequence[tuple[str, Sequence[str], Callable[[Rows], Iterable[Sequence[
     ("3. Profile of whole steps, bf16", ("case", "step", "predicted", "measured / predicted", "busy", "launches",
                                          "issued in", "top kernels"), profile),
     ("4. The classifier", ("case", "Triton", "eager", "walk", "three products", "memory floor", "Triton / floor",
-                           "predicted, eager", "eager / predicted"), classifier),
+                           "predicted", "Triton / predicted", "predicted, eager", "eager / predicted"), classifier),
     ("Chunks", ("case", "step", "peak"), chunks),
     ("Launches", ("case", "launches", "GiB moved", "waits"), launches),
     ("Tiles: rows, classes, depth, warps, stages, programs", ("tiles", "step", "over what it is now"), tiles),

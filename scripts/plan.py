@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 # The script's own directory is on sys.path, the repository's root is not.
@@ -137,25 +138,28 @@ def main() -> None:
     def fits(classes: int, world_size: int) -> bool:
         return sum(predict(classes, world_size).values()) <= memory
 
+    place = "in one process" if on_cpu else f"on {options.world_size} GPUs"
     centers = f" with {options.sub_centers} centers each" if options.sub_centers > 1 else ""
-    print(f"{options.arch}, {options.classes:,} classes{centers}, {options.batch_size} images on {options.world_size} "
-          f"{'processes' if on_cpu else 'GPUs'} of {memory_gib:.4g} GiB, {options.precision}\n")
+    print(f"{options.arch}, {options.classes:,} classes{centers}, {options.batch_size} images {place} of "
+          f"{memory_gib:.4g} GiB, {options.precision}\n")
     parts = predict(options.classes, options.world_size)
     total, width = sum(parts.values()), max(map(len, parts))
     for name, size in parts.items():
         if size:
             print(f"{name:<{width}}  {size / MIB:>10,.0f} MiB")
-    print(f"{'sum':<{width}}  {total / MIB:>10,.0f} MiB  = {total / memory:.0%} of a GPU: "
-          f"{'fits' if total <= memory else 'does not fit'}\n")
+    print(f"{'sum':<{width}}  {total / MIB:>10,.0f} MiB  = {total / memory:.0%} of "
+          f"{'the memory' if on_cpu else 'a GPU'}: {'fits' if total <= memory else 'does not fit'}\n")
 
     most = largest(lambda classes: fits(classes, options.world_size), options.world_size)
-    print(f"most classes that fit on {options.world_size} GPUs: {most:,}" if most else
-          f"no number of classes fits on {options.world_size} GPUs; use a smaller batch or --precision bf16")
-    counts = [count for count in range(1, options.batch_size // 2 + 1) if options.batch_size % count == 0]
-    if (options.fuse_classifier_update or options.sample_rate < 1) and not options.enable_model_parallel:
-        counts = [1]
-    fewest = next((count for count in counts if fits(options.classes, count)), None)
-    print(f"fewest GPUs that {options.classes:,} classes fit on with this batch: {fewest or 'no number is enough'}")
+    print(f"most classes that fit {place}: {most:,}" if most else
+          f"no number of classes fits {place}; use a smaller batch or --precision bf16")
+    if not on_cpu:
+        counts = [count for count in range(1, options.batch_size // 2 + 1) if options.batch_size % count == 0]
+        if (options.fuse_classifier_update or options.sample_rate < 1) and not options.enable_model_parallel:
+            counts = [1]
+        fewest = next((count for count in counts if fits(options.classes, count)), None)
+        print(f"fewest GPUs that {options.classes:,} classes fit on with this batch: "
+              f"{fewest or 'no number is enough'}")
     if options.device is not None:
         print_time(options, settings(options.classes, options.world_size), sheet)
 
@@ -232,6 +236,8 @@ def assumptions(rates: Rates, options: Options, sheet: DataSheet | None) -> Sequ
         f"NVLink {rates.node_bandwidth / 1e9:,.0f} GB/s a GPU,",
         f"network {rates.network_bandwidth / 1e9:,.0f} GB/s a GPU; {rates.node_latency * 1e6:g} and "
         f"{rates.network_latency * 1e6:g} us for each stage of a collective within and between nodes.",
+        "Classifier by Triton's kernels, whose products achieve what the others do." if find_spec("triton") else
+        "Classifier by PyTorch's operators, because Triton is not installed here; with Triton's kernels it takes less.",
         LEFT_OUT)
 
 

@@ -54,12 +54,12 @@ STEPS: dict[str, tuple[list[str], int, dict[str, int], dict[str, int]]] = {
     "ZeRO": ([*SHARDED, "--enable-zero-optim"], 220, with_more(PARALLEL, _allgather_base_=1), {}),
     "bf16": ([*SHARDED, *BF16], 235, PARALLEL, {}),
     "fp16": ([*SHARDED, *FP16], 260, with_more(PARALLEL, allreduce_=1), {}),
-    "fp16, skip, ZeRO": ([*SHARDED, *FP16, "--on-nonfinite", "skip", "--enable-zero-optim"], 280,
+    "fp16, skip, ZeRO": ([*SHARDED, *FP16, "--on-nonfinite", "skip", "--enable-zero-optim"], 285,
                          with_more(PARALLEL, allreduce_=2, _allgather_base_=1), {}),
-    "fused update, skip": ([*SHARDED, "--fuse-classifier-update", "--on-nonfinite", "skip"], 240,
+    "fused update, skip": ([*SHARDED, "--fuse-classifier-update", "--on-nonfinite", "skip"], 235,
                            with_more(PARALLEL, allreduce_=1), {}),
     "sampling": ([*SHARDED, "--sample-rate", "0.1"], 275, PARALLEL, {}),
-    "sampling, fused update": ([*SHARDED, "--sample-rate", "0.1", "--fuse-classifier-update"], 285, PARALLEL, {}),
+    "sampling, fused update": ([*SHARDED, "--sample-rate", "0.1", "--fuse-classifier-update"], 278, PARALLEL, {}),
     "accumulation": ([*SHARDED, "--accumulation-steps", "2"], 415,
                      with_more(PARALLEL, _allgather_base_=2, _reduce_scatter_base_=1, allreduce_=2), {}),
     "sync-bn": ([*SHARDED, "--sync-bn"], 235, with_more(PARALLEL, _allgather_base_=2, allreduce_=2), {}),
@@ -159,7 +159,7 @@ def at_a_million(small: Counter[str], large: Counter[str], classes: int) -> floa
 
 
 @pytest.mark.parametrize(("form", "saved_probs_mib", "launches", "gib"), [
-    ("eager", 1e6, 1020, 64), ("eager", 0, 1330, 82), ("triton", 1e6, 300, 26), ("triton", 0, 335, 27)])
+    ("eager", 1e6, 1020, 64), ("eager", 0, 1330, 82), ("triton", 1e6, 300, 21.3), ("triton", 0, 330, 22.3)])
 def test_the_classifier_at_a_million_classes(on_fake_gpu, form, saved_probs_mib, launches, gib):
     """Two chunks of classes and four of them show what a chunk takes."""
     classes = 65_536
@@ -168,10 +168,9 @@ def test_the_classifier_at_a_million_classes(on_fake_gpu, form, saved_probs_mib,
     assert not small.waits and not large.waits
     assert at_a_million(small.launches, large.launches, classes) <= launches
     assert at_a_million(small.bytes, large.bytes, classes) / 2**30 <= gib
-    if form == "eager":  # the counter does not know the arithmetic of Triton's kernels
-        products = 3 if saved_probs_mib else 4
-        teraflops = products * 2 * 1024 * 1e6 * 512 / 1e12
-        assert at_a_million(small.flops, large.flops, classes) / 1e12 == pytest.approx(teraflops, rel=0.01)
+    products = 3 if saved_probs_mib else 4
+    teraflops = products * 2 * 1024 * 1e6 * 512 / 1e12
+    assert at_a_million(small.flops, large.flops, classes) / 1e12 == pytest.approx(teraflops, rel=0.01)
 
 
 def test_a_pass_for_the_largest_logits_at_a_million_classes(on_fake_gpu):

@@ -244,6 +244,11 @@ def test_command(monkeypatch, capsys):
     assert "of a GPU: fits" in answer("--classes", str(most))
     assert "does not fit" in answer("--classes", str(most + 2000))
 
+    monkeypatch.setattr(plan, "print_time", lambda *args: None)
+    output = answer("--classes", "3000000", "--device", "cpu")
+    assert "64 images in one process of 16 GiB" in output and "% of the memory: does not fit" in output
+    assert "most classes that fit in one process: " in output and "GPU" not in output
+
 
 @pytest.mark.parametrize("flags, words", [
     ("--classes 1", "--classes 1"),

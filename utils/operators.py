@@ -209,16 +209,15 @@ def _bytes(
         return sum(map(_own_bytes, read[1:])) + _own_bytes(read[-1])
     if name in _OVERWRITES:
         return sum(map(_own_bytes, read))
-    outs = {id(tensor) for tensor in _tensors([value for key, value in kwargs.items() if key.startswith("out")])}
+    # Arguments that it writes. One with a name such as "out" is not read.
+    changed = [(argument.name.startswith("out"), tensor)
+               for argument, value in (*zip(func._schema.arguments, args), *(
+                   (argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs))
+               if argument.alias_info is not None and argument.alias_info.is_write for tensor in _tensors(value)]
+    outs = {id(tensor) for only_written, tensor in changed if only_written}
     inputs = {id(tensor): tensor for tensor in read if id(tensor) not in outs}
-    changed = written or _changed(func, args)
-    return sum(map(_own_bytes, (*inputs.values(), *changed)))
-
-
-def _changed(func: Any, args: Any) -> list[Tensor]:
-    """Arguments that an operator without results writes, such as those of torch's fused optimizers."""
-    return [tensor for argument, value in zip(func._schema.arguments, args)
-            if argument.alias_info is not None and argument.alias_info.is_write for tensor in _tensors(value)]
+    # The results of operators in place are their arguments.
+    return sum(map(_own_bytes, (*inputs.values(), *(written or [tensor for _, tensor in changed]))))
 
 
 def _own_bytes(tensor: Tensor) -> int:

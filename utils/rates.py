@@ -64,7 +64,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class DataSheet:
-    """A GPU as its vendor describes it, without sparsity: TFLOP/s, GB/s, GB/s in one direction, GiB, MiB."""
+    """A GPU as its vendor describes it: dense TFLOP/s, GB/s, and GB/s in one direction."""
 
     name: str
     low_tflops: float  # bfloat16 and float16
@@ -72,16 +72,26 @@ class DataSheet:
     memory_gbs: float
     nvlink_gbs: float
     network_gbs: float  # one adapter for each GPU, in the vendor's own node of 8
-    memory_gib: float
+    memory_gib: float  # that PyTorch sees: the vendor's GB are not 10^9 bytes, and some of it is taken
     cache_mib: int
 
 
-# NVIDIA's data sheets of the SXM forms; network: DGX A100 (200 Gbit/s), DGX H100, H200 and B200 (400 Gbit/s).
+# The SXM forms. NVIDIA's data sheets have most rates with sparsity, which is twice these. Sources:
+# - Rates, memory, NVLink (half of what is stated for both directions): NVIDIA A100 data sheet; H100 data sheet and
+#   Hopper white paper; H200 data sheet; Blackwell architecture technical brief, for an HGX B200 of 1,000 W. They were
+#   read in tables of others that cite them (glennklockwood.com: A100, h100, B200; archive-lib.hpctech.co.jp:
+#   nvidia-h100; docs.vultr.com: HGX B200), not in NVIDIA's own files. The brief rounds B200's TF32 to 1,100; here it is
+#   half of its bfloat16, as on the other GPUs. H200's rates and cache are H100's: no source states the cache.
+# - Memory and cache of B200: what its driver reports (pytorch/ao, pull request 4002); NVIDIA states 8,000 GB/s.
+# - Cache of A100: what its driver reports, 41,943,040 bytes. H100: the tables above.
+# - Memory of the others: "total capacity" in errors of PyTorch that users have published.
+# - Network: DGX BasePOD reference architecture, "Core components": 400 Gbit/s for each GPU of DGX H100, H200 and B200.
+#   200 Gbit/s for DGX A100 is from memory: no source was found.
 DEVICES = {
-    "a100": DataSheet("A100 SXM 80 GB", 312, 156, 2039, 300, 25, 80, 40),
-    "h100": DataSheet("H100 SXM", 989, 494, 3350, 450, 50, 80, 50),
-    "h200": DataSheet("H200 SXM", 989, 494, 4800, 450, 50, 140, 50),
-    "b200": DataSheet("B200 SXM", 2250, 1125, 7700, 900, 50, 178, 126),
+    "a100": DataSheet("A100 SXM 80 GB", 312, 156, 2039, 300, 25, 79.25, 40),
+    "h100": DataSheet("H100 SXM", 989, 494, 3350, 450, 50, 79.18, 50),
+    "h200": DataSheet("H200 SXM", 989, 494, 4800, 450, 50, 139.8, 50),
+    "b200": DataSheet("B200 SXM", 2250, 1125, 7672, 900, 50, 178.35, 126),
 }
 
 

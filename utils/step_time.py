@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from losses.class_major import margin_softmax_class_major
-from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, margin_softmax, whole_classes
+from losses.class_major import find_form
+from losses.fused import SPARE_COLUMNS, automatic_memory_bytes, chunk_classes, whole_classes
 from losses.margins import ArcFace
 from models.checkpointing import checkpoint_activations
 from models.classifier import MarginClassifier
@@ -163,9 +163,10 @@ def _count_update(recorder: _Recorder, parameters: Sequence[nn.Parameter], optim
     return recorder.take_work()
 
 
-def count_classifier(run: RunSettings, optimizer: str = "sgd") -> tuple[Work, Work]:
+def count_classifier(run: RunSettings, optimizer: str = "sgd", form: str = "fused") -> tuple[Work, Work]:
     """The work of the classifier's forward and backward pass, and that of its update unless it is fused.
 
+    form: of --classifier. For a GPU, fused is the form with Triton's kernels where Triton is installed, as on the GPU.
     A walk of a few chunks is counted, and the chunks of this run are as many times that.
     """
     sampled = run.sample_rate < 1
@@ -176,7 +177,7 @@ def count_classifier(run: RunSettings, optimizer: str = "sgd") -> tuple[Work, Wo
     used = max(1, int(run.sample_rate * size)) if sampled else size
     widest = max(used, rows if sampled else 0) * q
     chunk = whole_classes(min(chunk_classes(rows, d, run.cache_bytes, FLOAT, q), widest), q) // q  # in classes
-    walk = functools.partial(_count_walk, run, optimizer, rows, size, chunk)
+    walk = functools.partial(_count_walk, run, optimizer, form, rows, size, chunk)
     low = run.matmul_dtype == torch.bfloat16
     chunks = -(-used // chunk)
     columns = chunk * q + (0 if run.class_major else SPARE_COLUMNS)
@@ -197,7 +198,9 @@ def count_classifier(run: RunSettings, optimizer: str = "sgd") -> tuple[Work, Wo
     return total, Counter() if run.fused_update else _count_centers_update(run, optimizer, rows, size, used)
 
 
-def _count_walk(run: RunSettings, optimizer: str, rows: int, size: int, chunk: int, used: int, memory: int) -> Work:
+def _count_walk(
+    run: RunSettings, optimizer: str, form: str, rows: int, size: int, chunk: int, used: int, memory: int
+) -> Work:
     """Of `used` classes, with so many bytes for saved probabilities."""
     sampled = run.sample_rate < 1
     with _recording(run.device_type) as recorder:
@@ -207,10 +210,8 @@ def _count_walk(run: RunSettings, optimizer: str, rows: int, size: int, chunk: i
         step: Any = ROW_OPTIMIZERS[optimizer](centers, skip_nonfinite=True, **_settings(optimizer))
         if run.fused_update:
             make_state(step)
-        # In PyTorch's operators: the counter cannot see into Triton's kernels.
-        form: Any = margin_softmax_class_major if run.class_major else margin_softmax
         loss: Any = functools.partial(
-            form, saved_probs_mib=memory / 2**20, matmul_dtype=run.matmul_dtype,
+            find_form(form, run.device_type), saved_probs_mib=memory / 2**20, matmul_dtype=run.matmul_dtype,
             update=step.update_rows if run.fused_update else None, chunk=chunk * run.sub_centers)
         if sampled:
             loss = functools.partial(loss, drawn=torch.empty(used, dtype=torch.int64))

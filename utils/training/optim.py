@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.optim.sgd import sgd
 
 from utils.dist.sharding import is_sharded
 from utils.training.zero import ZeroOptimizer, make_state
+
+if TYPE_CHECKING:
+    from losses.triton_kernels import Projection
 
 
 class RowOptimizer(Optimizer):
@@ -31,18 +34,20 @@ class RowOptimizer(Optimizer):
         self._skip_nonfinite = skip_nonfinite
 
     @torch.no_grad()
-    def update_rows(self, rows: slice | Tensor, grad: Tensor, finite: Tensor, stepped: Tensor | None = None) -> None:
+    def update_rows(
+        self, rows: slice | Tensor, grad: Tensor, finite: Tensor, stepped: Tensor | None = None,
+        projection: Projection | None = None,
+    ) -> None:
         """The optimizer's step for some rows of the parameter. Their gradient may be overwritten.
 
         rows: of sampled classes an int64 tensor (K,).
         finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and state unchanged.
         stepped: bool (K,), rows that have had their step. If it is given, a row may be there several times: its first
             gradient and `stepped` count.
+        projection: what the gradient has still to go through.
         """
-        found_inf = None  # float32 at once: this is called for each chunk of classes
-        if self._skip_nonfinite:
-            found_inf = torch.logical_not(finite, out=finite.new_empty((), dtype=torch.float32))
-        self._update_rows(rows, grad, found_inf, stepped)
+        mask = finite if self._skip_nonfinite else None
+        self._update_rows(rows, grad, stepped, lambda here, grad: self._step_finite(here, grad, mask, projection))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -56,11 +61,12 @@ class RowOptimizer(Optimizer):
         make_state(self)  # also if the gradient has no rows
         found_inf = getattr(self, "found_inf", None)  # as torch's fused optimizers get it
         for rows, grad, stepped in _rows_of(weight.grad):
-            self._update_rows(rows, grad, found_inf, stepped)
+            self._update_rows(rows, grad, stepped, lambda here, grad: self._step_rows(here, grad, found_inf))
         return None
 
     def _update_rows(
-        self, rows: slice | Tensor, grad: Tensor, found_inf: Tensor | None, stepped: Tensor | None
+        self, rows: slice | Tensor, grad: Tensor, stepped: Tensor | None,
+        step_rows: Callable[[list[Tensor], Tensor], None],
     ) -> None:
         make_state(self)
         (weight,) = self.param_groups[0]["params"]
@@ -71,7 +77,7 @@ class RowOptimizer(Optimizer):
             first = order[torch.searchsorted(ascending, rows)]  # all of equal rows do the same
             grad, stepped = grad[first], stepped[first]
             before = [tensor.clone() for tensor in here]
-        self._step_rows(here, grad, found_inf)
+        step_rows(here, grad)
         if stepped is not None:
             here = [torch.where(stepped.unsqueeze(1), old, new) for old, new in zip(before, here)]
         if isinstance(rows, Tensor):
@@ -83,6 +89,17 @@ class RowOptimizer(Optimizer):
     def _state_names(self) -> tuple[str, ...]:
         """The state with a row for each row of the parameter."""
         raise NotImplementedError
+
+    def _step_finite(
+        self, here: list[Tensor], grad: Tensor, finite: Tensor | None, projection: Projection | None
+    ) -> None:
+        """`_step_rows`, after the projection. finite: None steps in any case."""
+        if projection is not None:
+            projection.project(grad, here[0])
+        found_inf = None  # float32 at once: this is called for each chunk of classes
+        if finite is not None:
+            found_inf = torch.logical_not(finite, out=finite.new_empty((), dtype=torch.float32))
+        self._step_rows(here, grad, found_inf)
 
     def _step_rows(self, here: list[Tensor], grad: Tensor, found_inf: Tensor | None) -> None:
         """Step rows in place. here: the rows of the parameter, then of its state. found_inf: 1 leaves them as they are.
@@ -126,6 +143,16 @@ class RowSGD(RowOptimizer, SGD):
         momentum: Any = here[1:] or [None]
         sgd(here[:1], [grad], momentum, fused=True, found_inf=found_inf, lr=settings["lr"],
             **{name: settings[name] for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize")})
+
+    def _step_finite(
+        self, here: list[Tensor], grad: Tensor, finite: Tensor | None, projection: Projection | None
+    ) -> None:
+        (settings,) = self.param_groups
+        if projection is None or settings["dampening"] or settings["nesterov"] or settings["maximize"]:
+            super()._step_finite(here, grad, finite, projection)
+            return
+        projection.sgd(grad, here[0], here[1] if len(here) > 1 else None, finite,
+                       **{name: settings[name] for name in ("lr", "momentum", "weight_decay")})
 
 
 class RowAdamW(RowOptimizer, AdamW):
