@@ -4,37 +4,46 @@
 #     bash scripts/gpu_check.sh --out DIR
 #     bash scripts/gpu_check.sh --only classifier,tiles  # some parts again; their new rows replace the old ones
 #     bash scripts/gpu_check.sh --wheels DIR             # wheels of packages that are missing, such as torchshard
-#     bash scripts/gpu_check.sh --dry-run                # every part on the CPU, with tiny sizes, in a temporary directory
+#     bash scripts/gpu_check.sh --dry-run                # every part on the CPU, tiny sizes, in a temporary directory
 # It uses the interpreter that choose_python of setup.sh chooses, and installs nothing. Each part is a process with a
 # time limit, and writes its rows as it finds them. If a part fails, the others still run and the exit status is 1.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# NAME:SECONDS of each part, the most valuable answers first. They add up to more than the budget: few need all of theirs.
-# Those with a & measure no time. They run beside one another and beside the next two, which do not either.
+# NAME:SECONDS of each part, the most valuable answers first. They add up to more than the budget: few need all of
+# theirs. Those with a & measure no time. They run beside one another and beside the next two, which do not either.
 parts="machine:30 predict&:150 resume&:100 tests&:60 kernels:60 modes:90 classifier:110 step:60 largest:60 profile:50
     memory:40 backbone:60 tiles:45 save:45 compile:90 two:180"
 out="" wheels="" only="" dry=()
+flags="--out DIR, --wheels DIR, --only PART,PART and --dry-run"
+
+# mistake WORDS: end with this error
+mistake() {
+    echo "error: $*" >&2
+    exit 2
+}
+
 while [ $# -gt 0 ]; do
     case "$1" in
-        --out) out="${2:?--out: give a directory}"; shift 2 ;;
-        --wheels) wheels="${2:?--wheels: give a directory}"; shift 2 ;;
-        --only) only=",${2:?--only: give names of parts},"; shift 2 ;;
+        --out | --wheels | --only) [ -n "${2:-}" ] || mistake "$1: give it a value; the flags are $flags" ;;&
+        --out) out="$2"; shift 2 ;;
+        --wheels) wheels="$2"; shift 2 ;;
+        --only) only=",$2,"; shift 2 ;;
         --dry-run) dry=(--dry-run); shift ;;
-        *) echo "error: $1: unknown; the flags are --out DIR, --wheels DIR, --only PART,PART and --dry-run" >&2; exit 2 ;;
+        -h | --help) sed -n '2,/^set /{/^#/s/^# \?//p}' scripts/gpu_check.sh; exit ;;
+        *) mistake "$1: unknown; the flags are $flags" ;;
     esac
 done
 for name in ${only//,/ }; do
     if [[ " ${parts//[&$'\n']/ }" != *" $name"[\ :]* ]]; then
-        echo "error: --only $name: unknown; the parts are $(echo $parts | sed 's/&*:[0-9]*//g')" >&2
-        exit 2
+        mistake "--only $name: unknown; the parts are $(echo $parts | sed 's/&*:[0-9]*//g')"
     fi
 done
 source scripts/setup.sh
 choose_python
 scratch="$(mktemp -d)"
 running=""
-trap '[ -z "$running" ] || kill "$running" 2> /dev/null || true; rm -rf "$scratch"' EXIT
+trap 'kill $running $(jobs -p) 2> /dev/null || true; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 if [ -n "$wheels" ]; then
     # A wheel is an archive of what belongs on Python's path. Those of packages that are there stay packed.
@@ -55,15 +64,13 @@ END
 fi
 if [ ${#dry[@]} -gt 0 ]; then export CUDA_VISIBLE_DEVICES=""; fi
 if ! gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"; then
-    echo "error: $PYTHON cannot import torch; activate an environment that has it, or set PYTHON" >&2
-    exit 2
+    mistake "$PYTHON cannot import torch; activate an environment that has it, or set PYTHON"
 fi
 budget=460
 if [ ${#dry[@]} -gt 0 ]; then
     out="${out:-$(mktemp -d)}" gpus=2 budget=1800
 elif [ "$gpus" = 0 ]; then
-    echo "error: PyTorch sees no GPU here: check nvidia-smi and CUDA_VISIBLE_DEVICES, or give --dry-run" >&2
-    exit 2
+    mistake "PyTorch sees no GPU here: check nvidia-smi and CUDA_VISIBLE_DEVICES, or give --dry-run"
 fi
 out="${out:-scripts/results/gpu}"
 mkdir -p "$out"
@@ -104,7 +111,7 @@ part() {
         tail -n 8 "$log" | sed 's/^/        /'
     fi
     cat "$log" >> "$out/log.txt"
-    "$PYTHON" scripts/gpu_report.py "$out"
+    "$PYTHON" scripts/gpu_report.py "$out" 2> /dev/null || true  # the last one, at the end, says why it fails
 }
 
 # question NAME SECONDS: of scripts/gpu_questions.py
@@ -115,7 +122,12 @@ question() {
 for each in $parts; do
     name="${each%:*}" limit="${each#*:}"
     case "$name" in
-        *\&) question "${name%&}" "$limit" & ;;
+        *\&)
+            ( # A subshell has no traps: it needs its own to end what it runs.
+                trap '[ -z "$running" ] || kill "$running" 2> /dev/null || true' EXIT
+                trap 'exit 143' TERM
+                question "${name%&}" "$limit"
+            ) & ;;
         classifier) wait; question "$name" "$limit" ;;
         two)
             if [ "$gpus" -ge 2 ]; then

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from scripts.gpu_report import ROWS_FILE
+from scripts.gpu_report import ROWS_FILE, read_rows
 from utils.dist.context import check_gpus, choose_device, set_matmul
 from utils.errors import UserError, exit_on_user_error
 from utils.flags import flag, parse_flags
@@ -127,7 +127,6 @@ class Check:
     dry_run: bool
     device: torch.device
     common: dict[str, Any] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)  # cases
     before: dict[str, Any] = field(default_factory=dict)  # of `machine`: who used the GPU
 
     @property
@@ -136,14 +135,18 @@ class Check:
 
     def add(self, case: str, **values: Any) -> None:
         """Append a row, in one write, and print it without what all rows share."""
-        if values.get("ok") is False:
-            self.failed.append(case)
         row = {"question": self.question, "case": case, **values, **self.common}
         row = json.loads(json.dumps(row), parse_constant=str)  # JSON has no NaN
         with open(os.path.join(self.out, ROWS_FILE), "ab", buffering=0) as file:
             file.write((json.dumps(row) + "\n").encode())
         print(f"{self.question}: {case}: " + ", ".join(f"{name} {_text(value)}" for name, value in values.items()),
               flush=True)
+
+    def failed(self) -> list[str]:
+        """The cases that failed in this run, also those whose rows another of its processes added."""
+        rows, _ = read_rows(self.out)
+        return [case for (question, case), row in rows.items() if question == self.question
+                and row.get("ok") is False and row.get("date") == self.common["date"]]
 
     def seconds(self, work: Callable[[], object], repeats: int | None = None) -> float:
         """The median time of `work`, after a first call that compiles and chooses. In a dry run that of one call."""
@@ -192,8 +195,8 @@ def main() -> None:
         return
     set_matmul(None if on_cpu else "tf32")
     getattr(importlib.import_module(f"scripts.{module}"), options.question)(check)
-    if check.failed:
-        print(f"failed: {', '.join(check.failed)}", file=sys.stderr, flush=True)
+    if failed := check.failed():
+        print(f"failed: {', '.join(failed)}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

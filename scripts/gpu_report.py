@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -69,14 +70,15 @@ def data_sheet(rows: Rows, dry_run: bool) -> tuple[str | None, float]:
     if dry_run:
         return "h100", DEVICES["h100"].memory_gib * 1024
     device = next((str(row["device"]) for row in rows.values() if row.get("capability")), "")
-    name = next((name for name in DEVICES if name.upper() in device.upper()), None)
+    name = next((name for name in DEVICES if re.search(rf"\b{name}\b", device, re.IGNORECASE)), None)
     memory = rows.get(("machine", "memory"), {}).get("total_mib")
     return name, memory or (DEVICES[name].memory_gib * 1024 if name else 0.0)
 
 
 def of(rows: Rows, question: str) -> dict[str, Row]:
-    """{case: row} of a question."""
-    return {case: row for (asked, case), row in rows.items() if asked == question}
+    """{case: row} of a question, unless a missing package left all of it out: `problems` says that."""
+    return {case: row for (asked, case), row in rows.items()
+            if asked == question and not (case == "all" and row.get("left_out"))}
 
 
 def predicted(rows: Rows, question: str, case: str) -> Row:

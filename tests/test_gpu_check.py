@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -83,7 +84,9 @@ def test_the_last_answers_to_a_question_count(tmp_path):
 
 
 def test_what_was_not_measured_is_said(tmp_path):
-    write_rows(tmp_path, row("machine", "software", ok=True), row("step", "all", left_out="torchshard is missing"),
+    left_out = [row(question, "all", left_out="torchshard is missing") for question in gpu_questions.QUESTIONS
+                if question not in ("machine", "kernels", "largest")]
+    write_rows(tmp_path, row("machine", "software", ok=True), *left_out,
                row("largest", "trained", ok=True, classes=17_000_000, total_mib=81_000.0))
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"question": "part", "case": "kernels", "ok": false, "seconds": 50, "failed": "ran out of 50 s"}\n')
@@ -106,6 +109,13 @@ def test_predictions_are_for_the_gpu_of_the_rows(tmp_path):
     assert gpu_report.data_sheet(rows, True)[0] == "h100"
 
 
+@pytest.mark.parametrize(("device", "name"), [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA RTX A1000", None),
+    ("NVIDIA GH200 480GB", None)])
+def test_a_gpu_with_a_longer_name_is_another_one(device, name):
+    assert gpu_report.data_sheet({("machine", "software"): {"device": device, "capability": "9.0"}}, False)[0] == name
+
+
 def test_a_question_without_its_package_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the dry run sets it
     monkeypatch.setitem(gpu_questions.QUESTIONS, "machine", ("gpu_questions", ("torch", "no_such_package")))
@@ -113,6 +123,15 @@ def test_a_question_without_its_package_is_left_out(tmp_path, monkeypatch):
     gpu_questions.main()
     (found,) = gpu_report.read_rows(str(tmp_path))[0].values()
     assert found["left_out"] == "no_such_package is missing" and found["dry_run"] and found["torch"]
+
+
+def test_a_case_that_fails_in_another_process_fails_the_question(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the dry run sets it
+    monkeypatch.setattr(gpu_questions, "machine", lambda check: copy.deepcopy(check).add("a case", ok=False))
+    monkeypatch.setattr(sys, "argv", ["gpu_questions.py", "machine", "--dry-run", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_questions.main()
+    assert ended.value.code == 1 and "failed: a case" in capsys.readouterr().err
 
 
 def check(*flags: object, status: int = 0, **environment: str) -> str:
@@ -125,12 +144,12 @@ def check(*flags: object, status: int = 0, **environment: str) -> str:
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--steps", "3"], "error: --steps: unknown"), (["--dry-run", "--out"], "--out: give a directory"),
+    (["--steps", "3"], "error: --steps: unknown"), (["--dry-run", "--out"], "error: --out: give it a value"),
     (["--dry-run", "--only", "machine,kernel"], "error: --only kernel: unknown"),
     (["--dry-run", "--wheels", "scripts"], "error: --wheels scripts: has no *.whl"),
 ])
 def test_a_mistake_is_one_line(flags, words):
-    printed = check(*flags, status=1 if "--out" in flags or "--wheels" in flags else 2)
+    printed = check(*flags, status=1 if "--wheels" in flags else 2)
     assert words in printed and printed.count("\n") == 1
 
 
