@@ -72,6 +72,9 @@ if [ ${#dry[@]} -gt 0 ]; then
 elif [ "$gpus" = 0 ]; then
     mistake "PyTorch sees no GPU here: check nvidia-smi and CUDA_VISIBLE_DEVICES, or give --dry-run"
 fi
+if [ "$gpus" -lt 2 ] && [[ "$only" == *,two,* ]]; then
+    mistake "--only two: needs two GPUs, and PyTorch sees $gpus"
+fi
 out="${out:-scripts/results/gpu}"
 mkdir -p "$out"
 out="$(realpath "$out")"
