@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 
 import torch
@@ -89,16 +92,33 @@ def choose_form(name: str, device_type: str, dtype: torch.dtype = torch.float32)
 
     fused: what serves the device best. dtype: of the class centers.
     """
-    has_triton = device_type == "cuda" and importlib.util.find_spec("triton") is not None
     if name == "fused":
-        return WALK if device_type != "cuda" else "triton" if has_triton and dtype == torch.float32 else "eager"
+        return (WALK if device_type != "cuda" else
+                "triton" if dtype == torch.float32 and _why_no_triton() is None else "eager")
     if name == "triton" and dtype != torch.float32:
         raise UserError("--classifier triton with --precision float64: its kernels compute in float32; choose eager")
-    if name == "triton" and not has_triton:
-        raise UserError("--classifier triton: " + (
-            "Triton is not installed; install it, or choose eager" if device_type == "cuda" else
-            "its kernels are for GPUs, and this run is on the CPU; choose fused"))
+    if name == "triton" and device_type != "cuda":
+        raise UserError("--classifier triton: its kernels are for GPUs, and this run is on the CPU; choose fused")
+    if name == "triton" and (why := _why_no_triton()) is not None:
+        raise UserError(f"--classifier triton: {why}, or choose eager")
     return name
+
+
+def _why_no_triton() -> str | None:
+    """What the kernels lack on this machine, and what to do. None: nothing. Without a GPU, its generation is not asked.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it"
+    # Triton compiles a part of its own in C when the first kernel starts.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and found neither gcc nor clang; install one"
+    headers = sysconfig.get_path("include", "posix_prefix")
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"Triton needs Python's headers, and {headers} has none; install them (python3-dev on Debian)"
+    # tests/test_triton.py compiles for 8.0 and newer.
+    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "its kernels are for compute capability 8.0 (A100) or newer, and this GPU is older; use another GPU"
+    return None
 
 
 def find_form(

@@ -6,13 +6,13 @@ The time model's float32 is TF32.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from losses.class_major import choose_form
 from models import build_backbone
 from scripts.gpu_classifier import KINDS
 from scripts.gpu_questions import MIB, Check
@@ -53,7 +53,7 @@ def predict(check: Check) -> None:
             for kind in KINDS:
                 run = settings(classes, sizes.rows, dtype, embedding_size=sizes.size, fused_update=kind == "update",
                                classifier_memory_mib=0 if kind == "recomputed" else 1e9)
-                for form in FORMS if importlib.util.find_spec("triton") else ("eager",):
+                for form in FORMS if choose_form("fused", "cuda") == "triton" else ("eager",):
                     part = time_of(count_classifier(run, form=form)[0], rates)
                     check.add(f"classifier: {classes} {precision} {kind} {form}", of="classifier", seconds=part.seconds,
                               bound=part.bound)

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 # The script's own directory is on sys.path, the repository's root is not.
@@ -236,8 +235,9 @@ def assumptions(rates: Rates, options: Options, sheet: DataSheet | None) -> Sequ
         f"NVLink {rates.node_bandwidth / 1e9:,.0f} GB/s a GPU,",
         f"network {rates.network_bandwidth / 1e9:,.0f} GB/s a GPU; {rates.node_latency * 1e6:g} and "
         f"{rates.network_latency * 1e6:g} us for each stage of a collective within and between nodes.",
-        "Classifier by Triton's kernels, whose products achieve what the others do." if find_spec("triton") else
-        "Classifier by PyTorch's operators, because Triton is not installed here; with Triton's kernels it takes less.",
+        "Classifier by Triton's kernels, whose products achieve what the others do."
+        if choose_form("fused", "cuda") == "triton" else
+        "Classifier by PyTorch's operators, because this machine lacks what Triton needs; its kernels would take less.",
         LEFT_OUT)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 import main
 import valid
 from data.folder import FaceFolder
+from losses.class_major import choose_form
 from scripts import bench_classifier, bench_step, embed
 from utils.dist import context
 from utils.dist.context import MATMUL, DistContext, check_gpus, choose_device, choose_matmul, describe_gpu, set_matmul
@@ -60,6 +64,26 @@ def gpus(monkeypatch):
 
     see(0)
     return see
+
+
+@pytest.mark.parametrize(("lacks", "words"), [
+    ("nothing", ""), ("Triton", "not installed"), ("compiler", "neither gcc nor clang"), ("headers", "python3-dev"),
+    ("generation", "8.0"),
+])
+def test_triton_is_chosen_where_it_can_run(gpus, monkeypatch, tmp_path, lacks, words):
+    gpus(1, (7, 5) if lacks == "generation" else (8, 0))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if lacks == "Triton" else object())
+    monkeypatch.setattr(shutil, "which", lambda name: None if lacks == "compiler" else name)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *names: str(tmp_path))
+    if lacks != "headers":
+        (tmp_path / "Python.h").touch()
+    assert choose_form("fused", "cuda") == ("triton" if lacks == "nothing" else "eager")
+    if lacks == "nothing":
+        assert choose_form("triton", "cuda") == "triton"
+        return
+    with pytest.raises(UserError, match=f"--classifier triton: .*{words}.*, or choose eager"):
+        choose_form("triton", "cuda")
 
 
 @pytest.fixture
