@@ -149,6 +149,8 @@ def test_replicated_classes_and_zero_have_more_to_send():
     assert part("average", model_parallel=False) > part("average")
     assert math.isnan(part("embeddings", model_parallel=False)) and part("embeddings") > 0
     assert math.isnan(part("ZeRO")) and part("ZeRO", zero=True) > 0
+    many: dict = dict(world_size=512, batch_size=65536)  # the walk gathers the rows' sums of all ranks
+    assert part("embeddings", class_major=False, **many) > 2 * part("embeddings", **many)
 
 
 def test_command(monkeypatch, capsys):

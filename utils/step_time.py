@@ -280,12 +280,13 @@ def predict_step(backbone: BackboneWork, run: RunSettings, rates: Rates, optimiz
     if sharded:
         rows = -(-run.batch_size // world_size) * world_size
         embeddings = rows * run.embedding_size * FLOAT
-        # Embeddings and labels are gathered, cosines summed, maxima, sums and ranks gathered in float64, and the rows'
-        # gradient is reduced and scattered.
+        # Embeddings and labels are gathered, cosines summed, and the rows' gradient is reduced and scattered. The
+        # rows' sums and ranks, in float64, are added; the walk gathers them and maxima.
+        merged = (rates.collective(2 * 8 * rows, world_size, passes=2) if run.class_major
+                  else rates.collective(3 * 8 * rows * world_size, world_size))
         parts.append(Part("embeddings to all GPUs and back", sum((
             2 * rates.collective(embeddings, world_size), rates.collective(rows * LABEL, world_size),
-            rates.collective(rows * FLOAT, world_size, passes=2),
-            rates.collective(3 * 8 * rows * world_size, world_size))), NETWORK))
+            rates.collective(rows * FLOAT, world_size, passes=2), merged)), NETWORK))
     else:
         trained += run.classes * run.sub_centers * run.embedding_size * FLOAT
     average = rates.collective(trained, world_size, passes=2)
