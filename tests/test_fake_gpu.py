@@ -16,6 +16,7 @@ import torch
 from helpers import fake_gpu
 from torch.utils import backend_registration
 
+from losses.class_major import _why_no_triton
 from losses.margins import MARGINS
 from utils.operators import COPY_TO_HOST, Counts
 
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is visible"),
     pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
                        reason="this torch cannot be told of another accelerator"),
+    pytest.mark.skipif(_why_no_triton() is not None, reason="the limits are those of Triton's kernels"),
 ]
 
 SHARDED = ["--enable-model-parallel"]
