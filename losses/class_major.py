@@ -87,25 +87,28 @@ def _triton_work() -> type[ChunkWork]:
 WALK = "walk"  # losses.fused
 
 
-def choose_form(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+def choose_form(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """`--classifier NAME` -> what computes it: WALK, or "eager" or "triton", both class-major. Raises UserError.
 
     fused: what serves the device best. dtype: of the class centers.
     """
+    device = torch.device(device)
     if name == "fused":
-        return (WALK if device_type != "cuda" else
-                "triton" if dtype == torch.float32 and _why_no_triton() is None else "eager")
+        return (WALK if device.type != "cuda" else
+                "triton" if dtype == torch.float32 and _why_no_triton(device) is None else "eager")
     if name == "triton" and dtype != torch.float32:
         raise UserError("--classifier triton with --precision float64: its kernels compute in float32; choose eager")
-    if name == "triton" and device_type != "cuda":
+    if name == "triton" and device.type != "cuda":
         raise UserError("--classifier triton: its kernels are for GPUs, and this run is on the CPU; choose fused")
-    if name == "triton" and (why := _why_no_triton()) is not None:
+    if name == "triton" and (why := _why_no_triton(device)) is not None:
         raise UserError(f"--classifier triton: {why}, or choose eager")
     return name
 
 
-def _why_no_triton() -> str | None:
-    """What the kernels lack on this machine, and what to do. None: nothing. Without a GPU, its generation is not asked.
+def _why_no_triton(device: torch.device) -> str | None:
+    """What the kernels lack for a GPU of this machine, and what to do. None: nothing.
+
+    Without a GPU, its generation is not asked.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it"
@@ -116,16 +119,16 @@ def _why_no_triton() -> str | None:
     if not os.path.exists(os.path.join(headers, "Python.h")):
         return f"Triton needs Python's headers, and {headers} has none; install them (python3-dev on Debian)"
     # tests/test_triton.py compiles for 8.0 and newer.
-    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "its kernels are for compute capability 8.0 (A100) or newer, and this GPU is older; use another GPU"
     return None
 
 
 def find_form(
-    name: str, device_type: str, dtype: torch.dtype = torch.float32
+    name: str, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The margin softmax of `choose_form`. All of them compute the same loss: a resumed run may have another one."""
-    form = choose_form(name, device_type, dtype)
+    form = choose_form(name, device, dtype)
     return margin_softmax if form == WALK else functools.partial(margin_softmax_class_major, triton=form == "triton")
 
 

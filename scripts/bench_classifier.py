@@ -168,7 +168,7 @@ class ClassifierStep:
             if memory_mib is None:
                 memory_mib = automatic_memory_mib(centers, options.world_size, options.update,
                                                   sample_rate=sample_rate)
-            loss = partial(find_form(name, centers.device.type), saved_probs_mib=memory_mib,
+            loss = partial(find_form(name, centers.device), saved_probs_mib=memory_mib,
                            matmul_dtype=OPERANDS[options.operands],
                            update=optimizer.update_rows if options.update else None)
             self._step = None
@@ -260,7 +260,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     plan = options.plan()
     for name in options.impl:
         if name != "torchshard":
-            find_form(name, plan.device_type)
+            find_form(name, plan.device)
     if plan.device_type == "cpu" and options.operands != "float32":
         raise UserError(f"--operands {options.operands}: is for GPUs, and this run is on the CPU; drop it")
     return replace(options, device=plan.device_type, matmul=plan.matmul)

@@ -8,6 +8,7 @@ It needs no package. Of a question that was asked several times the last rows co
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from utils.rates import DEVICES
+from utils.rates import DEVICES  # noqa: E402
 
 ROWS_FILE, REPORT_FILE = "rows.jsonl", "report.md"
 
@@ -31,9 +32,12 @@ Rows = dict[tuple[str, str], Row]
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("error: give the directory of rows.jsonl")
-    write_report(sys.argv[1])
+    parser = argparse.ArgumentParser(description=f"Write {REPORT_FILE} from the rows of scripts/gpu_check.sh.")
+    parser.add_argument("directory", metavar="DIR", help=f"of {ROWS_FILE}")
+    directory = parser.parse_args().directory
+    if not os.path.isfile(os.path.join(directory, ROWS_FILE)):
+        parser.error(f"{directory} has no {ROWS_FILE}; give what gpu_check.sh got as --out")
+    write_report(directory)
 
 
 def write_report(directory: str) -> None:

@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is visible"),
     pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
                        reason="this torch cannot be told of another accelerator"),
-    pytest.mark.skipif(_why_no_triton() is not None, reason="the limits are those of Triton's kernels"),
+    pytest.mark.skipif(_why_no_triton(torch.device("cuda")) is not None,
+                       reason="the limits are those of Triton's kernels"),
 ]
 
 SHARDED = ["--enable-model-parallel"]

@@ -128,7 +128,7 @@ def build_training(
                                                    count_states(options.optimizer, options.momentum),
                                                    options.sample_rate)
         loss = functools.partial(
-            find_form(options.classifier, context.device.type, dtype),
+            find_form(options.classifier, context.device, dtype),
             filter_above=options.inter_class_filter, saved_probs_mib=saved_probs_mib,
             update=row_optimizer.update_rows if row_optimizer and options.fuse_classifier_update else None,
             matmul_dtype=autocast_dtype if context.device.type == "cuda" else None)  # slower on a CPU

@@ -87,7 +87,7 @@ def _form(options: Options, plan: ProcessPlan) -> str:
     """What computes the loss: that of `choose_form`, or "torchshard"."""
     if options.classifier == "torchshard":
         return options.classifier
-    return choose_form(options.classifier, plan.device_type, getattr(torch, options.precision))
+    return choose_form(options.classifier, plan.device, getattr(torch, options.precision))
 
 
 def check_sampling(options: Options, plan: ProcessPlan) -> None:
