@@ -54,8 +54,7 @@ def align_face(image: np.ndarray, landmarks: np.ndarray, size: int = TEMPLATE_SI
     matrix = similarity_transform(landmarks, size)
     if matrix.shape != (2, 3):
         raise ValueError(f"landmarks: expected (5, 2), got {np.shape(landmarks)}")
-    determinant = np.linalg.det(matrix[:, :2])
-    if not determinant > 1e-12:  # also for NaN; a face larger than a million pixels is none
+    if not (matrix[0, :2] ** 2).sum() > 1e-12:  # also for NaN; a face larger than a million pixels is none
         raise UserError("the landmarks are not finite, coincide or do not form a face")
     return _warp(image, matrix, size)
 
@@ -63,7 +62,8 @@ def align_face(image: np.ndarray, landmarks: np.ndarray, size: int = TEMPLATE_SI
 def _warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """`cv2.warpAffine(image, matrix, (size, size), borderValue=0)` of OpenCV 4, bit for bit.
 
-    OpenCV 5 interpolates at exact places instead. It differs by 0.1 grey levels on average in photos, and by 6 at most.
+    OpenCV 5 interpolates at the exact places. In photos its values differ by 0.08 on average, and 0.2 % of them by more
+    than 1; next to sharp edges by up to 6.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or not image.size:
         raise ValueError(f"image: expected uint8 (H, W, 3), got {image.dtype} {image.shape}")

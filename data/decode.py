@@ -87,13 +87,15 @@ def read_photo(path: str | os.PathLike[str], *, exif: bool = True) -> np.ndarray
     width, height = _size_of_image(data, path)
     if width * height > MAX_PHOTO_PIXELS:
         raise UserError(f"{path}: the image is {width}x{height}, and should have {MAX_PHOTO_PIXELS:,} pixels at most")
-    try:
-        image = _decode_any(data)
-    except Exception as error:  # see decode_image
-        raise UserError(f"{path}: the image is damaged or truncated ({_one_line(error)})") from None
-    if exif:
-        with contextlib.suppress(Exception):  # damaged EXIF data raise many types too: the pixels are as they are
-            image = ImageOps.exif_transpose(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's, of metadata: without the name of the file
+        try:
+            image = _decode_any(data)
+        except Exception as error:  # see decode_image
+            raise UserError(f"{path}: the image is damaged or truncated ({_one_line(error)})") from None
+        if exif:
+            with contextlib.suppress(Exception):  # damaged EXIF data raise many types too: the pixels are as they are
+                image = ImageOps.exif_transpose(image)
     return np.array(image)
 
 

@@ -70,7 +70,7 @@ _VERSION = 1  # of the crops: increase it when they change
 _JPEG = {"quality": 95, "subsampling": 0}
 _SWAPPED = [1, 0, 2, 4, 3]  # the landmarks with left and right exchanged
 _EYES = float(np.linalg.norm(TEMPLATE[1] - TEMPLATE[0]))
-_MIN_DETERMINANT = 1e-12  # of a transform; align_face refuses less
+_MIN_SCALE = 1e-12  # squared; align_face refuses less
 _TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # keeps any file name
 _MAX_LINE = 2**16  # bytes in a line of FILE
 _INSTALL = "python3 -m pip install requests && python3 -m pip install --no-deps facenet-pytorch"
@@ -344,11 +344,12 @@ class Aligner:
 
 def judge(face: np.ndarray, width: int, height: int) -> tuple[str, float]:
     """(what is wrong with the landmarks (5, 2), or ""; the distance of a frontal face's eyes in pixels)."""
-    determinant, swapped = np.linalg.det(similarity_transform(np.stack([face, face[_SWAPPED]]))[..., :2])
-    if not determinant > _MIN_DETERMINANT:
+    # The squared scales, photo -> crop.
+    scale, swapped = (similarity_transform(np.stack([face, face[_SWAPPED]]))[:, 0, :2] ** 2).sum(axis=-1)
+    if not scale > _MIN_SCALE:
         return "they are not finite, or all at one place", 0.0
-    eyes = _EYES / float(determinant) ** 0.5
-    if swapped > 2 * determinant:  # a profile, in which the eyes nearly coincide, fits both ways alike
+    eyes = _EYES / float(scale) ** 0.5
+    if swapped > 2 * scale:  # a profile, in which the eyes nearly coincide, fits both ways alike
         return "left and right are swapped: first must come the eye, and the corner, on the left of the photo", eyes
     if not ((0 <= face.mean(axis=0)) & (face.mean(axis=0) <= (width - 1, height - 1))).all():
         return f"the face lies outside of the photo, which is {width}x{height}", eyes
