@@ -318,7 +318,7 @@ class Aligner:
         rows = []
         for i in chosen:
             problem, eyes = judged[i]
-            size = f"{eyes:.1f}" if eyes < 1e6 else ""
+            size = f"{eyes:.1f}" if 0 < eyes < 1e6 else ""
             if problem:
                 rows.append(Row(name, "", "landmarks", problem, len(faces), size))
             elif eyes < options.min_eyes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import fcntl
-import itertools
 import os
 import re
 import sys
 import types
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -590,6 +591,34 @@ def test_mistakes_are_one_line_and_touch_nothing(album: Album, monkeypatch: pyte
     assert not (album.directory / "new").exists() and os.listdir(album.out) == ["mine.txt"]
 
 
+@pytest.mark.parametrize("failure, message", [
+    (OSError(errno.ENOSPC, "No space left on device", "OUT/x.jpg"), "OUT/x.jpg: No space left on device"),
+    (BrokenProcessPool("..."), "a process that aligns has ended .*the same command continues"),
+])
+def test_a_failure_amid_the_work_is_one_line(
+    album: Album, monkeypatch: pytest.MonkeyPatch, failure: Exception, message: str
+) -> None:
+    for name in "ab":
+        album.add(f"{name}.png")
+    album.list.write_text("".join(album.lines))
+    original = align.Aligner.__call__
+
+    def fail(self: align.Aligner, task: align.Task) -> list[Row]:
+        if task.photo == "b.png":
+            raise failure
+        return original(self, task)
+
+    arguments = ["align.py", str(album.photos), str(album.out), "--landmarks", str(album.list), "-j", "0"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--format", "png"])
+    monkeypatch.setattr(align.Aligner, "__call__", fail)
+    with pytest.raises(UserError, match=f"^{message}"):
+        align.main()
+    monkeypatch.undo()
+    before = album.crops()
+    assert [row.status for row in album.align().values()] == ["aligned"] * 2
+    assert before.keys() == {"a.png"} and album.crops()["a.png"] == before["a.png"]
+
+
 def test_no_crop_at_all_is_an_error_with_the_reason(album: Album) -> None:
     album.add("x.png", np.full((5, 2), np.nan))
     with pytest.raises(UserError, match=r"no photo gave a crop: 1 landmarks \(x.png: they are not finite"):
@@ -674,8 +703,3 @@ def test_mtcnn_finds_drawn_faces(album: Album) -> None:
     for i in found:
         eyes = np.linalg.norm(np.diff(draw_photo(0, i)[1][:2], axis=0))
         assert float(rows[f"{i}.png"].eyes) == pytest.approx(eyes, rel=0.35)
-
-
-def test_every_row_of_statuses_is_documented() -> None:
-    for status in itertools.chain(["aligned"], ["no face", "tiny", "landmarks", "unreadable"]):
-        assert status in align.__doc__
