@@ -41,7 +41,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 # The script's own directory is on sys.path, the repository's root is not.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -140,15 +140,12 @@ def align(options: Options) -> None:
     landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, names, photos)
     open_directory(options)
     with open(os.path.join(out, _JOURNAL), "a", **_TEXT) as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"OUT {out}: another process is writing there; wait for it, or give another OUT") from None
+        lock(journal, out)
         for old in glob.glob(os.path.join(glob.escape(out), _TEMPORARY.format("*"))):
             os.unlink(old)
-        rows = [*read_rows(os.path.join(out, TABLE)), *read_rows(journal.name)]
-        done = finished(rows, photos, out)
-        gone = len({row.photo for row in rows if row.crop} - set(names))
+        rows = read_rows(os.path.join(out, TABLE)) | read_rows(journal.name)
+        done = {photo: of_photo for photo, of_photo in rows.items() if is_finished(of_photo, options)}
+        gone = len({photo for photo, of_photo in rows.items() if any(row.crop for row in of_photo)} - set(names))
         table = [row for name in names for row in done.get(name, ())]
         tasks = (Task(name, crop, None if landmarks is None else landmarks.get(name, array("d")))
                  for name, crop in zip(names, crop_names(names)) if name not in done)
@@ -210,10 +207,20 @@ def open_directory(options: Options) -> None:
             changed = ", ".join(name for name in settings if found.get(name) != settings[name]) or "version"
             raise UserError(f"OUT {options.out}: holds crops that were made with other settings ({changed}); give "
                             "another directory, or --force to rename it and align all photos again")
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(out, _JOURNAL), "r+") as journal:
+            lock(journal, out)
         print(f"=> {out} was renamed to {move_aside(out)}", file=sys.stderr)
     require_directory("OUT", out)
     with atomic_write(path) as file:
         file.write(json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def lock(journal: TextIO, out: str) -> None:
+    """Raises UserError if another process has the lock. It ends with the process, or when the file is closed."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"OUT {out}: another process is writing there; wait for it, or give another OUT") from None
 
 
 def crop_names(names: list[str]) -> Iterator[str]:
@@ -225,35 +232,37 @@ def crop_names(names: list[str]) -> Iterator[str]:
         yield name if count[stem] > 1 or re.search(r"\.face\d+$", stem) else stem
 
 
-def read_rows(path: str) -> list[Row]:
-    """The rows of a table or journal. Lines that a kill has damaged are left out."""
-    rows = []
+def read_rows(path: str) -> dict[str, list[Row]]:
+    """{photo: its rows} of a table or journal; of a photo that was aligned again, the later ones.
+
+    Lines that a kill has damaged are left out.
+    """
+    rows: dict[str, list[Row]] = {}
+    previous = None
     with contextlib.suppress(FileNotFoundError, csv.Error), open(path, **_TEXT) as file:
         for cells in csv.reader(line.replace("\0", "") for line in file):
-            if len(cells) == len(Row._fields) and cells[4].isdecimal():
-                photo, crop, status, reason, faces, eyes = cells
-                rows.append(Row(photo, crop, status, reason, int(faces), eyes))
+            if len(cells) != len(Row._fields) or not cells[4].isdecimal():
+                previous = None  # as the empty line with which each run begins
+                continue
+            photo, crop, status, reason, faces, eyes = cells
+            if photo != previous:
+                rows[photo] = []
+            rows[photo].append(Row(photo, crop, status, reason, int(faces), eyes))
+            previous = photo
     return rows
 
 
-def finished(rows: list[Row], photos: str, out: str) -> dict[str, list[Row]]:
-    """The rows of photos that have crops, if all of these are there and none is older than its photo."""
-    found: dict[str, dict[Row, None]] = {}
-    for row in rows:
-        found.setdefault(row.photo, {})[row] = None
-
-    def is_done(row: Row) -> bool:
-        if not row.crop:
-            return True
-        try:
-            crop = os.stat(os.path.join(out, row.crop))
-            # Unlike mtime, ctime is also new for a file that replaced another one.
-            return crop.st_size > 0 and crop.st_mtime_ns >= os.stat(os.path.join(photos, row.photo)).st_ctime_ns
-        except (OSError, ValueError):
-            return False
-
-    return {photo: list(of_photo) for photo, of_photo in found.items()
-            if any(row.crop for row in of_photo) and all(map(is_done, of_photo))}
+def is_finished(rows: list[Row], options: Options) -> bool:
+    """Whether a photo has all of its rows and crops, at least one crop, and none that is older than the photo."""
+    crops = [os.path.join(options.out, row.crop) for row in rows if row.crop]
+    if not crops or len(rows) != (rows[0].faces if options.several == "all" else 1):
+        return False
+    try:
+        # Unlike mtime, ctime is also new for a file that replaced another one.
+        changed = os.stat(os.path.join(options.photos, rows[0].photo)).st_ctime_ns
+        return all(state.st_size > 0 and state.st_mtime_ns >= changed for state in map(os.stat, crops))
+    except (OSError, ValueError):
+        return False
 
 
 def report(options: Options, photos: int, before: int, table: list[Row], gone: int, seconds: float) -> None:

@@ -559,8 +559,27 @@ def test_two_runs_do_not_write_to_one_directory(album: Album) -> None:
     album.align()
     with open(album.out / ".align.partial.csv", "w") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is writing there"):
-            album.align()
+        for options in {}, {"force": True}:
+            with pytest.raises(UserError, match="another process is writing there"):
+                album.align(**options)
+    assert not (album.directory / "out.1").exists()
+
+
+def test_a_photo_that_was_aligned_again_has_one_row(album: Album) -> None:
+    album.add("x.png", face(0.5, 0, (50, 50)), pixels=np.zeros((99, 99, 3), np.uint8))
+    row = album.align()["x.png"]
+    with open(album.out / ".align.partial.csv", "w", newline="") as journal:  # as after a kill, and with a detector
+        csv.writer(journal).writerows([row._replace(eyes="9"), (), row._replace(eyes="12.0")])
+    assert album.align() == {"x.png": row._replace(eyes="12.0")}
+
+
+def test_a_photo_whose_faces_were_not_all_written_is_aligned_again(album: Album) -> None:
+    faces = [face(0.5, 0, (50, 50)), face(0.6, 0, (60, 60))]
+    album.add("x.png", *faces, pixels=np.zeros((99, 99, 3), np.uint8))
+    rows = album.align(several="all")
+    lines = (album.out / "align.csv").read_text().splitlines(keepends=True)
+    (album.out / "align.csv").write_text("".join(lines[:2]))
+    assert album.align(several="all") == rows and len(rows) == 2
 
 
 def test_mistakes_are_one_line_and_touch_nothing(album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
