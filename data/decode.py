@@ -201,7 +201,8 @@ def check_encoded(data: bytes, name: str) -> None:
     width, height = _size_of_image(data, name)
     if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
         size = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
-        raise UserError(f"{name}: the image is {width}x{height}, not {size}; align and resize to {size} first")
+        raise UserError(f"{name}: the image is {width}x{height}, not {size}; align and resize to {size} first "
+                        "(scripts/align.py)")
 
 
 def _size_of_image(data: bytes, name: str) -> tuple[int, int]:
