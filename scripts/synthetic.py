@@ -62,12 +62,7 @@ IRIS_COLOURS = np.array([(58, 34, 20), (112, 74, 36), (104, 116, 60), (88, 140, 
 
 def draw_face(identity: int, image: int, seed: int = 0) -> Image.Image:
     """Picture number `image` of person number `identity`: 112x112 RGB, a function of (seed, identity, image) only."""
-    face = _sample(IDENTITY_FEATURES, np.random.default_rng((seed, 0, identity)))
-    face.skin, face.hair = _on_ramp(SKIN_COLOURS, face.skin_tone), _on_ramp(HAIR_COLOURS, face.hair_tone)
-    face.mouth_y = min(face.nose_tip + face.mouth_gap, face.chin_y - 8)
-    rng = np.random.default_rng((seed, 1, identity, image))
-    view = _sample(IMAGE_NUISANCES, rng)
-    canvas = _Canvas(face, view, rng)
+    face, view, canvas, rng = _pose(identity, image, seed)
     _draw_head(canvas, face, rng)
     _draw_shading(canvas, face, view)
     canvas.soften()
@@ -77,6 +72,52 @@ def draw_face(identity: int, image: int, seed: int = 0) -> Image.Image:
     _draw_fringe(canvas, face)
     _draw_occlusion(canvas, face, rng)
     return _photograph(canvas, view, rng)
+
+
+def draw_photo(identity: int, image: int, seed: int = 0) -> tuple[Image.Image, np.ndarray]:
+    """The picture of draw_face turned, enlarged and somewhere in a larger photo, and the face's landmarks in the photo.
+
+    Landmarks: float (5, 2), as data.align has them. An RGB photo of 240 to 360 pixels a side.
+    """
+    rng = np.random.default_rng((seed, 3, identity, image))
+    size = rng.integers(240, 361, 2)
+    angle, scale = rng.uniform(-0.7, 0.7), rng.uniform(0.8, 1.6)
+    # The camera's axis of y points down, as _rotation's second axis does.
+    turn = scale * _rotation(0, 1, angle, axes=2)
+    margin = 45 * scale  # about from the face's center to its chin
+    center = rng.uniform(margin, size - margin)
+    colours = Image.fromarray(rng.integers(20, 236, (6, 6, 3), dtype=np.uint8))
+    photo = colours.resize(tuple(size.tolist()), Image.Resampling.BICUBIC)
+    # Pillow counts from the corner of the top left pixel, in which its center is (0.5, 0.5).
+    back = np.linalg.inv(turn)
+    a, d, b, e = back.ravel().tolist()
+    c, f = (np.array(FACE_CENTER) - center @ back).tolist()
+    warped, inside = (one.transform(photo.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC)
+                      for one in (draw_face(identity, image, seed), Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 255)))
+    photo.paste(warped, mask=inside)
+    return photo, (find_landmarks(identity, image, seed) + 0.5 - FACE_CENTER) @ turn + center - 0.5
+
+
+def find_landmarks(identity: int, image: int, seed: int = 0) -> np.ndarray:
+    """The landmarks in the picture of draw_face, also those that are covered: float (5, 2), as data.align has them."""
+    face, view, canvas, _ = _pose(identity, image, seed)
+    corner, corner_y = face.mouth_width * (1 + 0.07 * view.smile), face.mouth_y - 1.1 * view.smile
+    points = [(-face.eye_x, face.eye_y), (face.eye_x, face.eye_y), (0, face.nose_tip - 1.5),
+              (-corner, corner_y), (corner, corner_y)]
+    # A pixel of the picture is OVERSAMPLING of the canvas, whose first one has its center at 0.
+    return canvas.project(np.array(points), np.array([0.0, 0, 9, 0, 0])) - (OVERSAMPLING - 1) / (2 * OVERSAMPLING)
+
+
+def _pose(
+    identity: int, image: int, seed: int
+) -> tuple[SimpleNamespace, SimpleNamespace, _Canvas, np.random.Generator]:
+    """The person, what is of this image only, an empty canvas, and the random numbers that remain for the drawing."""
+    face = _sample(IDENTITY_FEATURES, np.random.default_rng((seed, 0, identity)))
+    face.skin, face.hair = _on_ramp(SKIN_COLOURS, face.skin_tone), _on_ramp(HAIR_COLOURS, face.hair_tone)
+    face.mouth_y = min(face.nose_tip + face.mouth_gap, face.chin_y - 8)
+    rng = np.random.default_rng((seed, 1, identity, image))
+    view = _sample(IMAGE_NUISANCES, rng)
+    return face, view, _Canvas(face, view, rng), rng
 
 
 def _sample(ranges: dict[str, tuple[float, float]], rng: np.random.Generator) -> SimpleNamespace:

@@ -9,8 +9,9 @@ import pytest
 from helpers.commands import run
 from PIL import Image
 
+from data.align import TEMPLATE, align_face, similarity_transform
 from scripts.synthesize import sample_pairs, write_identity_set, write_pairs
-from scripts.synthetic import draw_face
+from scripts.synthetic import draw_face, draw_photo, find_landmarks
 from utils.errors import UserError
 
 SMALL = ("--identities", 3, "--images", 4, "--pairs", 12, "--pair-identities", 3)
@@ -100,6 +101,39 @@ def test_synthesize_keeps_its_own_set_and_nothing_else(tmp_path: Path) -> None:
     assert contents(out) == made
     run("scripts/synthesize.py", out, *SMALL, "--seed", 1, "--force")
     assert contents(out).keys() & made.keys() and contents(out) != made
+
+
+def test_landmarks_of_drawings_are_those_of_a_face() -> None:
+    for number in range(20):
+        points = find_landmarks(number, number)
+        transform = similarity_transform(points)
+        aligned = points @ transform[:, :2].T + transform[:, 2]
+        assert np.abs(aligned - TEMPLATE).max() < 16 and ((points > 10) & (points < 102)).all()
+        photo, in_photo = draw_photo(number, number)
+        assert ((in_photo > 0) & (in_photo < photo.size)).all()
+        # The crop is the same, whether the face is aligned before it is put into a photo or after.
+        crops = [align_face(np.asarray(image), at)[26:86, 26:86].astype(int)
+                 for image, at in ((draw_face(number, number), points), (photo, in_photo))]
+        assert np.abs(crops[0] - crops[1]).mean() < 4
+        shifted = align_face(np.asarray(photo), in_photo + 2)[26:86, 26:86].astype(int)
+        assert np.abs(crops[0] - shifted).mean() > 1.3 * np.abs(crops[0] - crops[1]).mean()
+
+
+def test_unaligned_photos_have_landmarks(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    run("scripts/synthesize.py", out, *SMALL, "--unaligned")
+    images = {name for name in contents(out) if name.endswith(".jpg")}
+    landmarks = {name: np.array(numbers, float).reshape(5, 2) for name, *numbers in
+                 map(str.split, (out / "landmarks.txt").read_text().splitlines())}
+    assert landmarks.keys() == images and any(name.startswith("lfw/imgs/") for name in images)
+    photo, points = draw_photo(1, 2)
+    with Image.open(out / "train/000001/002.jpg") as image:
+        assert image.size == photo.size
+    np.testing.assert_allclose(landmarks["train/000001/002.jpg"], points, atol=0.006)
+    assert "already" in run("scripts/synthesize.py", out, *SMALL, "--unaligned")
+    run("scripts/synthesize.py", out, *SMALL, "--force")
+    # As it was before there was this flag, so that older sets are still known.
+    assert "unaligned" not in (out / "synthetic.json").read_text() and not (out / "landmarks.txt").exists()
 
 
 def test_synthesize_touches_no_other_directory(tmp_path: Path) -> None:
