@@ -287,7 +287,10 @@ def _points(one: SetReport) -> str:
         f"{point.accepted:,} of {point.different:,}",
         "[{:.2g}, {:.2g}]".format(*point.far_interval) if point.far_interval else ""]
         if point.threshold is not None else [point.note.partition(":")[0], "", "", ""])] for point in one.points]
-    notes = "".join(f"<li>FAR {point.far:g} {html.escape(point.note)}</li>" for point in one.points if point.note)
+    first: dict[str, OperatingPoint] = {}  # of those that cannot be estimated for the same reason
+    for point in one.points:
+        first.setdefault(point.note.partition(":")[0], point)
+    notes = "".join(f"<li>FAR {point.far:g} {html.escape(point.note)}</li>" for point in first.values() if point.note)
     header = ["FAR asked for", "threshold (cosine)", "TAR", "different pairs above it", "FAR, 95 %"]
     return html.table(header, rows) + (
         f"<ul>{notes}</ul><p>A pair is accepted if its cosine is above the threshold. (The cosine is 1 − distance / "
