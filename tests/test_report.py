@@ -23,6 +23,7 @@ from utils.checkpoint.weights import open_weights, weights_fingerprint
 from utils.errors import UserError
 from utils.evaluation import svg
 from utils.evaluation.calibration import read_calibration
+from utils.evaluation.operating_points import PairScores
 from utils.evaluation.protocol import Result
 from utils.evaluation.report import RunReport, SetReport, _read_set, encode_page, read_json, render, summarise, to_json
 from utils.evaluation.sets import Source, evaluate_set, open_sets
@@ -163,6 +164,8 @@ def test_a_set_without_scores_of_pairs() -> None:
     result = Result(0.5, "", {}, "Rank 1: 0.5", "", {})
     one = summarise("tiny", result, [0.1])
     assert one.describe_points() == "tiny: has no scores of pairs, so no FAR"
+    pairs = PairScores(np.array([0.5, 0.1]), np.array([True, False]), np.array([0, 0]), np.array([0, 1]), "made up")
+    assert summarise("ijb", Result(0.5, "", {}, "", "", {}, scores=lambda: pairs), [0.1]).threshold is None
     assert "Rank 1: 0.5" in Checked(render([RunReport("x", sets=[one])])).text
 
 

@@ -92,14 +92,15 @@ def summarise(name: str, result: Result, fars: Sequence[float]) -> SetReport:
     with contextlib.suppress(UserError):  # nothing to calibrate
         line = fit_logistic(pairs.cosine, pairs.is_same)
         calibration = (*line, calibration_cost(pairs.cosine, pairs.is_same, *line))
+    threshold = result.metrics.get("threshold")  # a squared distance
     text = (f"{same:,} same and {different:,} different pairs of {pairs.num_identities:,} identities (known by "
             f"{pairs.identities}); intervals of 95 % from {pairs.replicates:,} replicates of the identities")
     if pairs.undecidable:
         text += f"; {pairs.undecidable:,} pairs have no usable embedding and count as errors"
     return SetReport(
         name, result.report, text, (same, different), result.metrics.get("accuracy"),
-        result.metrics.get("accuracy_std"), 1 - result.metrics["threshold"] / 2, tuple(verification.points(fars)),
-        verification.curve(), verification.histogram(), calibration, montage)
+        result.metrics.get("accuracy_std"), None if threshold is None else 1 - threshold / 2,
+        tuple(verification.points(fars)), verification.curve(), verification.histogram(), calibration, montage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
