@@ -3,7 +3,7 @@
 
     python3 valid.py --batch-size 1024 -workers 16 --imgs-root data/lfw/imgs --pair-list data/lfw/pair.list \
         --resume checkpoint.pth.tar
-    python3 valid.py --bin lfw.bin,cfp_fp.bin,agedb_30.bin --resume checkpoint.pth.tar --plot roc.png
+    python3 valid.py --bin lfw.bin,cfp_fp.bin,agedb_30.bin --resume checkpoint.pth.tar --plot roc.png --report DIR
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 if __name__ == "__main__":
     from utils.packages import require_packages
@@ -19,16 +19,19 @@ if __name__ == "__main__":
     require_packages()
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models import ANY_TIMM, BACKBONES, build_backbone, check_arch
-from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights
+from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights, weights_fingerprint
 from utils.dist.context import DistContext, describe_gpu, set_matmul
 from utils.errors import UserError, exit_on_user_error, require_printed
 from utils.evaluation import plots
+from utils.evaluation.calibration import calibrate
+from utils.evaluation.operating_points import FARS
 from utils.evaluation.protocol import EvalSet, Result
+from utils.evaluation.report import CONTENT_FILE, PAGE_FILE, describe_run, summarise, write_report
 from utils.evaluation.sets import Source, check_images, evaluate_set, open_sets
-from utils.files import atomic_write, require_writable
+from utils.files import atomic_write, require_directory, require_writable
 from utils.flags import flag, parse_flags
 from utils.launch.plan import NodeFlags, is_first_process, plan_node, warn_of_unused_environment
 from utils.launch.spawn import launch
@@ -66,6 +69,16 @@ class Options(NodeFlags):
                         help="image reading processes; 0 reads in the main process")
     flip: bool = flag("--flip", default=False, section="evaluation",
                       help="sum the embeddings of each image and of its mirror image")
+    far: tuple[float, ...] = flag(
+        "--far", default=(), metavar="FAR,FAR,...", above=0, below=1, section="output",
+        default_text="with --report and --calibration: 0.1, 0.01, ..., 1e-06",
+        help="print the threshold and the true accept rate for each false accept rate, with their intervals of 95 %")
+    report: str | None = flag("--report", metavar="DIR", section="output",
+                              help=f"write {PAGE_FILE} with error rates, scores and the worst errors, and "
+                                   f"{CONTENT_FILE}, of which scripts/report.py makes pages that compare runs")
+    calibration: str | None = flag("--calibration", metavar="FILE", section="output",
+                                   help="fit the probability that a pair is of one person on the set, and write it "
+                                        "with the thresholds of --far, for embed.py --calibration")
     json: str | None = flag("--json", metavar="FILE", section="output", help="write the results with their ROC curves; "
                             'for several sets as {"sets": {name: result}}')
     plot: str | None = flag("--plot", metavar="FILE", section="output",
@@ -86,6 +99,10 @@ def main() -> None:
     for name, path in output_files(options).items():
         # A result replaces an older one.
         require_writable(name, path, force=True, inputs=filter(None, [options.resume, options.pair_list, *options.bin]))
+    if options.report is not None:
+        require_directory("--report", options.report)
+    if options.calibration is not None and len(sets) > 1:
+        raise UserError(f"--calibration {options.calibration}: is fitted on one set; give one instead of {len(sets)}")
     if options.resume and plan.launcher != "single":
         # reports unusable weights before processes are started
         open_weights(options.resume, options.arch, channel_order=options.channel_order)
@@ -105,7 +122,11 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
     """Collective. Embed and score the sets; rank 0 prints the results and writes the files."""
     if context.device.type == "cpu":
         keep_freed_memory()
-    backbone, source, mean_face = load(options)
+    backbone, source, weights = load(options)
+    mean_face = weights.mean_face if weights is not None else None
+    model = source + (", with mirrored images" if options.flip else "")
+    run = describe_run(os.path.dirname(os.path.abspath(options.resume)) if options.resume else None, model,
+                       weights.settings if weights is not None else {}) if context.is_main and options.report else None
     if context.is_main:
         processes = f"{context.world_size} processes, each " if context.world_size > 1 else ""
         device = (f"cuda ({describe_gpu(context.device)})" if context.device.type == "cuda"
@@ -126,8 +147,24 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
         print(f"=> {name}: {result.details}")
     for name, result in results.items():
         print((f"{name}\n" if len(results) > 1 else "") + result.report)
+    reports = [summarise(name, result, options.far or FARS) for name, result in results.items()
+               ] if options.far or options.report or options.calibration else []
+    for one in reports if options.far or options.calibration else ():
+        print((f"{one.name}\n" if len(reports) > 1 else "") + one.describe_points())
     for name, path in output_files(options).items():
-        write(name, path, results)
+        if name != "--calibration":
+            write(name, path, results)
+    try:
+        if options.report is not None and run is not None:
+            write_report(options.report, replace(run, sets=reports))
+            print(f"=> {os.path.join(options.report, PAGE_FILE)}")
+        if options.calibration is not None:
+            (name, result), = results.items()
+            fitted = calibrate(name, result, reports[0].points, weights_fingerprint(backbone), options.flip)
+            fitted.write(options.calibration)
+            print(f"=> {options.calibration}: for embed.py --calibration; C_llr {fitted.cost:.3f} bits")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror or error})") from None
     require_printed()
 
 
@@ -148,11 +185,11 @@ def write(name: str, path: str, results: dict[str, Result]) -> None:
         raise UserError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
 
 
-def load(options: Options) -> tuple[nn.Module, str, Tensor | None]:
-    """The backbone, what it is in words, and the mean face that it was trained on, if known. Raises UserError."""
+def load(options: Options) -> tuple[nn.Module, str, Weights | None]:
+    """The backbone, what it is in words, and the rest of its file, if there is one. Raises UserError."""
     if options.resume:
         weights = open_weights(options.resume, options.arch, channel_order=options.channel_order)
-        return weights.backbone, weights.describe(options.resume), weights.mean_face
+        return weights.backbone, weights.describe(options.resume), weights
     assert options.arch is not None
     torch.manual_seed(options.seed or 0)
     return build_backbone(options.arch), f"untrained {options.arch}, seed {options.seed or 0}", None
@@ -160,7 +197,8 @@ def load(options: Options) -> tuple[nn.Module, str, Tensor | None]:
 
 def output_files(options: Options) -> dict[str, str]:
     """{flag: path} of the files to write."""
-    paths = {"--json": options.json, "--plot": options.plot, "--montage": options.montage}
+    paths = {"--json": options.json, "--plot": options.plot, "--montage": options.montage,
+             "--calibration": options.calibration}
     return {name: path for name, path in paths.items() if path is not None}
 
 

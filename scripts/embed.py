@@ -2,7 +2,7 @@
 """Face images -> L2-normalised embeddings; two images -> their similarity.
 
     python3 scripts/embed.py --resume checkpoint.pth.tar IMAGE_OR_DIR [IMAGE_OR_DIR ...] --output embeddings.npy
-    python3 scripts/embed.py --resume checkpoint.pth.tar IMAGE IMAGE
+    python3 scripts/embed.py --resume checkpoint.pth.tar IMAGE IMAGE [--calibration FILE]
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ import torch
 from data.decode import read_image  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS, describe_files, is_image, unused_extension  # noqa: E402
 from models import check_arch  # noqa: E402
-from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights  # noqa: E402
+from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights, weights_fingerprint  # noqa: E402
 from utils.dist.context import DistContext, MatmulFlag, check_gpus, choose_device, choose_matmul, set_matmul  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from utils.evaluation.calibration import read_calibration  # noqa: E402
 from utils.evaluation.embed import embed_images  # noqa: E402
 from utils.files import atomic_write, require_writable  # noqa: E402
 from utils.flags import add_flags, check_values, flag, flags_of  # noqa: E402
@@ -57,6 +58,10 @@ class Options(MatmulFlag):
     device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"),
                        help="auto: the GPU if there is one")
     flip: bool = flag("--flip", default=False, help="sum the embeddings of each image and of its mirror image")
+    calibration: str | None = flag(
+        "--calibration", metavar="FILE",
+        help="what valid.py --calibration fitted with these weights: print the probability that two images show one "
+             "person, and whether they are accepted at each false accept rate")
     print_freq: int = flag("-p", "--print-freq", default=100, metavar="N", at_least=1,
                            help="batches between reports if the output is not a terminal")
 
@@ -87,7 +92,14 @@ def main() -> None:
     if output is None and not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):
         raise UserError("--output is missing: give the .npy file to write, or two image files to compare")
 
+    calibration = read_calibration(options.calibration, "--calibration") if options.calibration else None
     weights = open_weights(options.resume, options.arch, channel_order=options.channel_order)
+    if calibration is not None and calibration.weights != weights_fingerprint(weights.backbone):
+        raise UserError(f"--calibration {options.calibration}: was fitted with other weights than those of "
+                        f"{options.resume}; fit it again with valid.py --calibration")
+    if calibration is not None and calibration.flip != options.flip:
+        raise UserError(f"--calibration {options.calibration}: was fitted {'with' if calibration.flip else 'without'} "
+                        f"--flip; {'add' if calibration.flip else 'drop'} the flag")
     if weights.channel_order != "rgb":
         print(weights.describe(options.resume), flush=True)
     embeddings = embed_images(
@@ -99,8 +111,16 @@ def main() -> None:
             if not embedding.any():
                 raise UserError(f"{path}: its embedding is zero, NaN or infinite, so there is no similarity")
         first, second = embeddings.astype(np.float64)
-        print(f"cosine similarity: {first @ second:.6f}")
+        cosine = float(first @ second)
+        print(f"cosine similarity: {cosine:.6f}")
         print(f"L2 distance squared: {np.sum((first - second) ** 2):.6f}")  # 2 - 2 cos
+        if calibration is not None:
+            print(f"probability of one person: {calibration.probability(cosine):.6f} (calibrated on {calibration.set}, "
+                  "if one person was as likely as two)")
+            for far, threshold, interval in calibration.thresholds:
+                within = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+                print(f"FAR {far:g}: {'accepted' if cosine > threshold else 'rejected'} (threshold "
+                      f"{threshold:.4f}{within})")
         return
     try:
         with atomic_write(output) as file, atomic_write(list_path(output)) as list_file:
@@ -161,6 +181,9 @@ def parse_options(argv: list[str] | None = None) -> Options:
     if options.arch:
         check_arch(options.arch)
     if options.output is not None:
+        if options.calibration is not None:
+            raise UserError(f"--calibration {options.calibration}: is for the similarity of two images; drop it, or "
+                            "--output")
         if not options.output.endswith(".npy"):
             raise UserError(f"--output {options.output}: the name must end in .npy; the paths go beside it as .txt")
         for path in (options.output, list_path(options.output)):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any
 
 # Python puts the script's own directory on sys.path instead of the repository's root.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -24,6 +23,7 @@ import numpy as np
 
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation import plots  # noqa: E402
+from utils.evaluation.curves import read_metrics, smooth  # noqa: E402
 from utils.evaluation.protocol import RocCurve  # noqa: E402
 from utils.files import require_writable  # noqa: E402
 
@@ -49,31 +49,6 @@ def main() -> None:
     print(f"=> {options.output}")
 
 
-def read_metrics(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(lines of steps, lines of evaluations) of a metrics.jsonl. Ignores an incomplete last line. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise UserError(f"--metrics {path}: {error.strerror}") from None
-    steps, evaluations = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if "val" in row:
-                accuracies = {name: float(result["accuracy"]) for name, result in row["val"].items()}
-                evaluations.append({"step": int(row["step"]), "accuracy": accuracies})
-            else:
-                loss = np.nan if row["loss"] is None else float(row["loss"])  # null stands for inf or NaN
-                steps.append({**row, "step": int(row["step"]), "loss": loss, "lr": float(row["lr"])})
-        except (ValueError, TypeError, KeyError, AttributeError):
-            if number < len(lines):
-                raise UserError(f"--metrics {path}: line {number} has no step, loss and lr: {line[:60]}") from None
-    if not steps:
-        raise UserError(f"--metrics {path}: contains no complete line")
-    return steps, evaluations
-
-
 def roc_path(argument: str) -> str:
     """The file in `FILE` or `FILE=LABEL`."""
     return argument if os.path.exists(argument) else argument.partition("=")[0]
@@ -95,20 +70,9 @@ def read_roc(argument: str) -> list[RocCurve]:
         raise UserError(f"--roc {path}: not a result of valid.py --json") from None
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean of the finite values in a window, which is shorter at both ends: as long as `values`."""
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    places = np.arange(len(values))
-    first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
-    with np.errstate(invalid="ignore"):  # NaN for a window without a finite value
-        return (sums[last] - sums[first]) / (counts[last] - counts[first])
-
-
 def plot_metrics(path: str, output: str) -> None:
     """Draw loss, accuracies and learning rate over the steps of the run in `path`. Raises UserError."""
-    rows, evaluations = read_metrics(path)
+    rows, evaluations = read_metrics(path, "--metrics ")
     step, loss, lr = (np.array([row[name] for row in rows]) for name in ("step", "loss", "lr"))
     window = max(len(rows) // 25, 1)
     smoothed = smooth(loss, window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 import torch
 from helpers.commands import ROOT, run
 from helpers.exported import NAMES, SHARDED, backbone_of, centers, export, export_to, make_checkpoint, save
+from torch import nn
 
-from utils.checkpoint.weights import Weights, open_weights
+from data.augment import prepare_batch
+from data.decode import read_image
+from scripts.synthetic import draw_face
+from utils.checkpoint.weights import Weights, open_weights, weights_fingerprint
 from utils.dist.sharding import ClassShard
 from utils.errors import UserError
 
@@ -59,7 +64,9 @@ def test_insightface_and_safetensors_files(checkpoint, safetensors_file, tmp_pat
 
 
 def assert_same_backbone(path: Path, expected: Path) -> None:
-    assert open_weights(str(path)).arch == open_weights(str(expected)).arch
+    opened = [open_weights(str(file)) for file in (path, expected)]
+    assert opened[0].arch == opened[1].arch
+    assert len({weights_fingerprint(weights.backbone) for weights in opened}) == 1
     found = backbone_of(path)
     for name, tensor in backbone_of(expected).items():
         assert torch.equal(found[name], tensor), name
@@ -83,12 +90,94 @@ def test_onnx_file(checkpoint, tmp_path, monkeypatch, capsys):
     written = path.read_bytes()
     with torch.no_grad():
         next(backbone.parameters()).mul_(1.5)
-    monkeypatch.setattr(export, "export_onnx", lambda _, temporary: Path(temporary).write_bytes(written))
+    monkeypatch.setattr(export, "export_onnx", lambda _, temporary, example: Path(temporary).write_bytes(written))
     weights = Weights(backbone, "mobilefacenet", 0, None, None)
     monkeypatch.setattr(export, "open_weights", lambda *_, **__: weights)
     with pytest.raises(UserError, match="onnxruntime's embeddings differ from PyTorch's"):
         export_to(checkpoint, "onnx", tmp_path / "wrong.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["backbone.onnx"]
+
+
+def options(*flags: str) -> export.Options:
+    return export.parse_options(["--resume", "x", "--format", "onnx", "--output", "x.onnx", *flags])
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8"])
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_the_exported_network_takes_and_gives(kind, order, normalize):
+    """By hand: the network gets what data.augment.prepare_batch gives, whatever the form of its input."""
+    images = torch.randint(256, (3, 3, 112, 112), dtype=torch.uint8)
+    seen = []
+
+    class Backbone(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x.mean((2, 3)) * 7
+
+    chosen = options("--input", kind, "--input-order", order, *["--normalize"] * normalize)
+    given = export.to_input(images, chosen)
+    assert given.shape == ((3, 112, 112, 3) if kind == "uint8" else (3, 3, 112, 112)) and given.is_contiguous()
+    assert given.dtype == (torch.uint8 if kind == "uint8" else torch.float32)
+    blue = given[..., 0] if kind == "uint8" else given[:, 0] * 127.5 + 127.5  # of BGR images the first channel
+    torch.testing.assert_close(blue.float(), images[:, 2 if order == "bgr" else 0].float(), rtol=0, atol=1e-4)
+    embeddings = export.deployed(Backbone(), chosen)(given)
+    torch.testing.assert_close(seen[0], prepare_batch(images, torch.float32), rtol=0, atol=1e-6)
+    expected = prepare_batch(images, torch.float64).mean((2, 3)) * 7
+    if normalize:
+        expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(embeddings.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_for_deployment(checkpoint, tmp_path, monkeypatch, capsys):
+    """uint8 BGR in, embeddings of length 1 out; and the same in int8, calibrated on drawn faces."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    faces, lines = tmp_path / "faces", []
+    for person in range(6):
+        (faces / str(person)).mkdir(parents=True)
+        for number in range(4):
+            draw_face(person, number).save(faces / str(person) / f"{number}.png")
+        lines += [f"{person}/0.png {person}/1.png 1", f"{person}/2.png {(person + 1) % 6}/3.png 0"]
+    (tmp_path / "pair.list").write_text("\n".join(lines))
+    flags = ["--input", "uint8", "--input-order", "bgr", "--normalize"]
+    kept = []
+
+    def keep(source, *arguments):
+        kept.append(Path(source).read_bytes())
+        quantize(source, *arguments)
+
+    quantize = export.quantize_onnx
+    monkeypatch.setattr(export, "quantize_onnx", keep)
+    path = export_to(checkpoint, "onnx", tmp_path / "int8.onnx", *flags, "--int8", str(faces), "--pair-list",
+                     str(tmp_path / "pair.list"), "--imgs-root", str(faces))
+    output = capsys.readouterr().out
+    assert "calibrated on 24 images" in output and re.search(r"accuracy +\d\.\d{4} +\d\.\d{4}\n", output)
+    cosines = re.search(r"both embeddings of 24 images: mean (\d\.\d{4}), least (\d\.\d{4})", output)
+
+    backbone = open_weights(str(checkpoint)).backbone
+    images = torch.stack([read_image(str(file)) for file in sorted(faces.rglob("*.png"))])
+    with torch.inference_mode():
+        expected = nn.functional.normalize(backbone(prepare_batch(images, torch.float32))).numpy()
+    found = []
+    for content in (kept[0], path.read_bytes()):
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        (network_input,), (network_output,) = session.get_inputs(), session.get_outputs()
+        assert (network_input.type, network_input.shape[1:]) == ("tensor(uint8)", [112, 112, 3])
+        assert (network_input.name, network_output.name) == ("input", "embedding")
+        bgr = np.ascontiguousarray(images.numpy()[:, ::-1].transpose(0, 2, 3, 1))
+        found.append(session.run(None, {"input": bgr})[0])
+    np.testing.assert_allclose(found[0], expected, atol=2e-5)
+    for embeddings in found:
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    cosine = np.sum(found[0] * found[1], axis=1)
+    assert cosine.min() > 0.95  # random weights lose more than trained ones
+    np.testing.assert_allclose([cosine.mean(), cosine.min()], [float(cosines[1]), float(cosines[2])], atol=2e-4)
+    assert path.stat().st_size < 0.45 * len(kept[0])  # a quarter, and the scales
+
+    with pytest.raises(UserError, match="--int8 .*nowhere: no such directory"):
+        export_to(checkpoint, "onnx", tmp_path / "x.onnx", "--int8", str(tmp_path / "nowhere"))
 
 
 def data_bytes() -> int:
@@ -129,6 +218,16 @@ def test_no_process_holds_the_classifier(pools, tmp_path):
     (["--resume", "x", "--format", "safetensors", "--output", "x.pth"], "ends in .safetensors"),
     (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "--centers"], "--centers with --format onnx"),
     (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "-a", "vgg"], "--arch vgg is unknown"),
+    (["--resume", "x", "--format", "insightface", "--output", "x", "--input", "uint8"], "--input with --format"),
+    (["--resume", "x", "--format", "insightface", "--output", "x", "--input-order", "bgr"], "--input-order with"),
+    (["--resume", "x", "--format", "safetensors", "--output", "x", "--normalize"], "--normalize with --format safeten"),
+    (["--resume", "x", "--format", "torchshard", "--output", "x", "--int8", "d"], "--int8 with --format torchshard"),
+    (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "--input", "int4"], "--input int4: choose one of"),
+    (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "--pair-list", "p"], "p: .* without --int8"),
+    (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "--int8", "d", "--pair-list", "p"],
+     "--pair-list p: has no effect without --imgs-root"),
+    (["--resume", "x", "--format", "onnx", "--output", "x.onnx", "--imgs-root", "d"],
+     "--imgs-root d: has no effect without --pair-list"),
     (["--resume", "x", "--format", "tflite", "--output", "x"], "--format tflite: choose one of"),
 ])
 def test_mistakes_on_the_command_line(arguments, words):

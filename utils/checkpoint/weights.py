@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Weights:
     averaged: the backbone has the average of the run's weights (--ema).
     channel_order: of the images that the network in the file takes.
     order_is_assumed: the names of the weights suggest channel_order, and nothing says so.
+    settings: of the file's run, by option; {} in files of other programs.
     """
 
     backbone: nn.Module
@@ -65,6 +67,7 @@ class Weights:
     averaged: bool = False
     channel_order: str = "rgb"
     order_is_assumed: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self, path: str) -> str:
         """Words for the log: "iresnet50 of checkpoint.pth.tar"."""
@@ -154,7 +157,22 @@ def open_weights(
         mean_face = None  # of an older version, or another program's
     return Weights(backbone, found, epoch if isinstance(epoch, int) else 0, centers, identities, mean_face,
                    sub_centers if centers is not None else 1, averaged, order,
-                   channel_order is None and said not in CHANNEL_ORDERS)
+                   channel_order is None and said not in CHANNEL_ORDERS, settings_in(content))
+
+
+def settings_in(content: Any) -> Mapping[str, Any]:
+    """The settings of the run that wrote a checkpoint, from its contents; {} if it has none."""
+    settings = content.get("options") if isinstance(content, Mapping) else None
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def weights_fingerprint(backbone: nn.Module) -> str:
+    """16 hexadecimal digits that depend on each weight and statistic, by name, and not on the file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        if not name.endswith(".num_batches_tracked"):  # not every file has these counters
+            digest.update(name.encode() + b"\0" + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _unwrap(content: Any) -> Any:

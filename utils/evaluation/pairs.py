@@ -14,6 +14,7 @@ from data.insightface_bin import PairBin
 from data.pairs import PairImages, PairList, PairSet
 from utils.errors import UserError
 from utils.evaluation.lfw import TARGET_FAR, evaluate_distances, squared_distance, usable_folds
+from utils.evaluation.operating_points import PairScores
 from utils.evaluation.plots import MONTAGE_COLUMNS
 from utils.evaluation.protocol import MontageSection, Result, RocCurve
 
@@ -53,7 +54,14 @@ class PairEvalSet:
             json=result.to_json_dict(),
             curves=[RocCurve(self.name, result.fpr, result.tpr, result.accuracy, result.auc)],
             montage=lambda: self.montage(distance, result.threshold),
+            scores=lambda: self.scores(distance),
         )
+
+    def scores(self, distance: np.ndarray) -> PairScores:
+        """The cosines of the pairs' embeddings, and whose images they are. distance: as for `montage`."""
+        pairs = self.pairs
+        identity, how = identities_of(pairs)
+        return PairScores(1 - distance / 2, pairs.is_same, identity[pairs.index1], identity[pairs.index2], how)
 
     def _warn(self, embeddings: np.ndarray, far: float) -> None:
         """Print what makes the numbers doubtful to stderr."""
@@ -90,6 +98,30 @@ class PairEvalSet:
                 (images[pairs.index1[p]][0].numpy(), images[pairs.index2[p]][0].numpy(),
                  f"pair {p + 1}: distance {distance[p]:.3f}") for p in worst]))
         return sections
+
+
+def identities_of(pairs: PairSet) -> tuple[np.ndarray, str]:
+    """(the number of each image's identity, int64 (U,); how they are known).
+
+    Images that same pairs join, directly or through others, are of one identity. Images of a directory are too, unless
+    a different pair has both its images in one: then the directories are no identities.
+    """
+    group, how = np.arange(pairs.num_images), "images that same pairs join"
+    if isinstance(pairs, PairList):
+        directories = [os.path.dirname(path) for path in pairs.paths]
+        number = np.array([*map({name: i for i, name in enumerate(dict.fromkeys(directories))}.get, directories)])
+        if not np.any(~pairs.is_same & (number[pairs.index1] == number[pairs.index2])):
+            group, how = number, "the images' directories"
+    first, second = group[pairs.index1][pairs.is_same], group[pairs.index2][pairs.is_same]
+    label = np.arange(group.max() + 1)  # of each group: the smallest that is known to be the same person
+    while True:
+        smaller = label.copy()
+        np.minimum.at(smaller, label[first], label[second])
+        np.minimum.at(smaller, label[second], label[first])
+        smaller = smaller[smaller]
+        if np.array_equal(smaller, label):
+            return label[group], how
+        label = smaller
 
 
 def open_pair_list(

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from utils.evaluation.operating_points import PairScores
+
 
 @dataclass(frozen=True)
 class RocCurve:
@@ -44,6 +46,7 @@ class Result:
     json: dict[str, Any]  # what `valid.py --json` writes; strict JSON only
     curves: Sequence[RocCurve] = ()  # for `valid.py --plot`
     montage: Callable[[], list[MontageSection]] | None = None  # decodes the worst errors, for `valid.py --montage`
+    scores: Callable[[], PairScores] | None = None  # of sets of pairs, for `valid.py --far` and what needs it
 
 
 class Images(Protocol):

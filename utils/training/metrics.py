@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from utils.dist.collectives import all_gather_rows
 from utils.dist.context import DistContext
+from utils.evaluation.curves import METRICS_FILE
 from utils.files import LogFile, atomic_write, move_aside
 from utils.training.guard import StepLoss
 
-METRICS_FILE, TENSORBOARD_DIRECTORY = "metrics.jsonl", "tensorboard"
+TENSORBOARD_DIRECTORY = "tensorboard"
 
 
 class TrainingLog:
