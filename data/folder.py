@@ -27,7 +27,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -146,6 +146,21 @@ class FaceFolder(TrainingSet):
     def path(self, i: int) -> str:
         """The file of image i."""
         return self._path(self._position(i))
+
+    def image_names(self, indices: np.ndarray) -> list[str]:
+        return [self.path(i)[len(self.root) + 1 :] for i in indices.tolist()]
+
+    def find_images(self, names: Sequence[str]) -> np.ndarray:
+        positions, wanted = np.full(len(names), -1), dict[str, list[int]]()
+        for k, name in enumerate(names):
+            wanted.setdefault(name.partition("/")[0], []).append(k)
+        for d, directory in enumerate(self._directories):
+            if directory in wanted:
+                there = {self._path(position)[len(self.root) + 1 :]: position
+                         for position in range(self._first_image[d], self._first_image[d + 1])}
+                for k in wanted[directory]:
+                    positions[k] = there.get(names[k], -1)
+        return positions
 
     def _count(self) -> int:
         return len(self._name_ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from data.exclude import ExcludingSet, read_exclusions
 from data.folder import FaceFolder
 from data.recordio import RecordIODataset
 from data.training_set import TrainingSet
@@ -15,13 +16,14 @@ FORMATS: dict[str, type[TrainingSet]] = {"recordio": RecordIODataset, "folder": 
 
 
 def open_training_set(
-    path: str, *, index: str, skip_bad: bool, progress: bool, identities: str | None = None
+    path: str, *, index: str, skip_bad: bool, progress: bool, identities: str | None = None, exclude: str | None = None
 ) -> TrainingSet:
     """Open the training data at `path`, whatever its format, and check the headers of all images.
 
     path: of one set; or of several, with commas between them, unless there is something of just this name.
     index: where to keep what a scan finds (--index: auto, none or a file; for several sets, as many files).
     identities: of several sets, "separate" (as None) or "shared", as in data.union.
+    exclude: a file of what to leave out (--exclude), as in data.exclude.
     skip_bad: drop bad images instead of raising an error (--skip-bad-images).
     progress: report on stderr; one process of a run does that.
 
@@ -39,6 +41,8 @@ def open_training_set(
         raise UserError(f"{path}: names no training set before or after a comma; write DIR1,DIR2 without blanks")
     sets = [_open_one(path, index, progress) for path, index in zip(paths, indices)]
     dataset = sets[0] if len(sets) == 1 else UnionSet(sets, identities or "separate")
+    if exclude is not None:
+        dataset = ExcludingSet(dataset, read_exclusions(exclude))
     dataset.check_headers(skip_bad, progress)
     return dataset
 

@@ -21,6 +21,7 @@ import sys
 import weakref
 from array import array
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,53 @@ class RecordIODataset(TrainingSet):
     def keys(self) -> np.ndarray:
         """int64 (len,): the images' keys in the .idx, ascending; computed on each access."""
         return np.delete(self._cache["keys"].astype(np.int64), self._dropped)
+
+    def image_names(self, indices: np.ndarray) -> list[str]:
+        """The lines of train.files.txt; without that file `<identity>/<key>`."""
+        positions = np.array([self._position(i) for i in indices.tolist()], np.int64)
+        if listed := self._listed_files():
+            names = dict.fromkeys(positions.tolist(), "")
+            for position, name in enumerate(self._read_files(listed)):
+                if position in names:
+                    names[position] = name
+            return [names[position] for position in positions.tolist()]
+        return [self._key_name(position) for position in positions.tolist()]
+
+    def find_images(self, names: Sequence[str]) -> np.ndarray:
+        positions = np.full(len(names), -1)
+        if listed := self._listed_files():
+            wanted = set(names)
+            there = {name: position for position, name in enumerate(self._read_files(listed)) if name in wanted}
+            return np.array([there.get(name, -1) for name in names], np.int64)
+        keys = self._cache["keys"]
+        for k, name in enumerate(names):
+            key = name.rpartition("/")[2]
+            if key.isascii() and key.isdigit() and len(key) <= 10:
+                position = int(np.searchsorted(keys, int(key)))
+                if position < len(keys) and self._key_name(position) == name:
+                    positions[k] = position
+        return positions
+
+    def _key_name(self, position: int) -> str:
+        return f"{self.identities[self._label(position)]}/{int(self._cache['keys'][position])}"
+
+    def _listed_files(self) -> str | None:
+        path = _beside(self.root, ".files.txt")
+        return path if os.path.exists(path) else None
+
+    def _read_files(self, path: str) -> Iterator[str]:
+        """The lines of train.files.txt, one for each image by position. Raises UserError."""
+        count = 0
+        try:
+            with open_bounded(path, 1024 * (self._count() + 1)) as file:
+                for line in file:
+                    count += 1
+                    yield os.fsdecode(line.rstrip(b"\n"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if count != self._count():
+            raise UserError(f"{path}: must have a line for each of the package's {self._count()} images; fetch it "
+                            "again, or remove it")
 
     def _count(self) -> int:
         return len(self._cache["labels"])

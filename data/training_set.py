@@ -64,6 +64,18 @@ class TrainingSet(Dataset, ABC):
     def _find_bad(self, progress: bool) -> tuple[np.ndarray, str]:
         """(sorted positions of images whose headers are bad, what is wrong with the first of them)."""
 
+    @abstractmethod
+    def image_names(self, indices: np.ndarray) -> list[str]:
+        """`<identity>/<file>`, or what the format has in place of files, of the images with these indices."""
+
+    @abstractmethod
+    def find_images(self, names: Sequence[str]) -> np.ndarray:
+        """int64 (len(names),): the position of each image that image_names calls so; -1: there is none."""
+
+    def drop(self, positions: np.ndarray) -> None:
+        """Leave out the images at these positions, int64, for good."""
+        self._dropped = np.union1d(self._dropped, positions)
+
     def __len__(self) -> int:
         return self._count() - len(self._dropped)
 
@@ -127,7 +139,7 @@ class TrainingSet(Dataset, ABC):
             raise UserError(f"{first_error} ({count}; --skip-bad-images trains without them)")
         if len(bad) == total:
             raise UserError(f"{self.root}: no image can be used; the first error: {first_error}")
-        self._dropped = np.union1d(self._dropped, bad)
+        self.drop(bad)
         if progress:
             empty = len(self.identities) - len(np.unique(self.labels))
             note = f"; identities without images, which keep their labels: {empty}" if empty else ""

@@ -77,6 +77,34 @@ class UnionSet(TrainingSet):
         digest.update(json.dumps([zlib.crc32(labels.data) for labels in self._label_of]).encode())
         return f"{type(self).__name__}({formats}):{digest.hexdigest()}"
 
+    def image_names(self, indices: np.ndarray) -> list[str]:
+        """NUMBER/name, with the number of the set, from 1, and the image's name there."""
+        places = [self._place(i) for i in indices.tolist()]
+        names = [""] * len(places)
+        for number, dataset in enumerate(self.sets):
+            own = [k for k, (found, _) in enumerate(places) if found == number]
+            for k, name in zip(own, dataset.image_names(np.array([places[k][1] for k in own], np.int64))):
+                names[k] = f"{number + 1}/{name}"
+        return names
+
+    def find_images(self, names: Sequence[str]) -> np.ndarray:
+        positions, total = np.full(len(names), -1), 0
+        for number, dataset in enumerate(self.sets, 1):
+            own = [k for k, name in enumerate(names) if name.startswith(f"{number}/")]
+            found = dataset.find_images([names[k].partition("/")[2] for k in own])
+            positions[own] = np.where(found >= 0, found + total, -1)
+            total += dataset._count()
+        return positions
+
+    def drop(self, positions: np.ndarray) -> None:
+        """positions: among all images of the sets."""
+        total = 0
+        for dataset in self.sets:
+            count = dataset._count()
+            dataset.drop(positions[(positions >= total) & (positions < total + count)] - total)
+            total += count
+        self._count_images()
+
     def _count_images(self) -> None:
         self._starts = [0, *itertools.accumulate(len(dataset) for dataset in self.sets)]
 

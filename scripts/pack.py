@@ -45,11 +45,13 @@ if __name__ == "__main__":
 import numpy as np
 
 from data.decode import IMAGE_SIZE, check_encoded, decode_image, read_bytes  # noqa: E402
+from data.exclude import ExcludingSet, read_exclusions  # noqa: E402
 from data.folder import FaceFolder  # noqa: E402
 from data.pairs import PairList  # noqa: E402
 from data.progress import progress_bar  # noqa: E402
 from data.record_format import MAX_CLASSES, image_record, labels_record  # noqa: E402
 from data.recordio import RecordIODataset  # noqa: E402
+from data.training_set import TrainingSet  # noqa: E402
 from utils.errors import Parser, UserError, exit_on_user_error  # noqa: E402
 from utils.files import atomic_write, flush, flush_directory, move_aside, open_bounded, require_writable  # noqa: E402
 
@@ -92,6 +94,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             sub.add_argument("source", metavar=source, help="what main.py would train on")
             sub.add_argument("--skip-bad-images", action="store_true",
                              help="leave out images that cannot be read, or are not 112x112, instead of stopping")
+            sub.add_argument("--exclude", metavar="FILE",
+                             help="leave out and merge what its lines name, as main.py does (see data/exclude.py); the "
+                                  "images of a merged identity become IDENTITY.IMAGE")
         else:
             sub.add_argument("--imgs-root", required=True, metavar="DIR", help="the directory of the pairs' images")
             sub.add_argument("--pair-list", required=True, metavar="FILE",
@@ -105,7 +110,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pack_rec(options: argparse.Namespace) -> str:
     """An image folder -> train.rec and what belongs to it."""
-    folder = FaceFolder(options.source, progress=True)
+    folder = _exclude(FaceFolder(options.source, progress=True), options.exclude)
     if len(folder.identities) > MAX_CLASSES:
         raise UserError(f"{folder.root}: has {len(folder.identities)} identities; a package, whose labels are float32, "
                         f"holds at most {MAX_CLASSES}")
@@ -117,7 +122,7 @@ def pack_rec(options: argparse.Namespace) -> str:
         _refuse_existing(rec, options.force)  # again: another process may have finished it before we had the lock
         package.resume(folder)
         _add_images(package, folder, options.skip_bad_images)
-        used = np.delete(np.arange(len(folder)), package.skipped)
+        used = np.delete(_by_identity(folder), package.skipped)
         if not len(used):
             raise UserError(f"{folder.root}: no image can be used")
         ends = np.searchsorted(folder.labels[used], np.arange(len(folder.identities)), side="right") + 1
@@ -134,25 +139,55 @@ def pack_rec(options: argparse.Namespace) -> str:
     return f"{len(used):,} images of {len(ends):,} identities{skipped}, {os.path.getsize(rec) / 1e6:,.1f} MB"
 
 
-def _name(folder: FaceFolder, i: int) -> str:
-    return folder.path(i)[len(folder.root) + 1 :]  # <identity>/<file>
+def _exclude(dataset: TrainingSet, path: str | None) -> TrainingSet:
+    return dataset if path is None else ExcludingSet(dataset, read_exclusions(path))
 
 
-def _digest(folder: FaceFolder) -> str:
-    """A hash of the directory and of all image names."""
+def _path(folder: TrainingSet, i: int) -> str:
+    return f"{folder.root}/{folder.image_names(np.array([i]))[0]}"
+
+
+def _name(folder: TrainingSet, i: int) -> str:
+    """<identity>/<file> in the package."""
+    return _merged_name(folder, folder.image_names(np.array([i]))[0])
+
+
+def _merged_name(dataset: TrainingSet, name: str, width: int = 0) -> str:
+    """`name` below the identity that its own is merged into. width: of identities that are numbers in the name."""
+    identity, _, file = name.partition("/")
+    merged = dataset.merged if isinstance(dataset, ExcludingSet) else {}
+    target = next((merged[own] for own in (identity, str(int(identity)) if width else identity) if own in merged), None)
+    return name if target is None else f"{target.zfill(width)}/{identity}.{file}"
+
+
+def _by_identity(folder: TrainingSet) -> np.ndarray:
+    """int64 (images,): the images in the order of the package, that of their labels."""
+    return np.argsort(folder.labels, kind="stable")
+
+
+def _digest(folder: TrainingSet) -> str:
+    """A hash of the directory and of all image names. Raises UserError for names that a package cannot keep."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(folder.root)))
-    for i in range(len(folder)):
+    identity, of_identity = "", set[str]()
+    for i in _by_identity(folder).tolist():
         name = _name(folder, i)
         if "\n" in name:
-            raise UserError(f"{folder.path(i)!r}: a line break in a name cannot be kept in train.files.txt; "
+            raise UserError(f"{_path(folder, i)!r}: a line break in a name cannot be kept in train.files.txt; "
                             "rename the file or directory")
+        if name.partition("/")[0] != identity:
+            identity, of_identity = name.partition("/")[0], set()
+        if name in of_identity:
+            raise UserError(f"{_path(folder, i)}: merged, it would be {name}, which there is; rename the image")
+        of_identity.add(name)
         digest.update(os.fsencode(name) + b"\n")
     return digest.hexdigest()
 
 
-def _add_images(package: _PartialPackage, folder: FaceFolder, skip_bad: bool) -> None:
+def _add_images(package: _PartialPackage, folder: TrainingSet, skip_bad: bool) -> None:
+    order = _by_identity(folder).tolist()
+
     def read(i: int) -> tuple[int, bytes | UserError]:
-        path = folder.path(i)
+        path = _path(folder, order[i])
         try:
             image = read_bytes(path)
             check_encoded(image, path)
@@ -166,7 +201,7 @@ def _add_images(package: _PartialPackage, folder: FaceFolder, skip_bad: bool) ->
         for i, image in progress_bar("packing", len(folder), iterable=images, initial=begin, unit="image"):
             if isinstance(image, bytes):
                 key = i + 1 - len(package.skipped)
-                package.add(key, image_record(key, int(labels[i]), image))
+                package.add(key, image_record(key, int(labels[order[i]]), image))
             elif skip_bad:
                 package.skipped.append(i)
             else:
@@ -196,7 +231,7 @@ class _PartialPackage(contextlib.ExitStack):
         self._rec, self._idx = self._files = [self.enter_context(open(path, "ab", buffering=1 << 20)) for path in paths]
         _lock(self._rec)
 
-    def resume(self, folder: FaceFolder) -> None:
+    def resume(self, folder: TrainingSet) -> None:
         """Continue from the journal, unless the folder has changed since or the files do not fit; then start again."""
         sizes = [0, 0]
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open(self._journal_path) as journal_file:
@@ -204,7 +239,7 @@ class _PartialPackage(contextlib.ExitStack):
             done, started = journal["done"], journal["started"]
             fit = all(os.path.getsize(file.name) >= size for file, size in zip(self._files, journal["sizes"]))
             if (journal["source"] == self._source and fit
-                    and not any(_changed_since(started, folder.path(i)) for i in range(done))):
+                    and not any(_changed_since(started, _path(folder, i)) for i in _by_identity(folder)[:done])):
                 self._started, self.done, self.skipped, sizes = started, done, journal["skipped"], journal["sizes"]
                 print(f"=> continuing after {done:,} of {len(folder):,} images", file=sys.stderr)
         for file, size in zip(self._files, sizes):
@@ -264,11 +299,14 @@ def unpack_folder(options: argparse.Namespace) -> str:
     if os.path.commonpath([os.path.realpath(out), os.path.realpath(dataset.root)]) == os.path.realpath(out):
         raise UserError(f"OUT {options.out}: holds the package {dataset.root}, which is read; give another directory")
     keys = dataset.keys
-    skipped = dataset.check_headers(options.skip_bad_images, progress=True)
-    names = _image_names(dataset, keys)
+    nameless = list(dataset.identities) == [str(label) for label in range(len(dataset.identities))]
+    used = _exclude(dataset, options.exclude)
+    skipped = used.check_headers(options.skip_bad_images, progress=True)
+    width = len(dataset.identities[-1]) if nameless else 0
+    names = (_merged_name(used, name, width) for name in _image_names(dataset, keys))
 
     unfinished = f"{out}.partial"
-    with _open_unpacking(unfinished, dataset, options.force):
+    with _open_unpacking(unfinished, dataset, options.force, options.exclude):
         def write(item: tuple[int, str]) -> None:
             _write_image(f"{unfinished}/{item[1]}", dataset.encoded(item[0])[0])
 
@@ -283,9 +321,9 @@ def unpack_folder(options: argparse.Namespace) -> str:
             print(f"=> {out} was renamed to {move_aside(out)}", file=sys.stderr)
         os.rename(unfinished, out)
         os.unlink(f"{unfinished}.json")
-    identities = len(np.unique(dataset.labels))
-    if identities < len(dataset.identities):
-        print(f"warning: {len(dataset.identities) - identities} identities have no image and do not appear in the "
+    identities = len(np.unique(used.labels))
+    if identities < len(used.identities):
+        print(f"warning: {len(used.identities) - identities} identities have no image and do not appear in the "
               "folder: later labels move up", file=sys.stderr)
     note = f", {skipped} bad ones left out" if skipped else ""
     return f"{len(dataset):,} images of {identities:,} identities{note}"
@@ -340,10 +378,11 @@ def _extension(image: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _open_unpacking(unfinished: str, dataset: RecordIODataset, force: bool) -> Iterator[None]:
+def _open_unpacking(unfinished: str, dataset: RecordIODataset, force: bool, exclude: str | None) -> Iterator[None]:
     """Create the directory, or continue in the one that an interrupted run of the same package left. Locks it."""
     state = os.stat(dataset.root)
-    source = json.dumps([os.path.abspath(dataset.root), state.st_size, state.st_mtime_ns]).encode()
+    source = json.dumps([os.path.abspath(dataset.root), state.st_size, state.st_mtime_ns,
+                         *([read_exclusions(exclude).digest()] if exclude else [])]).encode()
     os.makedirs(os.path.dirname(os.path.abspath(unfinished)), exist_ok=True)
     with open(f"{unfinished}.json", "a+b") as file:
         _lock(file)

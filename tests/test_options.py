@@ -25,6 +25,7 @@ from utils.options import (
 PUBLISHED = {
     "data": (None, "DIR"),
     "--identities": (None, "separate|shared"),
+    "--exclude": (None, "FILE"),
     "--index": ("auto", "FILE"),
     "--skip-bad-images": (False, None),
     "--augment": ("flip", "none|flip|standard|strong"),

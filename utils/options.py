@@ -42,6 +42,10 @@ class Options(ProcessFlags, ScheduleFlags):
         help="file that keeps the list of a folder's images, so that the next start need not read every header again; "
              "auto: in DIR, or among the user's caches if DIR is read-only; none: keep no list. For several sets: as "
              "many files, with commas")
+    exclude: str | None = flag(
+        "--exclude", metavar="FILE", section="data", per_node=True,
+        help="train without what its lines name: 'drop image IDENTITY/FILE', 'drop identity NAME', 'merge NAME into "
+             "NAME' (scripts/audit.py proposes such a file)")
     skip_bad_images: bool = flag("--skip-bad-images", default=False, section="data",
                                  help="count and skip images that cannot be read, instead of stopping at the first")
     augment: str = flag("--augment", default="flip", choices=("none", "flip", "standard", "strong"), section="data",
@@ -305,7 +309,7 @@ def describe_changes(saved: Mapping[str, Any], options: Options) -> str:
     now = {**dataclasses.asdict(options), **options.loss_settings}
     changes = []
     for field, definition in main_flags().items():
-        shows = definition.section in _CHANGEABLE or field in ("augment", "sync_bn")
+        shows = definition.section in _CHANGEABLE or field in ("augment", "exclude", "sync_bn")
         unused = now.get(field) is None and any(field in own for own in SCHEDULE_SETTINGS.values())
         if shows and not unused and field in before and field not in ("seed", "start_epoch", "max_steps"):
             new, old = (definition.describe(definition.default_text or "off" if value is None or (
@@ -362,6 +366,8 @@ def _conflicts(o: Options) -> Iterator[tuple[bool, str]]:
                f"--imgs-root {o.imgs_root}: is for --evaluate or --val-pairs; add one of them, or drop it")
     yield (o.evaluate and o.identities is not None,
            f"--identities {o.identities} with --evaluate: nothing is trained; drop one of them")
+    yield (o.evaluate and o.exclude is not None,
+           f"--exclude {o.exclude} with --evaluate: nothing is trained; drop one of them")
     yield (o.evaluate and bool(o.freeze),
            f"--freeze {','.join(o.freeze)} with --evaluate: nothing is trained; drop one of them")
     yield (o.skip_missing_pairs and not (o.pair_list or o.val_pairs),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from data.exclude import read_exclusions
 from data.formats import open_training_set
 from data.training_set import TrainingSet
 from losses.class_major import WALK, choose_form
@@ -185,7 +186,8 @@ def open_dataset(options: Options, plan: ProcessPlan) -> TrainingSet:
     """Open the training images and check them against --num-classes and --batch-size. Raises UserError."""
     assert options.data is not None
     dataset = open_training_set(options.data, index=options.index, skip_bad=options.skip_bad_images,
-                                progress=is_first_process(), identities=options.identities)
+                                progress=is_first_process(), identities=options.identities,
+                                exclude=options.exclude)
     global_batch = options.batch_size * plan.nodes
     if options.num_classes != AUTO_CLASSES and len(dataset.identities) > options.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: give at least {len(dataset.identities)}, the identities "
@@ -245,6 +247,7 @@ def shared_facts(options: Options, dataset: TrainingSet, sets: Sequence[EvalSet]
         "number of images": len(dataset),
         "number of identities": len(dataset.identities),
         "training data (hash of identity names and labels)": training_data.hexdigest(),
+        "--exclude (hash of its lines)": read_exclusions(options.exclude).digest() if options.exclude else None,
         "evaluation sets": {eval_set.name: (eval_set.size, len(eval_set.images)) for eval_set in sets},
     }
 

@@ -41,7 +41,7 @@ def train(rank: int, world_size: int, argv: list[str], *others: list[str]) -> in
     with mock.patch.object(build, "build_backbone", lambda arch, embedding_size: TinyBackbone(batch_norm=True)):
         context = DistContext(rank, world_size, processes, torch.device("cpu"))
         dataset = open_training_set(options.data, index="none", skip_bad=False, progress=False,
-                                    identities=options.identities)
+                                    identities=options.identities, exclude=options.exclude)
         return main.train(context, options, dataset, preflight.open_validation_sets(options))
 
 

@@ -35,8 +35,9 @@ pre { padding: 10px; overflow-x: auto; overflow-wrap: normal; } .soft, figcaptio
 th, td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
 .montage { display: flex; flex-wrap: wrap; gap: 10px; margin: .6em 0; }
-figure { margin: 0; padding: 6px; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  max-width: 100%; } figure > div { display: flex; flex-wrap: wrap; gap: 3px; }
+.columns { display: grid; gap: 0 20px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); }
+figure { margin: 0; padding: 6px; min-width: 132px; max-width: 100%; background: var(--card);
+  border: 1px solid var(--line); border-radius: 6px; } figure > div { display: flex; flex-wrap: wrap; gap: 3px; }
 figcaption { font-size: .8rem; line-height: 1.35; margin-top: 4px; white-space: pre-line; width: min-content;
   min-width: 100%; } img, .none { max-width: 100%; height: auto; border-radius: 3px; display: block; }
 .none { display: grid; place-items: center; border: 1px dashed var(--line); color: var(--soft); font-size: .75rem; }
@@ -109,10 +110,15 @@ def montage(items: Sequence[tuple[Picture | Sequence[Picture], str]], size: int 
     return Markup(f'<div class="montage">\n{"".join(figures)}</div>\n')
 
 
+def columns(parts: Sequence[str]) -> Markup:
+    """Parts of a page, at least 600 pixels wide each, side by side as far as there is room."""
+    return Markup(f'<div class="columns">\n{"".join(f"<div>{part}</div>" for part in parts)}</div>\n')
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
     """A table, which scrolls sideways on a small screen. Columns of int and float are aligned to the right."""
-    columns = list(zip(*rows, strict=True)) or [()] * len(headers)
-    numeric = [bool(column) and all(isinstance(cell, (int, float)) for cell in column) for column in columns]
+    cells_of = list(zip(*rows, strict=True)) or [()] * len(headers)
+    numeric = [bool(column) and all(isinstance(cell, (int, float)) for cell in column) for column in cells_of]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         return "<tr>" + "".join(f"<{tag}{' class=number' * number}>{escape(cell)}</{tag}>"

@@ -1,0 +1,880 @@
+#!/usr/bin/env python3
+"""What is wrong with a training set: identities that are one person, wrong labels, copies, overlap with a test set.
+
+    python3 scripts/audit.py DIR --resume checkpoint.pth.tar --output AUDIT
+    python3 scripts/audit.py DIR --resume checkpoint.pth.tar --output AUDIT --test-pairs lfw/pair.list --test-bin a.bin
+    python3 scripts/audit.py DIR --resume checkpoint.pth.tar --output AUDIT --centers-only
+
+    AUDIT/index.html       the worst findings with their images
+    AUDIT/duplicates.csv   pairs of identities that seem to be one person
+    AUDIT/noise.csv        images that seem to have a wrong label
+    AUDIT/copies.csv       images that are there twice
+    AUDIT/overlap.csv      identities and images of the test sets that are in the training set
+    AUDIT/exclude.txt      a proposal for main.py --exclude and pack.py --exclude (data/exclude.py has its format)
+    AUDIT/work/            embeddings, from which the next run continues
+
+README.md in this directory says how the thresholds are chosen, and what an audit cannot know.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+# Python puts the script's own directory on sys.path instead of the repository's root.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+if __name__ == "__main__":
+    from utils.packages import require_packages
+
+    require_packages()
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.decode import decode_image, read_bytes  # noqa: E402
+from data.exclude import DROP_IDENTITY, DROP_IMAGE, INTO, MERGE  # noqa: E402
+from data.formats import open_training_set  # noqa: E402
+from data.insightface_bin import PairBin  # noqa: E402
+from data.pairs import PairImages, PairList  # noqa: E402
+from data.progress import progress_bar  # noqa: E402
+from data.training_set import TrainingSet  # noqa: E402
+from data.union import IDENTITIES  # noqa: E402
+from models import check_arch  # noqa: E402
+from scripts.embed import find_images  # noqa: E402
+from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights  # noqa: E402
+from utils.dist.context import DistContext, MatmulFlag, check_gpus, choose_device, choose_matmul, set_matmul  # noqa: E402
+from utils.errors import UserError, exit_on_user_error, printable  # noqa: E402
+from utils.evaluation.embed import embed_images  # noqa: E402
+from utils.evaluation.html import columns, heading, montage, page, paragraph, table  # noqa: E402
+from utils.evaluation.neighbours import (  # noqa: E402
+    BLOCK,
+    NOTHING,
+    Neighbours,
+    Read,
+    find_neighbours,
+    in_blocks,
+    nearest_rows,
+    predict_seconds,
+    unit_rows,
+)
+from utils.files import atomic_write, open_bounded, require_directory  # noqa: E402
+from utils.flags import flag, parse_flags  # noqa: E402
+from utils.memory import keep_freed_memory  # noqa: E402
+
+PAGE, PROPOSAL, WORK = "index.html", "exclude.txt", "work"
+EMBED_IMAGES = 16_384  # between two places from which an interrupted run continues
+THREADS = 8  # the decoders release the GIL
+SAMPLE = 20_000  # identities that the thresholds are chosen from
+DEVIATIONS, NOISE_DEVIATIONS = 4, 3.5  # robust ones, of the distributions that thresholds are chosen from
+LEAST_MARGIN = 0.05  # an image of two identities that are one person is about as close to both
+SHOWN = 4  # images of an identity on the page
+MOST = 1_000_000  # findings of a kind
+
+
+@dataclass(frozen=True)
+class Options(MatmulFlag):
+    """The arguments of audit.py."""
+
+    data: str = flag("data", default="", metavar="DIR", help="training set, as main.py takes it")
+    resume: str = flag("--resume", default="", metavar="PATH",
+                       help="checkpoint.pth.tar, or the weights of a published backbone")
+    output: str = flag("--output", default="", metavar="DIR", help="directory of the results")
+    arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="that of the checkpoint", help="architecture")
+    channel_order: str | None = flag("--channel-order", choices=CHANNEL_ORDERS, default_text="that of the file",
+                                     help="order of the colors that the network in --resume was trained with")
+    identities: str | None = flag("--identities", choices=IDENTITIES, default_text="separate",
+                                  help="as for main.py, with several sets")
+    index: str = flag("--index", default="auto", metavar="FILE", help="as for main.py")
+    exclude: str | None = flag("--exclude", metavar="FILE", help="as for main.py: audit what is left")
+    by: str = flag("--by", default="means", choices=("means", "centers"),
+                   help="what an identity is compared by: the mean of its embeddings, or its class center in the "
+                        "checkpoint (of several sub-centers, that of most images)")
+    centers_only: bool = flag("--centers-only", default=False,
+                              help="find duplicate identities by their class centers, and embed no image")
+    test_pairs: tuple[str, ...] = flag("--test-pairs", default=(), metavar="LIST,LIST,...",
+                                       help="pair lists whose images should not be in the training set")
+    imgs_root: str | None = flag("--imgs-root", metavar="DIR", default_text="imgs/ beside each list",
+                                 help="images of --test-pairs")
+    test_bin: tuple[str, ...] = flag("--test-bin", default=(), metavar="FILE,FILE,...",
+                                     help=".bin evaluation sets, as --test-pairs")
+    test_images: tuple[str, ...] = flag(
+        "--test-images", default=(), metavar="DIR,LIST,...",
+        help="aligned images, as --test-pairs: directories, whose sub-directories are people if there are any, or text "
+             "files with a path, relative to the file, in each line")
+    duplicate_above: float | None = flag(
+        "--duplicate-above", metavar="X", above=0, at_most=1, default_text="chosen from the set",
+        help="cosine from which two identities count as one person")
+    overlap_above: float | None = flag(
+        "--overlap-above", metavar="X", above=0, at_most=1, default_text="chosen from the set",
+        help="cosine from which a person of a test set and an identity count as one person")
+    noise_margin: float | None = flag(
+        "--noise-margin", metavar="X", at_least=0, at_most=2, default_text="chosen from the set",
+        help="a label is wrong if the image is closer to another identity than to its own by this much, ...")
+    noise_above: float | None = flag(
+        "--noise-above", metavar="X", above=0, at_most=1, default_text="chosen from the set",
+        help="... and its cosine with that identity is at least this")
+    outlier_below: float | None = flag(
+        "--outlier-below", metavar="X", at_least=-1, at_most=1, default_text="chosen from the set",
+        help="cosine with the own identity below which an image is an outlier, whatever else it is close to")
+    copy_above: float = flag("--copy-above", default=0.99, metavar="X", above=0, at_most=1,
+                             help="cosine from which two images count as copies of one another")
+    flip: bool = flag("--flip", default=False, help="sum the embeddings of each image and of its mirror image")
+    batch_size: int = flag("-b", "--batch-size", default=256, metavar="N", at_least=1, help="images at a time")
+    workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0,
+                        help="image reading processes; 0 reads in the main process")
+    device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"),
+                       help="auto: the GPU if there is one")
+    page_findings: int = flag("--page-findings", default=40, metavar="N", at_least=1,
+                              help="findings of each kind on the page; the CSV files have all")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(argv)
+    started = time.perf_counter()
+    device = choose_device(options.device)
+    set_matmul(choose_matmul(options.matmul, device.type))
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        check_gpus([0])
+    require_directory("--output", os.path.join(options.output, WORK))
+    weights = open_weights(options.resume, options.arch, with_centers=options.by == "centers" or options.centers_only,
+                           channel_order=options.channel_order)
+    dataset = open_training_set(options.data, index=options.index, skip_bad=True, progress=True,
+                                identities=options.identities, exclude=options.exclude)
+    tests = open_tests(options)
+    print(f"{weights.describe(options.resume)}; {dataset.describe()}"
+          + "".join(f"; {test.name}: {len(test.images):,} test images" for test in tests), flush=True)
+    audit = Audit(options, dataset, weights, DistContext(0, 1, 1, device))
+    if options.centers_only:
+        audit.compare_centers()
+    else:
+        audit.read_images()
+        audit.judge_labels()
+        audit.compare_identities()
+        audit.find_copies()
+        for test in tests:
+            audit.find_overlap(test)
+    audit.write()
+    print(f"=> {os.path.join(options.output, PAGE)}: " + ", ".join(
+        f"{len(rows):,} {kind}" for kind, rows in audit.findings.items()) + f", {time.perf_counter() - started:.0f} s")
+
+
+def parse_options(argv: list[str] | None = None) -> Options:
+    """Raises UserError."""
+    options = parse_flags(Options, "audit.py", "Find duplicates, wrong labels and overlap in a training set.", argv)
+    for name, value in (("DIR", options.data), ("--resume", options.resume), ("--output", options.output)):
+        if not value:
+            raise UserError(f"{name} is missing: give the training set, --resume PATH and --output DIR")
+    if not os.path.exists(options.resume):
+        raise UserError(f"--resume {options.resume}: no such file")
+    if options.arch:
+        check_arch(options.arch)
+    if options.centers_only and (options.test_pairs or options.test_bin or options.test_images):
+        raise UserError("--centers-only: test sets are compared by the embeddings of their images; drop one of both")
+    if options.imgs_root is not None and not options.test_pairs:
+        raise UserError(f"--imgs-root {options.imgs_root}: is for --test-pairs; add it, or drop the flag")
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images: of test sets, their content, their embeddings
+
+
+@dataclass
+class TestSet:
+    """Images that should not be in the training set. groups: int64 (T,), images of one number are of one person."""
+
+    name: str
+    images: Any  # encoded(i), len
+    groups: np.ndarray
+    image_name: Callable[[int], str]
+
+
+class ImageFiles:
+    """Item i is the image in the file paths[i]."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def encoded(self, i: int) -> tuple[bytes, str]:
+        return read_bytes(self.paths[i]), self.paths[i]
+
+
+class Subset:
+    """The images `indices`, int64 (n,), of `images`."""
+
+    def __init__(self, images: Any, indices: np.ndarray) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def encoded(self, i: int) -> tuple[bytes, str]:
+        return self.images.encoded(int(self.indices[i]))
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return decode_image(*self.encoded(i)), 0
+
+
+def open_tests(options: Options) -> list[TestSet]:
+    """The sets of --test-pairs, --test-bin and --test-images. Raises UserError."""
+    tests = []
+    for path in options.test_pairs:
+        root = options.imgs_root or os.path.join(os.path.dirname(path), "imgs")
+        pairs = PairList(root, path, flag="--test-pairs", skip_missing=True)
+        if pairs.skipped:
+            print(f"warning: {path}: {pairs.skipped} pairs lack an image and are left out", file=sys.stderr)
+        tests.append(TestSet(path, PairImages(pairs), components(
+            pairs.num_images, pairs.index1[pairs.is_same], pairs.index2[pairs.is_same]), pairs.image_name))
+    for path in options.test_bin:
+        packed = PairBin(path, flag="--test-bin")
+        tests.append(TestSet(path, PairImages(packed), components(
+            packed.num_images, packed.index1[packed.is_same], packed.index2[packed.is_same]), packed.image_name))
+    for path in options.test_images:
+        if os.path.isdir(path):
+            paths = find_images([path])
+            people = [directory if (directory := os.path.dirname(one)) != path.rstrip("/") else one for one in paths]
+        else:
+            try:
+                with io.TextIOWrapper(open_bounded(path, 2**30), "utf-8-sig", "surrogateescape") as file:
+                    paths = [os.path.join(os.path.dirname(path), line.rstrip("\r\n")) for line in file if line.strip()]
+            except OSError as error:
+                raise UserError(f"--test-images {path}: cannot be read ({error.strerror})") from None
+            people = paths
+        if not paths:
+            raise UserError(f"--test-images {path}: names no image; give a directory of images, or a list of paths")
+        tests.append(TestSet(path, ImageFiles(paths), np.unique(people, return_inverse=True)[1], paths.__getitem__))
+    return tests
+
+
+def components(count: int, first: Iterable[int], second: Iterable[int]) -> np.ndarray:
+    """int64 (count,): the smallest number that each of 0..count is connected with by the pairs (first, second)."""
+    parent = list(range(count))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for one, other in zip(first, second):
+        low, high = sorted((root(int(one)), root(int(other))))
+        parent[high] = low
+    return np.array([root(i) for i in range(count)], np.int64)
+
+
+def hash_images(images: Any, what: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Decode every image: (uint64 (N,) hashes of pixels, int64 (n,) images that can be used, the first error or "")."""
+    count = len(images)
+    hashes, errors = np.zeros(count, np.uint64), dict[int, str]()
+
+    def work(chunk: tuple[int, int]) -> int:
+        for i in range(*chunk):
+            try:
+                pixels = decode_image(*images.encoded(i)).numpy()
+                hashes[i] = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
+            except UserError as error:
+                errors[i] = str(error)
+        return chunk[1] - chunk[0]
+
+    with ThreadPoolExecutor(THREADS) as threads, progress_bar(f"reading {what}", count, unit="image") as bar:
+        for batch in in_blocks(count, 64 * 1024):  # a queue of all chunks would take memory
+            chunks = [(batch[0] + start, batch[0] + stop) for start, stop in in_blocks(batch[1] - batch[0], 64)]
+            for done in threads.map(work, chunks):
+                bar.update(done)
+    usable = np.delete(np.arange(count), list(errors))
+    first = errors[min(errors)] if errors else ""
+    if errors:
+        print(f"warning: {what}: {len(errors)} of {count} images cannot be read and are left out; the first error: "
+              f"{printable(first)}", file=sys.stderr)
+    if not len(usable):
+        raise UserError(f"{what}: no image can be used" + (f"; the first error: {first}" if first else ""))
+    return hashes, usable, first
+
+
+def embed(
+    weights: Weights, images: Subset, hashes: np.ndarray, path: str, options: Options, context: DistContext, what: str
+) -> np.ndarray:
+    """The unit embeddings of the images, float16 (n, d), mapped from the file `path`, zero where one is unusable.
+
+    An interrupted run continues after its last EMBED_IMAGES images; a run over the same pixels embeds none.
+    """
+    state = os.stat(options.resume)
+    made_from = [os.path.realpath(options.resume), state.st_size, state.st_mtime_ns, weights.arch,
+                 weights.channel_order, options.flip, len(images), hashlib.blake2b(hashes.tobytes()).hexdigest()]
+    width, note = int(weights.backbone.embedding_size), f"{path}.json"  # type: ignore[arg-type]
+    done = 0
+    try:
+        with open(note, encoding="utf-8") as file:
+            found = json.load(file)
+        if found["made_from"] == made_from:
+            rows, done = np.load(path, mmap_mode="r+"), found["done"]
+            if rows.shape != (len(images), width) or rows.dtype != np.float16:
+                done = 0
+    except (OSError, ValueError, KeyError, TypeError):
+        done = 0
+    if not done:
+        rows = np.lib.format.open_memmap(path, "w+", np.float16, (len(images), width))
+    elif done < len(images):
+        print(f"{what}: continuing after {done:,} embeddings", flush=True)
+    for start, stop in in_blocks(len(images), EMBED_IMAGES):
+        if start < done:
+            continue
+        rows[start:stop] = embed_images(
+            weights.backbone, Subset(images.images, images.indices[start:stop]), context,
+            batch_size=options.batch_size, workers=options.workers, flip=options.flip, name=what,
+            mean_face=weights.mean_face if start == 0 else None)
+        rows.flush()
+        with atomic_write(note) as out:
+            out.write(json.dumps({"made_from": made_from, "done": stop}).encode())
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The audit
+
+
+@dataclass
+class Thresholds:
+    """Cosines, and how they were chosen: rows (name, value, reason) for the page."""
+
+    rows: list[tuple[str, float, str]] = field(default_factory=list)
+
+    def choose(self, name: str, given: float | None, chosen: float, reason: str) -> float:
+        value = chosen if given is None else given
+        self.rows.append((name, round(float(value), 4), "given" if given is not None else reason))
+        print(f"{name}: {value:.3f} ({self.rows[-1][2]})", flush=True)
+        return float(value)
+
+
+class Audit:
+    """What is found about a training set.
+
+    N usable images, ordered by identity; C identities; d embedding size. `order` (N,) are the images' indices in the
+    training set; identity c has the positions starts[c] to starts[c + 1] - 1 of it, and of all arrays of images.
+    """
+
+    def __init__(self, options: Options, dataset: TrainingSet, weights: Weights, context: DistContext) -> None:
+        self.options, self.dataset, self.weights, self.context = options, dataset, weights, context
+        self.names, self.thresholds = list(dataset.identities), Thresholds()
+        self.labels_of_data = dataset.labels
+        self.images_of = np.bincount(self.labels_of_data, minlength=len(self.names))
+        self.findings: dict[str, list[dict[str, Any]]] = {
+            kind: [] for kind in ("duplicates", "noise", "copies", "overlap")}
+        self.notes: list[str] = []
+        self.stranger = self.image_stranger = 1.0  # cosines that other people hardly reach
+        if len(self.names) < 2:
+            raise UserError(f"{dataset.root}: has {len(self.names)} identity; an audit compares at least 2")
+
+    # -- class centers
+
+    def center_rows(self) -> np.ndarray:
+        """int64 (C,): the place of each identity among the classes of the checkpoint. Raises UserError."""
+        path, centers = self.options.resume, self.weights.centers
+        if centers is None:
+            raise UserError(f"--resume {path}: has no class centers; use --by means, without --centers-only")
+        known, classes = self.weights.identities, centers.shape[0] // self.weights.sub_centers
+        numbered = known is None or all(name == str(label) for label, name in enumerate(known)) or all(
+            name == str(label) for label, name in enumerate(self.names))
+        if numbered:
+            if classes < len(self.names):
+                raise UserError(f"--resume {path}: has {classes:,} class centers, and {self.dataset.root} has "
+                                f"{len(self.names):,} identities; give the checkpoint of a training on this set, or "
+                                "use --by means")
+            return np.arange(len(self.names))
+        place = {name: label for label, name in enumerate(known or ())}
+        missing = [name for name in self.names if name not in place]
+        if missing:
+            raise UserError(f"--resume {path}: has no class center of {len(missing):,} of the {len(self.names):,} "
+                            f"identities in {self.dataset.root}, such as {missing[0]}; use --by means")
+        return np.array([place[name] for name in self.names], np.int64)
+
+    def read_centers(self, rows: np.ndarray) -> Read:
+        """Read the centers `rows`, int64 (n,), block by block, from the files of the checkpoint."""
+        centers = self.weights.centers
+        assert centers is not None
+
+        def read(start: int, stop: int) -> Tensor:
+            values = torch.zeros(stop - start, centers.shape[1])
+            centers.copy_rows(rows[start:stop], values)
+            return values
+
+        return read
+
+    def compare_centers(self) -> None:
+        """Duplicates by class centers alone. Of several centers of a class, all count."""
+        count = self.weights.sub_centers
+        rows = (self.center_rows()[:, None] * count + np.arange(count)).ravel()
+        found = self._neighbours(self.read_centers(rows), len(rows), np.arange(len(rows)) // count)
+        self._report_duplicates(found, count)
+
+    # -- images
+
+    def read_images(self) -> None:
+        """Decode and embed all images; the reference of each identity, and each image's cosine with its own."""
+        hashes, usable, _ = hash_images(self.dataset, self.dataset.root)
+        self.order = usable[np.argsort(self.labels_of_data[usable], kind="stable")]
+        self.hashes, self.labels = hashes[self.order], self.labels_of_data[self.order]
+        self.starts = np.searchsorted(self.labels, np.arange(len(self.names) + 1))
+        work = os.path.join(self.options.output, WORK)
+        self.embeddings = embed(self.weights, Subset(self.dataset, self.order), self.hashes,
+                                os.path.join(work, "train.npy"), self.options, self.context, self.dataset.root)
+        width = self.embeddings.shape[1]
+        self.sums = np.lib.format.open_memmap(os.path.join(work, "sums.npy"), "w+", np.float32,
+                                              (len(self.names), width))
+        self.own = np.full(len(self.order), np.nan, np.float32)  # cosine of each image with its identity
+        rows = self._dominant_centers() if self.options.by == "centers" else None
+        read = self.read_centers(rows) if rows is not None else None
+        unusable = 0
+        for first, last in in_blocks(len(self.names), BLOCK):
+            centers = unit_rows(read(first, last))[0].numpy() if read is not None else None
+            for c in range(first, last):
+                images, own = self._images_of(c), self.own[self.starts[c]:self.starts[c + 1]]
+                self.sums[c] = total = images.sum(0)
+                valid = images.any(1)
+                unusable += int((~valid).sum())
+                if centers is not None:
+                    own[valid] = images[valid] @ centers[c - first]
+                elif valid.sum() > 1:  # with the mean of the others
+                    own[valid] = cosines(images, total - images)[valid]
+        self.read_reference: Read = read or self._read_sums
+        if unusable:
+            self.notes.append(f"{unusable:,} images have no usable embedding and are left out.")
+
+    def _images_of(self, c: int) -> np.ndarray:
+        """float32 (n, d): the unit embeddings of an identity's images, in the order of `order`."""
+        return np.asarray(self.embeddings[self.starts[c]:self.starts[c + 1]], np.float32)
+
+    def _read_sums(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(np.array(self.sums[start:stop]))
+
+    def _dominant_centers(self) -> np.ndarray:
+        """int64 (C,): the row of each identity's center; of several that of most of its images, the first of equal."""
+        count, rows = self.weights.sub_centers, self.center_rows()
+        if count == 1:
+            return rows
+        chosen = np.zeros(len(rows), np.int64)
+        all_rows = (rows[:, None] * count + np.arange(count)).ravel()
+        read = self.read_centers(all_rows)
+        for first, last in in_blocks(len(rows), BLOCK):
+            centers = unit_rows(read(first * count, last * count))[0].numpy().reshape(last - first, count, -1)
+            for c in range(first, last):
+                closest = (self._images_of(c) @ centers[c - first].T).argmax(1)
+                chosen[c] = np.bincount(closest, minlength=count).argmax()
+        return rows * count + chosen
+
+    # -- findings
+
+    def compare_identities(self) -> None:
+        """Duplicates: identities whose references are nearly the same. Images with a wrong label do not count."""
+        wrong = np.array([f["_image"] for f in self.findings["noise"] if f["kind"] == "wrong label"], np.int64)
+        right = np.ones(len(self.order), bool)
+        right[wrong] = False
+        left = np.bincount(self.labels[right], minlength=len(self.names))
+        for i in wrong.tolist():
+            if left[self.labels[i]]:
+                self.sums[self.labels[i]] -= self.embeddings[i]
+        self._report_duplicates(self._neighbours(self.read_reference, len(self.names), None), 1)
+        # Of two identities that are one person, either may be the closest to the images of the other.
+        self.findings["noise"] = [f for f in self.findings["noise"] if f["kind"] != "wrong label"
+                                  or self.person[self.labels[f["_image"]]] != self.person[f["_closest"]]]
+        halves = []
+        for c in range(0, len(self.names), max(1, len(self.names) // SAMPLE)):
+            images = self._images_of(c)[right[self.starts[c]:self.starts[c + 1]]]
+            if len(images) >= 4:
+                halves.append(cosines(images[0::2].sum(0, keepdims=True), images[1::2].sum(0, keepdims=True))[0])
+        if halves and self.options.by == "means":
+            found = float(np.mean(np.array(halves) >= self.duplicate_above))
+            self.notes.append(f"Of the identities of 4 images or more, cut into two halves, {found:.0%} would be found "
+                              "as duplicates by that threshold: what the network can tell apart decides.")
+            print(self.notes[-1], flush=True)
+
+    def _neighbours(self, read: Read, count: int, groups: np.ndarray | None) -> Neighbours:
+        """Compare identities, with the threshold of --duplicate-above, or with that which their neighbours suggest."""
+        device = self.context.device
+        seconds = predict_seconds(count, read(0, 1).shape[1], device)
+        print(f"comparing {count:,} x {count:,} references: about {describe_seconds(seconds)} for the products",
+              flush=True)
+        total = count * (count + 1) // 2
+        with progress_bar("comparing identities", total, unit="pair", unit_scale=True) as bar:
+            # The threshold depends on the neighbours: of more pairs than MOST the least similar ones are dropped.
+            least = self.options.duplicate_above
+            found = find_neighbours(read, count, above=0.0 if least is None else least, groups=groups, most=MOST,
+                                    device=device, advance=bar.update)
+        if found.unusable:
+            self.notes.append(f"{found.unusable:,} references of identities are zero, NaN or infinite, or have no "
+                              "image, and are left out.")
+            print(f"warning: {self.notes[-1]}", file=sys.stderr)
+        nearest = found.similarity[found.similarity > NOTHING]
+        if not len(nearest):
+            raise UserError("no two identities can be compared: their references are zero, NaN or infinite")
+        self.stranger = hardly_reached(nearest)
+        self.duplicate_above = self.thresholds.choose("duplicate identities from", self.options.duplicate_above,
+                                                      self.stranger, f"{DEVIATIONS} robust deviations above the median "
+                                                      "of identities and their nearest one")
+        return found
+
+    def _report_duplicates(self, found: Neighbours, centers: int) -> None:
+        """Fill in the findings. centers: rows of each identity in `found`."""
+        keep = found.cosines >= self.duplicate_above
+        if found.left_out is not None and found.left_out >= self.duplicate_above:
+            self.notes.append(f"More than {MOST:,} pairs of identities are that similar: only these are listed. Give a "
+                              "higher --duplicate-above.")
+            print(f"warning: {self.notes[-1]}", file=sys.stderr)
+        seen = set()
+        for one, other, cosine in zip(found.first[keep] // centers, found.second[keep] // centers, found.cosines[keep]):
+            if (one, other) not in seen:  # of several centers the most similar ones come first
+                seen.add((one, other))
+                self.findings["duplicates"].append({
+                    "identity": self.names[one], "other": self.names[other], "cosine": float(cosine),
+                    "images": int(self.images_of[one]), "other images": int(self.images_of[other]),
+                    "_labels": (int(one), int(other))})
+        pairs = [finding["_labels"] for finding in self.findings["duplicates"]]
+        self.person = components(len(self.names), *zip(*pairs)) if pairs else np.arange(len(self.names))
+
+    def judge_labels(self) -> None:
+        """Label noise: images far from their own identity; most of them close to another."""
+        options, own = self.options, self.own
+        known = own[np.isfinite(own)]
+        if not len(known):
+            self.notes.append("No identity has two usable images: labels cannot be judged.")
+            return
+        above = self.thresholds.choose("another identity counts from", options.noise_above,
+                                       float(np.quantile(known, 0.10)),
+                                       "90 % of images are as close to their own identity")
+        middle, spread = robust(known)
+        below = self.thresholds.choose("outliers below", options.outlier_below, middle - DEVIATIONS * spread,
+                                       f"{DEVIATIONS} robust deviations below the median cosine with the own identity")
+        suspects = np.flatnonzero(np.isfinite(own))
+        nearest, cosine = self._nearest(suspects, self.labels[suspects], "comparing images")
+        self.image_stranger = hardly_reached(cosine[cosine > NOTHING])
+        middle, spread = robust(cosine - own[suspects])
+        margin = self.thresholds.choose(
+            "closer to another identity by", options.noise_margin,
+            max(LEAST_MARGIN, middle + NOISE_DEVIATIONS * spread),
+            f"{NOISE_DEVIATIONS} robust deviations above the median difference, at least {LEAST_MARGIN}")
+        wrong = (cosine >= above) & (cosine - own[suspects] >= margin)
+        listed = np.flatnonzero(wrong | (own[suspects] < below))
+        listed = listed[np.argsort((own[suspects] - cosine)[listed], kind="stable")]
+        if len(listed) > MOST:
+            self.notes.append(f"{len(listed):,} images have a doubtful label: only the worst {MOST:,} are listed.")
+            listed = listed[:MOST]
+        for k, name in zip(listed, self.dataset.image_names(self.order[suspects[listed]])):
+            i = int(suspects[k])
+            self.findings["noise"].append({
+                "image": name, "kind": "wrong label" if wrong[k] else "outlier",
+                "identity": self.names[self.labels[i]], "cosine": float(own[i]),
+                "closest": self.names[nearest[k]], "closest cosine": float(cosine[k]),
+                "_image": i, "_closest": int(nearest[k])})
+
+    def _nearest(self, images: np.ndarray, own: np.ndarray | None, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest identity of some images, but `own`, and the cosine."""
+        def queries(start: int, stop: int) -> Tensor:
+            return torch.from_numpy(np.asarray(self.embeddings[images[start:stop]], np.float32))
+
+        return self._nearest_identities(queries, len(images), own, what)
+
+    def _nearest_identities(
+        self, queries: Read, count: int, own: np.ndarray | None, what: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        width, device = self.embeddings.shape[1], self.context.device
+        if count:
+            seconds = predict_seconds(count, width, device, columns=len(self.names))
+            print(f"{what} ({count:,}) with {len(self.names):,} identities: about {describe_seconds(seconds)}",
+                  flush=True)
+        with progress_bar(what, count * len(self.names), unit="pair", unit_scale=True) as bar:
+            return nearest_rows(queries, count, self.read_reference, len(self.names), own, device=device,
+                                advance=bar.update)
+
+    def find_copies(self) -> None:
+        """Images that are there twice: the same pixels anywhere; nearly the same embedding in one identity, in two that
+        seem to be one person, and between an image with a wrong label and the identity that it is close to."""
+        pairs = dict[tuple[int, int], tuple[str, float]]()
+        order = np.argsort(self.hashes, kind="stable")
+        repeated = np.flatnonzero(self.hashes[order][1:] == self.hashes[order][:-1])
+        first_of = dict[int, int]()
+        for k in repeated.tolist():
+            one, other = int(order[k]), int(order[k + 1])
+            first = first_of.get(one, one)
+            first_of[other] = first
+            pairs[first, other] = "same pixels", 1.0
+        groups = [(c, c) for c in range(len(self.names))]
+        groups += [finding["_labels"] for finding in self.findings["duplicates"]]
+        for one, other in groups:
+            self._near(range(*self.starts[one:one + 2]), range(*self.starts[other:other + 2]), pairs)
+        for finding in self.findings["noise"]:
+            i, c = finding["_image"], finding["_closest"]
+            self._near(range(i, i + 1), range(*self.starts[c:c + 2]), pairs)
+        ordered = sorted(pairs.items(), key=lambda item: (item[1][0] != "same pixels", -item[1][1], item[0]))[:MOST]
+        if len(pairs) > MOST:
+            self.notes.append(f"{len(pairs):,} pairs of images are copies: only {MOST:,} are listed.")
+        numbers = np.array([i for pair, _ in ordered for i in pair], np.int64)
+        names = self.dataset.image_names(self.order[numbers])
+        for k, ((one, other), (kind, cosine)) in enumerate(ordered):
+            self.findings["copies"].append({
+                "image": names[2 * k], "other": names[2 * k + 1], "kind": kind, "cosine": cosine,
+                "identity": self.names[self.labels[one]], "other identity": self.names[self.labels[other]],
+                "_images": (one, other)})
+
+    def _near(self, ones: range, others: range, pairs: dict[tuple[int, int], tuple[str, float]]) -> None:
+        """Add the pairs of near copies among two ranges of images, which are the same one or do not overlap."""
+        values = [np.asarray(self.embeddings[some.start:some.stop], np.float32) for some in (ones, others)]
+        for start, stop in in_blocks(len(ones), BLOCK):
+            for left, right in in_blocks(len(others), BLOCK):
+                tile = values[0][start:stop] @ values[1][left:right].T
+                for i, j in np.argwhere(tile >= self.options.copy_above).tolist():
+                    one, other = sorted((ones[start + i], others[left + j]))
+                    if one != other and self.hashes[one] != self.hashes[other]:
+                        pairs[one, other] = "near", float(tile[i, j])
+
+    def find_overlap(self, test: TestSet) -> None:
+        """People and images of a test set that are in the training set."""
+        hashes, usable, _ = hash_images(test.images, test.name)
+        key = hashlib.blake2b(test.name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+        rows = embed(self.weights, Subset(test.images, usable), hashes[usable],
+                     os.path.join(self.options.output, WORK, f"test-{key}.npy"), self.options, self.context, test.name)
+        _, of_person = np.unique(test.groups[usable], return_inverse=True)
+        order = np.argsort(of_person, kind="stable")
+        members = np.split(order, np.flatnonzero(np.diff(of_person[order])) + 1)  # by person: numbers of rows
+        sums = np.stack([np.asarray(rows[some], np.float32).sum(0) for some in members])
+        nearest, cosine = self._nearest_identities(
+            lambda start, stop: torch.from_numpy(sums[start:stop]), len(members), None,
+            f"comparing people of {test.name}")
+        several = np.array([len(some) > 1 for some in members])
+        reason = "what strangers of the training set hardly reach"
+        least = np.where(several, *(self.thresholds.choose(
+            f"overlap with {test.name} from, {what}", self.options.overlap_above, value, reason)
+            for what, value in (("several images", self.stranger), ("one image", self.image_stranger))))
+        close = np.flatnonzero(cosine >= least)
+        for g in close[np.argsort(-cosine[close], kind="stable")].tolist():
+            c = int(nearest[g])
+            numbers = usable[members[g]].tolist()
+            self.findings["overlap"].append({
+                "kind": "identity", "identity": self.names[c], "image": "", "cosine": float(cosine[g]),
+                "test image": test.image_name(numbers[0]), "test images": len(numbers), "test set": test.name,
+                "_label": c, "_image": None, "_test": (test, numbers[:SHOWN])})
+        same = dict[int, list[int]]()  # pixels -> images
+        for i in np.flatnonzero(np.isin(self.hashes, hashes[usable])).tolist():
+            same.setdefault(int(self.hashes[i]), []).append(i)
+        found = [(i, t, "same pixels", 1.0) for t in usable.tolist() for i in same.get(int(hashes[t]), ())]
+        for g, some in enumerate(members):
+            c = int(nearest[g])
+            if c >= 0:
+                tile = np.asarray(rows[some], np.float32) @ self._images_of(c).T
+                found += [(int(self.starts[c] + j), int(usable[some[m]]), "near", float(tile[m, j]))
+                          for m, j in np.argwhere(tile >= self.options.copy_above).tolist()
+                          if self.hashes[self.starts[c] + j] != hashes[usable[some[m]]]]
+        names = self.dataset.image_names(self.order[np.array([one for one, *_ in found], np.int64)])
+        for (i, t, kind, value), name in zip(found, names):
+            self.findings["overlap"].append({
+                "kind": kind, "identity": self.names[self.labels[i]], "image": name, "cosine": value,
+                "test image": test.image_name(t), "test images": 1, "test set": test.name,
+                "_label": int(self.labels[i]), "_image": i, "_test": (test, [t])})
+
+    # -- results
+
+    def proposal(self) -> list[str]:
+        """The lines of the file for --exclude."""
+        lines, dropped = list[str](), set[int]()
+        duplicates, overlap = self.findings["duplicates"], self.findings["overlap"]
+        person, pairs = self.person, [finding["_labels"] for finding in duplicates]
+        tested = {int(person[finding["_label"]]) for finding in overlap if finding["kind"] == "identity"}
+        lines.append("# people of a test set, with all their identities")
+        for c in np.flatnonzero(np.isin(person, list(tested))).tolist():
+            dropped.add(c)
+            lines.append(DROP_IDENTITY + self.names[c])
+        lines.append("# identities that seem to be one person: into the one with most images")
+        for one in np.unique([person[a] for a, _ in pairs]).astype(int).tolist():
+            members = np.flatnonzero(person == one)
+            if one in tested:
+                continue
+            target = int(members[np.argmax(self.images_of[members])])
+            lines += [f"{MERGE}{self.names[c]}{INTO}{self.names[target]}" for c in members.tolist() if c != target]
+        if self.options.centers_only:
+            return lines
+        gone = set[int]()
+
+        def drop(title: str, images: Iterable[int], mark: str = "") -> None:
+            some = [i for i in dict.fromkeys(images) if i not in gone and int(self.labels[i]) not in dropped]
+            gone.update(some if not mark else ())
+            lines.append(f"# {title}")
+            lines.extend(mark + DROP_IMAGE + name
+                         for name in self.dataset.image_names(self.order[np.array(some, np.int64)]))
+
+        drop("images of a test set", (f["_image"] for f in overlap if f["kind"] != "identity"))
+        wrong = [f["_image"] for f in self.findings["noise"] if f["kind"] == "wrong label"]
+        drop("images with a wrong label", (i for i in wrong if self.images_of[self.labels[i]] > 2))
+        drop("of two images, either may be the wrong one: remove the # where this one is",
+             (i for i in wrong if self.images_of[self.labels[i]] <= 2), "# ")
+        worse = []
+        for finding in self.findings["copies"]:
+            one, other = finding["_images"]
+            if finding["kind"] == "same pixels" and one not in gone and other not in gone and one not in worse:
+                # In two identities the label of one is wrong.
+                first_is_worse = self.own[one] < self.own[other] and self.labels[one] != self.labels[other]
+                worse.append(one if first_is_worse else other)
+        drop("copies, the same pixels", worse)
+        return lines
+
+    def write(self) -> None:
+        """All files of the output."""
+        lines = self.proposal()
+        try:
+            for kind, rows in self.findings.items():
+                text = io.StringIO()
+                writer = csv.writer(text, lineterminator="\n")
+                writer.writerow(COLUMNS[kind])
+                writer.writerows([f"{row[name]:.4f}" if isinstance(row[name], float) else row[name]
+                                  for name in COLUMNS[kind]] for row in rows)
+                self._write(f"{kind}.csv", text.getvalue())
+            header = [f"# proposed by scripts/audit.py for {ascii(self.options.data)}: look at {PAGE}, and remove the "
+                      "lines that are wrong", "# main.py --exclude FILE and pack.py --exclude FILE leave these out"]
+            self._write(PROPOSAL, "\n".join([*header, *lines]) + "\n")
+            self._write(PAGE, self.page(lines))
+        except OSError as error:
+            raise UserError(f"--output {self.options.output}: cannot be written ({error.strerror})") from None
+
+    def _write(self, name: str, text: str) -> None:
+        with atomic_write(os.path.join(self.options.output, name)) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+
+    def page(self, lines: Sequence[str]) -> str:
+        """The HTML page."""
+        findings, most = self.findings, self.options.page_findings
+        wrong = sum(row["kind"] == "wrong label" for row in findings["noise"])
+        body: list[str] = [
+            paragraph(f"{self.dataset.describe()}; embedded by {self.weights.describe(self.options.resume)}. Findings "
+                      "are suspicions, the worst first: look before you drop anything."),
+            table(["finding", "number", "file"], [
+                ["pairs of identities that seem to be one person", len(findings["duplicates"]), "duplicates.csv"],
+                ["images that seem to have a wrong label", wrong, "noise.csv"],
+                ["other images far from their identity", len(findings["noise"]) - wrong, "noise.csv"],
+                ["pairs of images that are copies", len(findings["copies"]), "copies.csv"],
+                ["identities and images of the test sets", len(findings["overlap"]), "overlap.csv"],
+                ["lines of the proposal", sum(not line.startswith("#") for line in lines), PROPOSAL]]),
+            table(["threshold", "cosine", "chosen because"], self.thresholds.rows),
+            *(paragraph(note) for note in self.notes),
+            heading("What this cannot know"), paragraph(LIMITS)]
+        for title, kind, choose, draw in (
+            ("One person, two identities", "duplicates", None, self._draw_duplicate),
+            ("Wrong labels", "noise", "wrong label", self._draw_noise),
+            ("Outliers", "noise", "outlier", self._draw_noise),
+            ("People and images of the test sets", "overlap", None, self._draw_overlap),
+            ("Copies", "copies", None, self._draw_copies),
+        ):
+            rows = [row for row in findings[kind] if choose is None or row["kind"] == choose]
+            body.append(heading(title))
+            body.append(paragraph(f"{min(most, len(rows)):,} of {len(rows):,}" if rows else "Nothing was found."))
+            body.append(columns([draw(row) for row in rows[:most]]))
+        return page(f"Audit of {self.options.data}", "\n".join(body))
+
+    def _draw_duplicate(self, row: dict[str, Any]) -> str:
+        one, other = row["_labels"]
+        return montage([(self._pictures(one), f"{row['identity']}: {row['images']} images"),
+                        (self._pictures(other), f"{row['other']}: {row['other images']} images\n"
+                                                f"cosine {row['cosine']:.3f}")], 72)
+
+    def _draw_noise(self, row: dict[str, Any]) -> str:
+        i = row["_image"]
+        return montage([(self._picture(i), f"{row['image']}"),
+                        (self._pictures(int(self.labels[i]), i), f"its identity: {row['identity']}\n"
+                                                                 f"cosine {row['cosine']:.3f}"),
+                        (self._pictures(row["_closest"]), f"closest: {row['closest']}\n"
+                                                          f"cosine {row['closest cosine']:.3f}")], 72)
+
+    def _draw_overlap(self, row: dict[str, Any]) -> str:
+        test, numbers = row["_test"]
+        tested = [decode_or_none(functools.partial(test.images.encoded, t)) for t in numbers]
+        own = self._pictures(row["_label"]) if row["_image"] is None else [self._picture(row["_image"])]
+        return montage([(tested, f"{row['test image']}\n{row['test images']} images of {row['test set']}"),
+                        (own, f"{row['image'] or row['identity']}\n{row['kind']}, cosine {row['cosine']:.3f}")], 72)
+
+    def _draw_copies(self, row: dict[str, Any]) -> str:
+        one, other = row["_images"]
+        return montage([([self._picture(one), self._picture(other)],
+                         f"{row['image']}\n{row['other']}\n{row['kind']}, cosine {row['cosine']:.3f}")], 72)
+
+    def _picture(self, i: int) -> np.ndarray | None:
+        """An image by its position in `order`."""
+        return decode_or_none(functools.partial(self.dataset.encoded, int(self.order[i])))
+
+    def _pictures(self, c: int, without: int = -1) -> list[np.ndarray | None]:
+        """Some images of an identity: those that are closest to it."""
+        if self.options.centers_only:
+            found = np.flatnonzero(self.labels_of_data == c)[:SHOWN].tolist()
+            return [decode_or_none(functools.partial(self.dataset.encoded, i)) for i in found]
+        own = self.own[self.starts[c]:self.starts[c + 1]]
+        best = [int(self.starts[c] + k) for k in np.argsort(-np.nan_to_num(own, nan=NOTHING), kind="stable")]
+        return [self._picture(i) for i in best if i != without][:SHOWN]
+
+
+COLUMNS = {
+    "duplicates": ["identity", "other", "cosine", "images", "other images"],
+    "noise": ["image", "kind", "identity", "cosine", "closest", "closest cosine"],
+    "copies": ["image", "other", "kind", "cosine", "identity", "other identity"],
+    "overlap": ["kind", "identity", "image", "cosine", "test image", "test images", "test set"],
+}
+LIMITS = (
+    "Everything here is as good as the network: people whom it cannot tell apart, such as twins, appear as one, "
+    "and one person whom it does not recognise, as a child for example, is not found. A network that was trained "
+    "on this set has learned its wrong labels too, the better the longer it was trained: one of another set finds"
+    " more. An identity of one image has nothing to be compared with; of two images that differ, either may be "
+    "the wrong one; and where most images of an identity show another person, the right ones appear as wrong. "
+    "Copies with other pixels are looked for within an identity, between identities that seem to be one person, "
+    "and where a label seems wrong. Of a test set, only people are found whom the network recognises, in images "
+    "that were given.")
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """float (n,) of the rows of two (n, d), 0 where a row is zero."""
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return (one * other).sum(1) / np.maximum(lengths, 1e-12)
+
+
+def robust(values: np.ndarray) -> tuple[float, float]:
+    """(median, 1.4826 times the median distance from it), which is a normal distribution's standard deviation."""
+    middle = float(np.median(values))
+    return middle, 1.4826 * float(np.median(np.abs(values - middle)))
+
+
+def hardly_reached(nearest: np.ndarray) -> float:
+    """The cosine DEVIATIONS robust deviations above those of neighbours, most of whom are other people.
+
+    Counted in angles: near 1, cosines are squeezed.
+    """
+    if not len(nearest):
+        return 1.0
+    middle, spread = robust(np.arccos(np.clip(nearest.astype(np.float64), -1, 1)))
+    return float(np.cos(max(middle - DEVIATIONS * spread, 0.0)))
+
+
+def decode_or_none(encoded: Callable[[], tuple[bytes, str]]) -> np.ndarray | None:
+    """uint8 (3, 112, 112), or None for an image that can no longer be read."""
+    try:
+        return decode_image(*encoded()).numpy()
+    except UserError:
+        return None
+
+
+def describe_seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else (
+        f"{seconds / 3600:.1f} h")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
