@@ -1,5 +1,7 @@
 """An encoded 112x112 face image -> uint8 pixels. `name` is what errors call the image: a path, or a record of a file.
 
+read_photo is for images of other sizes, before they are aligned.
+
 Pillow decides what an image is (decode_image). The loader uses decode_into, which decodes most JPEGs with torchvision's
 operator: the same pixels at 1.8 times the speed (11,000 images/s on one core). Pillow decodes whatever the operator
 refuses, and everything if there is no operator. torchvision's Python functions for it are deprecated since 0.29.
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from utils.errors import UserError
 
@@ -35,6 +37,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _READ_BYTES = 64 * 1024  # more than nearly every face crop has
 MAX_IMAGE_BYTES = 2**24  # far more than an image of 112x112 has, with all its metadata
+MAX_PHOTO_BYTES, MAX_PHOTO_PIXELS = 2**28, 2**27  # more than any camera makes; the pixels take 400 MB
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _HEADER_BYTES = 4096  # one disk page holds the frame header of nearly every face crop
 
@@ -70,6 +73,28 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
     except Exception as error:  # Pillow raises many types for damaged data: OSError, SyntaxError, zlib.error, ...
         raise UserError(f"{name}: the image is damaged or truncated ({_one_line(error)})") from None
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def read_photo(path: str | os.PathLike[str], *, exif: bool = True) -> np.ndarray:
+    """The RGB pixels of an image file of any size: uint8 (H, W, 3).
+
+    Formats and conversions are decode_image's. exif: turn a JPEG, WebP or AVIF as its EXIF orientation says, as viewers
+    and OpenCV's imread do; Pillow always turns TIFF. Raises UserError, naming the file, as decode_image, and for
+    an image of more than MAX_PHOTO_PIXELS or MAX_PHOTO_BYTES.
+    """
+    path = os.fspath(path)
+    data = read_bytes(path, at_most=MAX_PHOTO_BYTES)
+    width, height = _size_of_image(data, path)
+    if width * height > MAX_PHOTO_PIXELS:
+        raise UserError(f"{path}: the image is {width}x{height}, and should have {MAX_PHOTO_PIXELS:,} pixels at most")
+    try:
+        image = _decode_any(data)
+    except Exception as error:  # see decode_image
+        raise UserError(f"{path}: the image is damaged or truncated ({_one_line(error)})") from None
+    if exif:
+        with contextlib.suppress(Exception):  # damaged EXIF data raise many types too: the pixels are as they are
+            image = ImageOps.exif_transpose(image)
+    return np.array(image)
 
 
 def decode_into(data: bytes, name: str, pixels: torch.Tensor) -> None:
@@ -171,17 +196,22 @@ def check_header(path: str) -> None:
 
 def check_encoded(data: bytes, name: str) -> None:
     """Raise decode_image's UserError if the image's header shows: not an image, wrong size."""
+    width, height = _size_of_image(data, name)
+    if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
+        size = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
+        raise UserError(f"{name}: the image is {width}x{height}, not {size}; align and resize to {size} first")
+
+
+def _size_of_image(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) from the header. Raises UserError."""
     frame = _jpeg_frame(data)
     try:
-        width, height = frame[:2] if frame else _open(data).size
+        return frame[:2] if frame else _open(data).size
     except Exception as error:
         # For an unknown format Pillow's message only names a BytesIO object.
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
         known = ", ".join(_PILLOW_FORMATS[:-1]) + " or " + _PILLOW_FORMATS[-1]
         raise UserError(f"{name}: not a {known} image, or its header is damaged{reason}") from None
-    if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
-        size = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
-        raise UserError(f"{name}: the image is {width}x{height}, not {size}; align and resize to {size} first")
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
