@@ -15,7 +15,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.files import open_bounded
 
-_MAX_BYTES, _MAX_INFLATED = 2**26, 2**28  # a list of a million file names has less
+_MAX_BYTES = _MAX_INFLATED = 2**26  # a list of a million file names has less
 _HEADER_BYTES = 128
 _MATRIX, _COMPRESSED = 14, 15  # types of data elements
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
@@ -55,7 +55,7 @@ def _variables(data: bytes, order: str) -> dict[str, Any]:
             inflater = zlib.decompressobj()
             part = inflater.decompress(part, _MAX_INFLATED - room)
             if not inflater.eof:
-                raise ValueError("its compressed data are larger than 256 MiB, or end early")
+                raise ValueError("its compressed data are larger than 64 MiB, or end early")
             room += len(part)
             kind, part, _ = _element(part, 0, order)
         if kind != _MATRIX:

@@ -48,7 +48,8 @@ def write_ijb(root: Path, layout: Layout, photos: Sequence[np.ndarray] | None = 
     Path(meta + "template_pair_label.txt").write_text("".join(f"{a} {b} {c}\n" for a, b, c in layout.pairs))
     header = "TEMPLATE_ID,SUBJECT_ID,FILENAME\n"
     for name, rows in layout.galleries.items():
-        Path(f"{meta}1N_gallery_{name}.csv").write_text(header + "".join(f'{t},{s},"img/{t}, 1.jpg"\n' for t, s in rows))
+        lines = [f'{t},{s},"img/{t}, 1.jpg"\n' for t, s in rows]
+        Path(f"{meta}1N_gallery_{name}.csv").write_text(header + "".join(lines))
     if len(layout.probes):
         Path(meta + "1N_probe_mixed.csv").write_text(header + "".join(f"{t},{s},x.jpg\n" for t, s in layout.probes))
     return root

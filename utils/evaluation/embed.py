@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,20 +94,33 @@ def embed_to_file(
     matmul = describe_gpu(context.device) if context.device.type == "cuda" else ""  # with the precision of its products
     facts = {"weights": backbone_fingerprint(backbone), "made_from": made_from, "flip": flip,
              "device": context.device.type + matmul}
-    size = _embedding_size(backbone, context)
-    file = None
+    size = _embedding_size(backbone)
+    if not context.is_main:
+        _barrier(context)  # rank 0 has created the file
+    file = EmbeddingFile(path, len(images), size, facts, shared=not context.is_main)
     if context.is_main:
-        file = EmbeddingFile(path, len(images), size, facts)
-    _barrier(context)
-    if file is None:
-        file = EmbeddingFile(path, len(images), size, facts, shared=True)
+        _barrier(context)
+    try:
+        _embed_missing(backbone, images, context, file, batch_size=batch_size, workers=workers, flip=flip,
+                       progress=progress, print_freq=print_freq, mean_face=mean_face, name=name)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _embed_missing(
+    backbone: nn.Module, images: Images, context: DistContext, file: EmbeddingFile, *, mean_face: Tensor | None,
+    name: str, **settings: Any,
+) -> None:
+    """The part of embed_to_file when the file is open."""
     missing = file.missing()
     _barrier(context)  # nobody writes while others look for what is missing
     if context.is_main:
-        print(f"=> {name}: {path} holds the embeddings of {len(images) - len(missing):,} of {len(images):,} images",
-              flush=True)
+        print(f"=> {name}: {file.path} holds the embeddings of {len(images) - len(missing):,} of {len(images):,} "
+              "images", flush=True)
     if not len(missing):
-        return file
+        return
     share = -(-len(missing) // context.world_size)
     real = missing[context.rank * share : (context.rank + 1) * share]
     own = [*real.tolist(), *[int(missing[-1])] * (share - len(real))]
@@ -115,13 +129,11 @@ def embed_to_file(
         part = real[done : done + len(output)]
         file.write(part, output[: len(part)].float().cpu().numpy())
 
-    faces = _embed(backbone, images, own, len(real), context, keep, batch_size=batch_size, workers=workers, flip=flip,
-                   progress=progress, print_freq=print_freq)
+    faces = _embed(backbone, images, own, len(real), context, keep, **settings)
     _compare_faces(faces, len(missing), context, mean_face, name)  # collective: all ranks have written after it
-    return file
 
 
-def _embedding_size(backbone: nn.Module, context: DistContext) -> int:
+def _embedding_size(backbone: nn.Module) -> int:
     """d."""
     size = getattr(backbone, "embedding_size", None)
     if size is None:

@@ -77,8 +77,9 @@ class EmbeddingFile:
                 os.ftruncate(self._descriptor, 0)
                 self._write(header, 0)
                 self._reserve(total)
-        except OSError as error:
-            raise self._error(error) from None
+        except (OSError, UserError) as error:
+            self.close()
+            raise (self._error(error) if isinstance(error, OSError) else error) from None
 
     def _lock(self) -> None:
         try:

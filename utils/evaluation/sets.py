@@ -33,7 +33,7 @@ _DECODING_THREADS = 8  # the decoders release the GIL
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetFlags(IjbFlags, TinyFaceFlags):
+class SetFlags(TinyFaceFlags, IjbFlags):
     """The flags of the sets that only valid.py evaluates."""
 
     embeddings: str | None = flag(
