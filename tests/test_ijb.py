@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -262,7 +263,7 @@ def test_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     parts = open_set(root)
     for name in ("_first", "_second", "_is_same", "_template", "_media", "_scores"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
-    assert whole.fingerprint == parts.fingerprint
+    assert whole.fingerprint == parts.fingerprint == pickle.loads(pickle.dumps(parts)).fingerprint  # ranks get a copy
     path = root / "meta" / "ijbc_template_pair_label.txt"
     path.write_bytes(path.read_bytes() + b"30 40\n")
     with pytest.raises(UserError, match="label.txt:12: "):
@@ -270,6 +271,13 @@ def test_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path.write_bytes(b"1" * 300)
     with pytest.raises(UserError, match="a line of more than 16 MiB"):
         open_set(root)
+    for name in ("template_pair_label.txt", "1N_gallery_G1.csv", "name_5pts_score.txt"):
+        path = root / "meta" / f"ijbc_{name}"
+        with path.open("wb") as file:
+            file.truncate(2**30 + 1)
+        with pytest.raises(UserError, match=f"{path.name}: .*should have 1,073,741,824 at most"):
+            open_set(root)
+        path.write_text("10 20 1\n10 30 0\n")
 
 
 def test_missing_images_and_wrong_directories(tmp_path: Path) -> None:

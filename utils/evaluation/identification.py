@@ -25,7 +25,8 @@ _CURVE_POINTS = 500
 class Rows(Protocol):
     """float32 (N, d): an array, or a file that is read in parts."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def __len__(self) -> int: ...
 
