@@ -56,7 +56,7 @@ def slow_nearest(similarity: list[float], is_same: list[bool], k: int) -> tuple[
 @pytest.mark.parametrize("seed", range(4))
 def test_verification_of_random_scores_with_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    count = (40, 120, 250, 1100)[seed]
+    count = (40, 120, 250, 350)[seed]
     is_same = rng.random(count) < 0.3
     similarity = np.round(rng.normal(0.4 * is_same, 0.3), (1, 2, 3, 2)[seed]).astype(np.float32)
     similarity[rng.integers(0, count, 5)] = -np.inf
