@@ -73,7 +73,7 @@ def test_verification_of_random_scores_with_ties(seed: int) -> None:
     same, different = similarity[is_same], similarity[~is_same]
     assert found.auc == pytest.approx(
         np.mean([[(s > d) + 0.5 * (s == d) for d in different] for s in same]))
-    for tar, far in zip(found.curve_tar, found.curve_far):  # each is a point of the curve
+    for tar, far in zip(found.curve_tar[::9], found.curve_far[::9]):  # each is a point of the curve
         assert (far * len(different)) == pytest.approx(round(far * len(different)))
         assert tar <= max(np.mean(same >= t) for t in {*similarity.tolist()} if np.mean(different >= t) <= far + 1e-9
                           ) if far < 1 else True
