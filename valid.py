@@ -4,6 +4,7 @@
     python3 valid.py --batch-size 1024 -workers 16 --imgs-root data/lfw/imgs --pair-list data/lfw/pair.list \
         --resume checkpoint.pth.tar
     python3 valid.py --bin lfw.bin,cfp_fp.bin,agedb_30.bin --resume checkpoint.pth.tar --plot roc.png --report DIR
+    python3 valid.py --ijb data/IJBC --resume checkpoint.pth.tar
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from utils.evaluation.calibration import calibrate
 from utils.evaluation.operating_points import FARS
 from utils.evaluation.protocol import EvalSet, Result
 from utils.evaluation.report import CONTENT_FILE, PAGE_FILE, describe_run, summarise, write_report
-from utils.evaluation.sets import Source, check_images, evaluate_set, open_sets
+from utils.evaluation.sets import SetFlags, Source, check_images, evaluate_set, open_sets
 from utils.files import atomic_write, require_directory, require_writable
 from utils.flags import flag, parse_flags
 from utils.launch.plan import NodeFlags, is_first_process, plan_node, warn_of_unused_environment
@@ -39,7 +40,7 @@ from utils.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
-class Options(NodeFlags):
+class Options(SetFlags, NodeFlags):
     """The flags of valid.py, beside those that decide processes and devices."""
 
     imgs_root: str | None = flag("--imgs-root", metavar="DIR", section="evaluation sets",
@@ -67,8 +68,8 @@ class Options(NodeFlags):
                            help="images that a process embeds at a time")
     workers: int = flag("-j", "--workers", "-workers", default=4, metavar="N", at_least=0, section="evaluation",
                         help="image reading processes; 0 reads in the main process")
-    flip: bool = flag("--flip", default=False, section="evaluation",
-                      help="sum the embeddings of each image and of its mirror image")
+    flip: bool | None = flag("--flip", default_text="on with --ijb and --tinyface, else off", section="evaluation",
+                             help="sum the embeddings of each image and of its mirror image")
     far: tuple[float, ...] = flag(
         "--far", default=(), metavar="FAR,FAR,...", above=0, below=1, section="output",
         default_text="with --report and --calibration: 0.1, 0.01, ..., 1e-06",
@@ -95,7 +96,8 @@ def main() -> None:
     warn_of_unused_environment(plan)
     sources = [Source("pairs", options.pair_list, "--pair-list", options.imgs_root,
                       options.skip_missing_pairs)] if options.pair_list else []
-    sets = open_sets(sources + [Source("bin", path, "--bin") for path in options.bin])
+    sources += [Source("bin", path, "--bin") for path in options.bin]
+    sets = open_sets(sources + options.sources(bool(options.flip)))
     for name, path in output_files(options).items():
         # A result replaces an older one.
         require_writable(name, path, force=True, inputs=filter(None, [options.resume, options.pair_list, *options.bin]))
@@ -137,7 +139,8 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
     results: dict[str, Result] = {}
     for eval_set in sets:
         result = evaluate_set(backbone, eval_set, context, batch_size=options.batch_size, workers=options.workers,
-                              flip=options.flip, print_freq=options.print_freq, mean_face=mean_face)
+                              flip=bool(options.flip), print_freq=options.print_freq, mean_face=mean_face,
+                              embeddings=options.embeddings)
         if result is not None:
             results[eval_set.name] = result
     if not context.is_main:
@@ -204,11 +207,14 @@ def output_files(options: Options) -> dict[str, str]:
 
 def parse_options(argv: list[str] | None = None) -> Options:
     """Parse and check the flags without opening a file. Raises UserError."""
-    o = parse_flags(Options, "valid.py", "Evaluate a face recognition backbone on pairs of images.", argv)
+    o = parse_flags(Options, "valid.py", "Evaluate a face recognition backbone.", argv)
+    more_sets = o.sources(bool(o.flip))
+    if o.flip is None:
+        o = replace(o, flip=bool(more_sets))
     for name, value, other in (("--imgs-root", o.imgs_root, o.pair_list), ("--pair-list", o.pair_list, o.imgs_root)):
-        if not value and (other or not o.bin):
+        if not value and (other or not (o.bin or more_sets)):
             raise UserError(f"{name} is missing: give the images and the pairs with --imgs-root DIR --pair-list FILE"
-                            + ("" if o.bin else ", or --bin FILE"))
+                            + ("" if o.bin or more_sets else ", or --bin FILE, --ijb DIR or --tinyface DIR"))
     if o.skip_missing_pairs and not o.pair_list:
         raise UserError("--skip-missing-pairs: has no effect without --pair-list; add it, or drop the flag")
     if o.untrained and o.resume:
@@ -229,6 +235,10 @@ def parse_options(argv: list[str] | None = None) -> Options:
     for name, path in output_files(o).items():
         if (other := flag_of.setdefault(os.path.abspath(path), name)) != name:
             raise UserError(f"{name} {path}: is also the file of {other}; choose another name")
+    if o.plot is not None and not (o.pair_list or o.bin or o.ijb):
+        raise UserError(f"--plot {o.plot}: these sets have no ROC curve; drop the flag")
+    if o.montage is not None and not (o.pair_list or o.bin):
+        raise UserError(f"--montage {o.montage}: these sets have no pairs of images; drop the flag")
     if o.plot is not None:
         plots.check_picture("--plot", o.plot, plots.PLOT_FORMATS)
         plots.require_matplotlib("--plot")

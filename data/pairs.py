@@ -125,8 +125,8 @@ class PairImages(Dataset):
 Pair = tuple[int, str, str, bool]  # line number, path1, path2, is_same
 Fields = list[str]
 
-_FORMS = ("'path1 path2 0|1' (or -1|1, True|False, or the label first), or LFW's 'name n1 n2' and 'name1 n1 name2 n2'; "
-          "blanks, tabs, commas or semicolons separate")
+_FORMS = ("'path1 path2 0|1' (or -1|1, True|False, or the label first), LFW's 'name n1 n2' and 'name1 n1 name2 n2', or "
+          "CALFW's two lines a pair, 'path 0|1'; blanks, tabs, commas or semicolons separate")
 
 
 def _split_csv(delimiter: str, line: str) -> Fields:
@@ -187,9 +187,11 @@ def _read_pairs(pair_list: str, flag: str) -> tuple[list[Pair], bool]:
     if lines[0][1].startswith("\udc80"):  # how a pickle begins
         raise UserError(f"{flag} {pair_list}: is no list of pairs; if it is an evaluation set such as lfw.bin, give it "
                         f"with {'--val-bin' if flag == '--val-pairs' else '--bin'}")
+    if pairs := _two_lines_a_pair(lines, pair_list):
+        return pairs, False
     most, problem = -1, ""
     for split, (shape, parse) in itertools.product(_SPLITS, _SHAPES.items()):
-        pairs: list[Pair] = []
+        pairs = []
         for number, line in lines:
             fields = [field.strip() for field in split(line)]
             while fields and not fields[-1]:
@@ -207,6 +209,26 @@ def _read_pairs(pair_list: str, flag: str) -> tuple[list[Pair], bool]:
             expected = f"{shape}, as in the lines before" if pairs else f"lines of {_FORMS}"
             problem = f"{pair_list}:{number}: expected {expected}, got {ascii(line[:120])}"
     raise UserError(problem)
+
+
+def _two_lines_a_pair(lines: list[tuple[int, str]], pair_list: str) -> list[Pair]:
+    """The pairs of CALFW's and CPLFW's list; [] if it is another one.
+
+    Two lines of 'path number' are a pair. Different people have 0, and the same person has 1 (CPLFW) or the number of
+    the fold, 1 to 10 (CALFW). Raises UserError.
+    """
+    fields = [line.split() for _, line in lines]
+    if not all(len(row) == 2 and row[0].lower().endswith(IMAGE_EXTENSIONS) and _is_number(row[1])
+               and not set(row[0]) & set(",;\0") for row in fields):
+        return []
+    pairs: list[Pair] = []
+    for k in range(0, len(lines), 2):
+        number, line = lines[k]
+        if k + 1 == len(lines) or fields[k][1] != fields[k + 1][1]:
+            raise UserError(f"{pair_list}:{number}: two lines with the same number are a pair; the line after "
+                            f"{ascii(line[:120])} has another one, or is missing")
+        pairs.append((number, fields[k][0], fields[k + 1][0], fields[k][1] != "0"))
+    return pairs
 
 
 def _is_header(fields: Fields) -> bool:

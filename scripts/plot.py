@@ -63,7 +63,8 @@ def read_roc(argument: str) -> list[RocCurve]:
             content = json.load(file)
         results = {f"{label}, {name}": result for name, result in content.get("sets", {}).items()} or {label: content}
         return [RocCurve(name, np.asarray(result["fpr"], dtype=float), np.asarray(result["tpr"], dtype=float),
-                         float(result["accuracy"]), float(result["auc"])) for name, result in results.items()]
+                         float(result["accuracy"]) if "accuracy" in result else None, float(result["auc"]))
+                for name, result in results.items()]
     except OSError as error:
         raise UserError(f"--roc {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError):

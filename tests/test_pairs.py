@@ -90,6 +90,24 @@ def test_lfws_own_list(root: Path, lines: list[str]) -> None:
     assert pairs.is_same.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("numbers", [(1, 1, 1, 0, 0), (1, 1, 10, 0, 0)], ids=["CPLFW", "CALFW"])
+def test_two_lines_a_pair(root: Path, numbers: tuple[int, ...]) -> None:
+    """CPLFW has 1 for the same person. CALFW has the number of the fold, 1 to 10. Both have 0 for others."""
+    names = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg", "a/1.jpg", "a/2.jpg", "a/1.jpg", "b/1.jpg", "b/2.jpg",
+             "a/2.jpg"]
+    pairs = read(root, [f"{name} {numbers[k // 2]}" for k, name in enumerate(names)])
+    assert pairs.is_same.tolist() == [True] * 3 + [False] * 2
+    assert pairs.index1.tolist() == [0, 2, 0, 0, 3] and pairs.index2.tolist() == [1, 3, 1, 2, 1]
+
+
+def test_xqlfws_list_is_that_of_lfw(root: Path) -> None:
+    """xqlfw_pairs.txt has LFW's form, and its images LFW's names."""
+    for image in ("a/1.jpg", "a/2.jpg", "b/2.jpg"):
+        name = root / "imgs" / image
+        name.rename(name.with_name(f"{name.parent.name}_000{image[2]}.jpg"))
+    assert read(root, ["10\t1", "a\t1\t2", "a\t1\tb\t2", "a\t2\t1"]).is_same.tolist() == [True, False, True]
+
+
 def test_pairs_without_an_image_are_skipped_on_demand(root: Path) -> None:
     (root / "pair.list").write_text("\n".join([*GOOD, "a/1.jpg c/1.jpg 0", "c/1.jpg d/1.jpg 1"]))
     with pytest.raises(UserError, match="list:5: there is no image .*c/1.jpg .2 of 6 .*--skip-missing-pairs"):
@@ -138,6 +156,9 @@ def test_images(root: Path) -> None:
         (["a/1.jpg " * 100], r"pair\.list:1: expected lines of 'path1 path2 0\|1' .* LFW's .*, got 'a.{119}'$"),
         (["10\t300", "Anna\t1\t2", "Anna\t1\tBob"], r"pair\.list:3: expected LFW's 'name n1 n2' or"),
         (["Anna 1 2", "Anna 1 Bob 2"], r"pair\.list:1: there is no image .*imgs/Anna/Anna_0001.jpg"),
+        (["a/1.jpg 1", "a/2.jpg 1", "b/1.jpg 0", "b/2.jpg 1"], r"pair\.list:3: two lines with the same number are"),
+        (["a/1.jpg 1", "a/2.jpg 1", "b/1.jpg 0"], r"pair\.list:3: two lines .*'b/1.jpg 0' has another .* missing"),
+        (["a/1.jpg 1", "a/2.jpg 1", "b/1.jpg b/2.jpg 0"], r"pair\.list:1: expected"),
         (["path1,path2,same"], r"pair\.list:1: expected"),
         (b"\x80\x04\x95", r"--pair-list .*pair\.list: is no list of pairs; .*--bin"),
     ],

@@ -10,7 +10,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.augment import prepare_batch
+from data.decode import IMAGE_SIZE
 from data.loader import read_images
 from utils.dist.collectives import all_gather_rows, all_reduce_sum
-from utils.dist.context import DistContext
+from utils.dist.context import DistContext, describe_gpu
 from utils.dist.stop import StopSignal
 from utils.errors import UserError
+from utils.evaluation.embedding_file import EmbeddingFile, backbone_fingerprint
 from utils.evaluation.mean_face import SHAPE, describe_difference, relative_faces
 from utils.evaluation.protocol import Images
 from utils.signals import STOP_SIGNALS
@@ -55,6 +58,127 @@ def embed_images(
     total = len(images)
     share = -(-total // context.world_size)
     own = [min(i, total - 1) for i in range(context.rank * share, (context.rank + 1) * share)]
+    rows = torch.empty(0)
+
+    def keep(done: int, output: Tensor) -> None:
+        nonlocal rows
+        if done == 0:
+            rows = torch.empty(share, output.shape[1], device=context.device)  # until all batches are embedded
+        rows[done : done + len(output)] = _unit_rows(output)
+
+    faces = _embed(backbone, images, own, max(total - context.rank * share, 0), context, keep, batch_size=batch_size,
+                   workers=workers, flip=flip, progress=progress, print_freq=print_freq, stop=stop)
+    if context.world_size > 1:
+        rows = all_gather_rows(rows, None)[:total]
+    rows = rows.cpu()
+
+    zero, not_finite = int((rows == 0).all(dim=1).sum()), int(rows[:, 0].isnan().sum())
+    if context.is_main and zero + not_finite:
+        print(f"warning: {zero + not_finite} of {total} embeddings are unusable ({not_finite} NaN or infinite, {zero} "
+              "zero); they are set to zero", file=sys.stderr)
+    _compare_faces(faces, total, context, mean_face, name)
+    return rows.nan_to_num_(0).numpy()
+
+
+def embed_to_file(
+    backbone: nn.Module, images: Images, context: DistContext, path: str, made_from: str, *, batch_size: int,
+    workers: int, flip: bool = False, progress: bool = True, print_freq: int = 100, mean_face: Tensor | None = None,
+    name: str = "the images",
+) -> EmbeddingFile:
+    """Collective. f(x), or f(x) + f(mirrored x) with `flip`, not normalised, of each image, in a file on a disk that
+    all ranks share. Only images whose embeddings are not there yet are embedded, after a kill for example.
+
+    made_from: identifies the images. Embeddings of other images, weights, settings or kinds of device are replaced. The
+    other arguments and the errors are those of embed_images. The caller closes the file.
+    """
+    matmul = describe_gpu(context.device) if context.device.type == "cuda" else ""  # with the precision of its products
+    facts = {"weights": backbone_fingerprint(backbone), "made_from": made_from, "flip": flip,
+             "device": context.device.type + matmul}
+    size = _embedding_size(backbone)
+    if not context.is_main:
+        _barrier(context)  # rank 0 has created the file
+    file = EmbeddingFile(path, len(images), size, facts, shared=not context.is_main)
+    if context.is_main:
+        _barrier(context)
+    try:
+        _embed_missing(backbone, images, context, file, batch_size=batch_size, workers=workers, flip=flip,
+                       progress=progress, print_freq=print_freq, mean_face=mean_face, name=name)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _embed_missing(
+    backbone: nn.Module, images: Images, context: DistContext, file: EmbeddingFile, *, mean_face: Tensor | None,
+    name: str, **settings: Any,
+) -> None:
+    """The part of embed_to_file when the file is open."""
+    missing = file.missing()
+    _barrier(context)  # nobody writes while others look for what is missing
+    if context.is_main:
+        print(f"=> {name}: {file.path} holds the embeddings of {len(images) - len(missing):,} of {len(images):,} "
+              "images", flush=True)
+    if not len(missing):
+        return
+    share = -(-len(missing) // context.world_size)
+    real = missing[context.rank * share : (context.rank + 1) * share]
+    own = [*real.tolist(), *[int(missing[-1])] * (share - len(real))]
+
+    def keep(done: int, output: Tensor) -> None:
+        part = real[done : done + len(output)]
+        file.write(part, output[: len(part)].float().cpu().numpy())
+
+    faces = _embed(backbone, images, own, len(real), context, keep, **settings)
+    _compare_faces(faces, len(missing), context, mean_face, name)  # collective: all ranks have written after it
+
+
+def _embedding_size(backbone: nn.Module) -> int:
+    """d."""
+    size = getattr(backbone, "embedding_size", None)
+    if size is None:
+        parameter = next(backbone.parameters())
+        with torch.no_grad(), _evaluation_mode(backbone):
+            size = backbone(parameter.new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).shape[1]
+    return int(size)
+
+
+def _barrier(context: DistContext) -> None:
+    if context.world_size > 1:
+        all_reduce_sum(torch.zeros(1, device=context.device), dist.group.WORLD)
+
+
+def _compare_faces(faces: Tensor, count: int, context: DistContext, mean_face: Tensor | None, name: str) -> None:
+    """Collective. Rank 0 warns if the mean of all ranks' `faces`, sums over `count` images, is far from mean_face."""
+    if context.world_size > 1:
+        faces = all_reduce_sum(faces, dist.group.WORLD)
+    if context.is_main and mean_face is not None:
+        difference = describe_difference(faces.cpu() / count, count, mean_face)
+        if difference is not None:
+            print(f"warning: {name}: {difference}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(backbone: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _embed(
+    backbone: nn.Module, images: Images, own: Sequence[int], real: int, context: DistContext,
+    keep: Callable[[int, Tensor], None], *, batch_size: int, workers: int, flip: bool, progress: bool, print_freq: int,
+    stop: StopSignal | None = None,
+) -> Tensor:
+    """Embed this rank's images `own`, as many on every rank, and give them to keep(images before, (n, d)) by batches.
+
+    The sum of the relative faces of the first `real` images is returned; the others repeat images of other ranks.
+    """
+    share = len(own)
     # Loading processes ignore SIGINT, and SIGTERM and SIGUSR1 only if this process handles them. Otherwise Python sends
     # SIGTERM to its children at exit and would wait forever for one that ignores it.
     ignored = [number for number in STOP_SIGNALS
@@ -64,33 +188,28 @@ def embed_images(
                           patience=stop.patience if stop is not None else math.inf)
     backbone.to(context.device)
     dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
     whose = " of rank 0" if context.world_size > 1 else ""
     report, terminal = progress and context.is_main, sys.stderr.isatty()
     # No disabled bar: tqdm's lock is a semaphore, and a rank that is killed would leak it with a warning.
     bar = tqdm(total=share, desc="embedding", unit=" images" + whose) if report and terminal else None
-    rows, done, started = torch.empty(0), 0, time.perf_counter()
+    done, started = 0, time.perf_counter()
     on_gpu = context.device.type == "cuda"
-
-    faces = torch.zeros(SHAPE, device=context.device)  # the sum of this rank's
+    faces = torch.zeros(SHAPE, device=context.device)
 
     def embed_next() -> Tensor:
         batch = next(batches)
         if on_gpu:  # nobody waits for a copy from pinned memory; torch reuses that memory when the copy is over
             batch = batch.pin_memory().to(context.device, non_blocking=True)
         x = prepare_batch(batch, dtype, augment="none")
-        faces.add_(relative_faces(x[:max(total - context.rank * share - done, 0)]).sum(0))
+        faces.add_(relative_faces(x[:max(real - done, 0)]).sum(0))
         output = backbone(x)
-        return _unit_rows(output + backbone(x.flip(3)) if flip else output)
+        return output + backbone(x.flip(3)) if flip else output
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _evaluation_mode(backbone):
             for _ in range(-(-share // batch_size)):  # as many batches on every rank
                 output = embed_next() if stop is None else stop.together(embed_next)
-                if done == 0:
-                    rows = torch.empty(share, output.shape[1], device=context.device)  # until all batches are embedded
-                rows[done : done + len(output)] = output
+                keep(done, output)
                 done += len(output)
                 if bar is not None:
                     bar.update(len(output))
@@ -103,22 +222,7 @@ def embed_images(
         batches.close()
         if bar is not None:
             bar.close()
-        for module, mode in modes.items():
-            module.training = mode
-    if context.world_size > 1:
-        rows = all_gather_rows(rows, None)[:total]
-        faces = all_reduce_sum(faces, dist.group.WORLD)
-    rows = rows.cpu()
-
-    zero, not_finite = int((rows == 0).all(dim=1).sum()), int(rows[:, 0].isnan().sum())
-    if context.is_main and zero + not_finite:
-        print(f"warning: {zero + not_finite} of {total} embeddings are unusable ({not_finite} NaN or infinite, {zero} "
-              "zero); they are set to zero", file=sys.stderr)
-    if context.is_main and mean_face is not None:
-        difference = describe_difference(faces.cpu() / total, total, mean_face)
-        if difference is not None:
-            print(f"warning: {name}: {difference}", file=sys.stderr)
-    return rows.nan_to_num_(0).numpy()
+    return faces
 
 
 def _unit_rows(output: torch.Tensor) -> torch.Tensor:

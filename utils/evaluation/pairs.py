@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.evaluation.lfw import TARGET_FAR, evaluate_distances, squared_distance, usable_folds
 from utils.evaluation.operating_points import PairScores
 from utils.evaluation.plots import MONTAGE_COLUMNS
-from utils.evaluation.protocol import MontageSection, Result, RocCurve
+from utils.evaluation.protocol import MontageSection, Result, RocCurve, Source
 
 FOLDS = 10
 MONTAGE_PAIRS = 2 * MONTAGE_COLUMNS  # of each kind of error
@@ -24,6 +24,8 @@ MONTAGE_PAIRS = 2 * MONTAGE_COLUMNS  # of each kind of error
 
 class PairEvalSet:
     """An EvalSet (see protocol.py) of image pairs. Raises UserError if a label has fewer than two."""
+
+    fingerprint = None
 
     def __init__(self, name: str, pairs: PairSet) -> None:
         self.name, self.source, self.pairs, self.images = name, pairs.path, pairs, PairImages(pairs)
@@ -124,25 +126,22 @@ def identities_of(pairs: PairSet) -> tuple[np.ndarray, str]:
         label = smaller
 
 
-def open_pair_list(
-    name: str, path: str, imgs_root: str | None, flag: str, skip_missing: bool = False
-) -> PairEvalSet:
-    """Open a pair list (see data.pairs). The images are in imgs_root, or in imgs/ beside the list.
+def open_pair_list(name: str, source: Source) -> PairEvalSet:
+    """Open a pair list (see data.pairs). The images are in source.imgs_root, or in imgs/ beside the list.
 
-    skip_missing: leave out pairs of which an image is missing. Raises UserError.
+    source.skip_missing: leave out pairs of which an image is missing. Raises UserError.
     """
+    path, imgs_root = source.path, source.imgs_root
     if imgs_root is None:
         imgs_root = os.path.join(os.path.dirname(path), "imgs")
         if not os.path.isfile(path):
-            raise UserError(f"{flag} {path}: no such file")
+            raise UserError(f"{source.flag} {path}: no such file")
         if not os.path.isdir(imgs_root):
-            raise UserError(f"{flag} {path}: its images should be in {imgs_root}, which does not exist; "
+            raise UserError(f"{source.flag} {path}: its images should be in {imgs_root}, which does not exist; "
                             "give their directory with --imgs-root")
-    return PairEvalSet(name, PairList(imgs_root, path, flag=flag, skip_missing=skip_missing))
+    return PairEvalSet(name, PairList(imgs_root, path, flag=source.flag, skip_missing=source.skip_missing))
 
 
-def open_bin(
-    name: str, path: str, imgs_root: str | None, flag: str, skip_missing: bool = False
-) -> PairEvalSet:
+def open_bin(name: str, source: Source) -> PairEvalSet:
     """Open one of insightface's .bin files, such as lfw.bin, which hold images and labels. Raises UserError."""
-    return PairEvalSet(name, PairBin(path, flag=flag))
+    return PairEvalSet(name, PairBin(source.path, flag=source.flag))

@@ -59,7 +59,8 @@ def draw_roc(curves: Sequence[RocCurve], output: str) -> None:
         fpr, tpr = np.append(np.maximum(curve.fpr, left), 1.0), np.append(curve.tpr, 1.0)
         name = curve.label.encode(errors="backslashreplace").decode()  # of a file, whose bytes need not be text
         axes.step(fpr, tpr, where="post", **line_style(number), linewidth=2,
-                  label=f"{name}: accuracy {100 * curve.accuracy:.1f} %, AUC {curve.auc:.3f}")
+                  label=name + ": " + (f"accuracy {100 * curve.accuracy:.1f} %, " if curve.accuracy is not None else "")
+                  + f"AUC {curve.auc:.3f}")
     chance = np.geomspace(left, 1.0, 200)
     axes.plot(chance, chance, color=GRAY, linewidth=1, linestyle=(0, (1, 3)), label="chance")
     axes.set(xscale="log", xlim=(left, 1.0), ylim=(0.0, 1.01), title="Verification: ROC",

@@ -5,8 +5,8 @@ Shapes: U images in a set, d embedding size, T thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +16,25 @@ from utils.evaluation.operating_points import PairScores
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where to find an evaluation set."""
+
+    kind: str  # a key of EVAL_SETS in sets.py
+    path: str
+    flag: str  # the user's, for messages
+    imgs_root: str | None = None  # its images, if they are elsewhere
+    skip_missing: bool = False  # --skip-missing-pairs
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of this kind of set
+
+
+@dataclass(frozen=True)
 class RocCurve:
     """A ROC curve and the numbers in its legend entry."""
 
     label: str
     fpr: np.ndarray  # (T,), rising
     tpr: np.ndarray  # (T,)
-    accuracy: float
+    accuracy: float | None  # None where the protocol has no single threshold
     auc: float
 
 
@@ -66,11 +78,19 @@ class EvalSet(Protocol):
     contents: str  # a longer description
 
     @property
+    def fingerprint(self) -> str | None:
+        """None; or, for a large set whose embeddings go to a file, a hash of all that decides the images' pixels, as
+        far as it is known without reading them."""
+
+    @property
     def images(self) -> Images:
         """U images, each of which is embedded once."""
 
-    def score(self, embeddings: np.ndarray) -> Result:
+    def score(self, embeddings: Any) -> Result:
         """Score float32 (U, d): row i is the embedding of image i, L2-normalised, or zero where it is unusable.
+
+        With a fingerprint: an EmbeddingFile, of which parts are read as embeddings[a:b]. Its rows are as the backbone
+        gave them: not normalised, perhaps zero, NaN or infinite.
 
         Prints warnings to stderr about anything that makes the numbers doubtful.
         """
