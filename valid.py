@@ -163,7 +163,7 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
             print(f"=> {os.path.join(options.report, PAGE_FILE)}")
         if options.calibration is not None:
             (name, result), = results.items()
-            fitted = calibrate(name, result, reports[0].points, weights_fingerprint(backbone), options.flip)
+            fitted = calibrate(name, result, reports[0].points, weights_fingerprint(backbone), bool(options.flip))
             fitted.write(options.calibration)
             print(f"=> {options.calibration}: for embed.py --calibration; C_llr {fitted.cost:.3f} bits")
     except OSError as error:
@@ -237,6 +237,8 @@ def parse_options(argv: list[str] | None = None) -> Options:
             raise UserError(f"{name} {path}: is also the file of {other}; choose another name")
     if o.plot is not None and not (o.pair_list or o.bin or o.ijb):
         raise UserError(f"--plot {o.plot}: these sets have no ROC curve; drop the flag")
+    if o.calibration is not None and not (o.pair_list or o.bin):
+        raise UserError(f"--calibration {o.calibration}: these sets have no scores of pairs; drop the flag")
     if o.montage is not None and not (o.pair_list or o.bin):
         raise UserError(f"--montage {o.montage}: these sets have no pairs of images; drop the flag")
     if o.plot is not None:
