@@ -375,7 +375,7 @@ class Projection:
         self, grad: Tensor, centers: Tensor, momentum_buffer: Tensor | None, finite: Tensor | None, *, lr: float,
         momentum: float, weight_decay: float,
     ) -> None:
-        """torch.optim.SGD's step of centers and momentum, in place. The gradient stays as it is.
+        """torch.optim.SGD's step of centers and momentum, in place. The gradient is not modified.
 
         finite: bool scalar on the device; where it is False, nothing changes.
         """
