@@ -1,6 +1,6 @@
 """Triton kernels for a chunk of `losses.class_major`. Imported only where they run: no CPU run needs Triton.
 
-Each launch is an operator of torch.library ("arcface::..."): fake tensors pass through them, and a dispatch mode counts
+Each launch is a custom operator of PyTorch ("arcface::..."): fake tensors pass through them, and a dispatch mode counts
 them. Shapes as in `losses.class_major`: N rows, K classes of a chunk, d the embedding size.
 
 TRITON_INTERPRET=1 runs the kernels on the CPU, for tests. Its tl.dot multiplies the bit patterns of bf16, and it
@@ -375,7 +375,7 @@ class Projection:
         self, grad: Tensor, centers: Tensor, momentum_buffer: Tensor | None, finite: Tensor | None, *, lr: float,
         momentum: float, weight_decay: float,
     ) -> None:
-        """torch.optim.SGD's step of centers and momentum, in place. The gradient stays as it is.
+        """torch.optim.SGD's step of centers and momentum, in place. The gradient is not modified.
 
         finite: bool scalar on the device; where it is False, nothing changes.
         """

@@ -57,7 +57,10 @@ for wheel in wheels:
     try:
         importlib.metadata.version(wheel.name.split("-")[0])
     except importlib.metadata.PackageNotFoundError:
-        zipfile.ZipFile(wheel).extractall(sys.argv[2])
+        try:
+            zipfile.ZipFile(wheel).extractall(sys.argv[2])
+        except (zipfile.BadZipFile, OSError) as error:
+            sys.exit(f"error: --wheels {wheel}: cannot be unpacked ({error})")
         print(f"unpacked {wheel.name}")
 END
     export PYTHONPATH="$scratch/packages${PYTHONPATH:+:$PYTHONPATH}"

@@ -210,7 +210,7 @@ def tiles(check: Check) -> None:
     classes = check.sizes.classes[0]
     inputs = Inputs(check, classes, check.sizes.rows)
     common: dict[str, Any] = dict(classes=classes, rows=check.sizes.rows, size=check.sizes.size)
-    time_step(check, "as it is", functools.partial(step_of, check, inputs, "triton", "bf16", "kept"), **common)
+    time_step(check, "current", functools.partial(step_of, check, inputs, "triton", "bf16", "kept"), **common)
     for tile in DRY_TILES if check.dry_run else TILES:
         with tiles_are(tile):
             time_step(check, " ".join(map(str, tile)),

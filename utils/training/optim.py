@@ -44,7 +44,7 @@ class RowOptimizer(Optimizer):
         finite: bool scalar on the device; where it is False, skip_nonfinite leaves weights and state unchanged.
         stepped: bool (K,), rows that have had their step. If it is given, a row may be there several times: its first
             gradient and `stepped` count.
-        projection: what the gradient has still to go through.
+        projection: projects the gradient before the step. None: it already is the gradient of the rows.
         """
         mask = finite if self._skip_nonfinite else None
         self._update_rows(rows, grad, stepped, lambda here, grad: self._step_finite(here, grad, mask, projection))
