@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 # Python puts the script's own directory on sys.path instead of the repository's root.
@@ -77,7 +78,8 @@ PAGE, PROPOSAL, WORK = "index.html", "exclude.txt", "work"
 EMBED_IMAGES = 16_384  # between two places from which an interrupted run continues
 THREADS = 8  # the decoders release the GIL
 SAMPLE = 20_000  # identities that the thresholds are chosen from
-DEVIATIONS, NOISE_DEVIATIONS = 4, 3.5  # robust ones, of the distributions that thresholds are chosen from
+OUTLIER_DEVIATIONS, NOISE_DEVIATIONS = 4, 3.5  # robust ones, from the median
+LEAST_DEVIATIONS = 2.5  # of two neighbours from that of strangers, in sets of few identities
 LEAST_MARGIN = 0.05  # an image of two identities that are one person is about as close to both
 SHOWN = 4  # images of an identity on the page
 MOST = 1_000_000  # findings of a kind
@@ -525,8 +527,8 @@ class Audit:
             raise UserError("no two identities can be compared: their references are zero, NaN or infinite")
         self.stranger = hardly_reached(nearest)
         self.duplicate_above = self.thresholds.choose("duplicate identities from", self.options.duplicate_above,
-                                                      self.stranger, f"{DEVIATIONS} robust deviations above the median "
-                                                      "of identities and their nearest one")
+                                                      self.stranger, f"one of {len(nearest):,} identities would be this "
+                                                      "close to a stranger by chance")
         return found
 
     def _report_duplicates(self, found: Neighbours, centers: int) -> None:
@@ -558,8 +560,8 @@ class Audit:
                                        float(np.quantile(known, 0.10)),
                                        "90 % of images are as close to their own identity")
         middle, spread = robust(known)
-        below = self.thresholds.choose("outliers below", options.outlier_below, middle - DEVIATIONS * spread,
-                                       f"{DEVIATIONS} robust deviations below the median cosine with the own identity")
+        below = self.thresholds.choose("outliers below", options.outlier_below, middle - OUTLIER_DEVIATIONS * spread,
+                                       f"{OUTLIER_DEVIATIONS} robust deviations below the median cosine with the own identity")
         suspects = np.flatnonzero(np.isfinite(own))
         nearest, cosine = self._nearest(suspects, self.labels[suspects], "comparing images")
         self.image_stranger = hardly_reached(cosine[cosine > NOTHING])
@@ -853,14 +855,16 @@ def robust(values: np.ndarray) -> tuple[float, float]:
 
 
 def hardly_reached(nearest: np.ndarray) -> float:
-    """The cosine DEVIATIONS robust deviations above those of neighbours, most of whom are other people.
+    """The cosine that one of these (n,) neighbours would reach by chance, if all of them were strangers.
 
-    Counted in angles: near 1, cosines are squeezed.
+    Taken from a normal distribution of their angles, whose median and spread are robust: 2.5 deviations from the median
+    for up to 160 neighbours, 4.8 for a million. In angles, because near 1 cosines are squeezed.
     """
-    if not len(nearest):
+    if len(nearest) < 2:
         return 1.0
     middle, spread = robust(np.arccos(np.clip(nearest.astype(np.float64), -1, 1)))
-    return float(np.cos(max(middle - DEVIATIONS * spread, 0.0)))
+    deviations = max(NormalDist().inv_cdf(1 - 1 / len(nearest)), LEAST_DEVIATIONS)
+    return float(np.cos(max(middle - deviations * spread, 0.0)))
 
 
 def decode_or_none(encoded: Callable[[], tuple[bytes, str]]) -> np.ndarray | None:

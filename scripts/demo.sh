@@ -50,7 +50,8 @@ step "3/5 validation of the untrained network on unseen people"
 run "$PYTHON" valid.py "${pairs[@]}" --untrained -a mobilefacenet --json "$results/untrained.json"
 
 step "4/5 validation of the trained network on the same pairs"
-run "$PYTHON" valid.py "${pairs[@]}" --resume "$results/checkpoint.pth.tar" --json "$results/trained.json"
+run "$PYTHON" valid.py "${pairs[@]}" --resume "$results/checkpoint.pth.tar" --json "$results/trained.json" \
+    --report "$results/report"
 
 step "5/5 plots"
 run "$PYTHON" scripts/plot.py --metrics "$results/metrics.jsonl" --output "$results/curve.png"
@@ -66,6 +67,7 @@ END
 cat <<END
 training curve  $results/curve.png
 ROC             $results/roc.png
+report          $results/report/report.html
 checkpoint      $results/checkpoint.pth.tar
 faces           $demo/data/train
 
