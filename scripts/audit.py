@@ -19,15 +19,12 @@ README.md in this directory says how the thresholds are chosen, and what an audi
 from __future__ import annotations
 
 import csv
-import functools
 import hashlib
 import io
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -44,21 +41,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import decode_image, read_bytes  # noqa: E402
 from data.exclude import DROP_IDENTITY, DROP_IMAGE, INTO, MERGE  # noqa: E402
 from data.formats import open_training_set  # noqa: E402
-from data.insightface_bin import PairBin  # noqa: E402
-from data.pairs import PairImages, PairList  # noqa: E402
 from data.progress import progress_bar  # noqa: E402
 from data.training_set import TrainingSet  # noqa: E402
 from data.union import IDENTITIES  # noqa: E402
 from models import check_arch  # noqa: E402
-from scripts.embed import find_images  # noqa: E402
+from scripts.audit_images import Subset, TestSet, components, embed, hash_images, open_tests  # noqa: E402
+from scripts.audit_page import SHOWN, audit_page  # noqa: E402
 from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights  # noqa: E402
 from utils.dist.context import DistContext, MatmulFlag, check_gpus, choose_device, choose_matmul, set_matmul  # noqa: E402
-from utils.errors import UserError, exit_on_user_error, printable  # noqa: E402
-from utils.evaluation.embed import embed_images  # noqa: E402
-from utils.evaluation.html import columns, heading, montage, page, paragraph, table  # noqa: E402
+from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation.neighbours import (  # noqa: E402
     BLOCK,
     NOTHING,
@@ -70,18 +63,15 @@ from utils.evaluation.neighbours import (  # noqa: E402
     predict_seconds,
     unit_rows,
 )
-from utils.files import atomic_write, open_bounded, require_directory  # noqa: E402
+from utils.files import atomic_write, require_directory  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 from utils.memory import keep_freed_memory  # noqa: E402
 
 PAGE, PROPOSAL, WORK = "index.html", "exclude.txt", "work"
-EMBED_IMAGES = 16_384  # between two places from which an interrupted run continues
-THREADS = 8  # the decoders release the GIL
 SAMPLE = 20_000  # identities that the thresholds are chosen from
 OUTLIER_DEVIATIONS, NOISE_DEVIATIONS = 4, 3.5  # robust ones, from the median
 LEAST_DEVIATIONS = 2.5  # of two neighbours from that of strangers, in sets of few identities
 LEAST_MARGIN = 0.05  # an image of two identities that are one person is about as close to both
-SHOWN = 4  # images of an identity on the page
 MOST = 1_000_000  # findings of a kind
 
 
@@ -156,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
                            channel_order=options.channel_order)
     dataset = open_training_set(options.data, index=options.index, skip_bad=True, progress=True,
                                 identities=options.identities, exclude=options.exclude)
-    tests = open_tests(options)
+    tests = open_tests(options.test_pairs, options.imgs_root, options.test_bin, options.test_images)
     print(f"{weights.describe(options.resume)}; {dataset.describe()}"
           + "".join(f"; {test.name}: {len(test.images):,} test images" for test in tests), flush=True)
     audit = Audit(options, dataset, weights, DistContext(0, 1, 1, device))
@@ -189,162 +179,6 @@ def parse_options(argv: list[str] | None = None) -> Options:
     if options.imgs_root is not None and not options.test_pairs:
         raise UserError(f"--imgs-root {options.imgs_root}: is for --test-pairs; add it, or drop the flag")
     return options
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images: of test sets, their content, their embeddings
-
-
-@dataclass
-class TestSet:
-    """Images that should not be in the training set. groups: int64 (T,), images of one number are of one person."""
-
-    name: str
-    images: Any  # encoded(i), len
-    groups: np.ndarray
-    image_name: Callable[[int], str]
-
-
-class ImageFiles:
-    """Item i is the image in the file paths[i]."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def encoded(self, i: int) -> tuple[bytes, str]:
-        return read_bytes(self.paths[i]), self.paths[i]
-
-
-class Subset:
-    """The images `indices`, int64 (n,), of `images`."""
-
-    def __init__(self, images: Any, indices: np.ndarray) -> None:
-        self.images, self.indices = images, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def encoded(self, i: int) -> tuple[bytes, str]:
-        return self.images.encoded(int(self.indices[i]))
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return decode_image(*self.encoded(i)), 0
-
-
-def open_tests(options: Options) -> list[TestSet]:
-    """The sets of --test-pairs, --test-bin and --test-images. Raises UserError."""
-    tests = []
-    for path in options.test_pairs:
-        root = options.imgs_root or os.path.join(os.path.dirname(path), "imgs")
-        pairs = PairList(root, path, flag="--test-pairs", skip_missing=True)
-        if pairs.skipped:
-            print(f"warning: {path}: {pairs.skipped} pairs lack an image and are left out", file=sys.stderr)
-        tests.append(TestSet(path, PairImages(pairs), components(
-            pairs.num_images, pairs.index1[pairs.is_same], pairs.index2[pairs.is_same]), pairs.image_name))
-    for path in options.test_bin:
-        packed = PairBin(path, flag="--test-bin")
-        tests.append(TestSet(path, PairImages(packed), components(
-            packed.num_images, packed.index1[packed.is_same], packed.index2[packed.is_same]), packed.image_name))
-    for path in options.test_images:
-        if os.path.isdir(path):
-            paths = find_images([path])
-            people = [directory if (directory := os.path.dirname(one)) != path.rstrip("/") else one for one in paths]
-        else:
-            try:
-                with io.TextIOWrapper(open_bounded(path, 2**30), "utf-8-sig", "surrogateescape") as file:
-                    paths = [os.path.join(os.path.dirname(path), line.rstrip("\r\n")) for line in file if line.strip()]
-            except OSError as error:
-                raise UserError(f"--test-images {path}: cannot be read ({error.strerror})") from None
-            people = paths
-        if not paths:
-            raise UserError(f"--test-images {path}: names no image; give a directory of images, or a list of paths")
-        tests.append(TestSet(path, ImageFiles(paths), np.unique(people, return_inverse=True)[1], paths.__getitem__))
-    return tests
-
-
-def components(count: int, first: Iterable[int], second: Iterable[int]) -> np.ndarray:
-    """int64 (count,): the smallest number that each of 0..count is connected with by the pairs (first, second)."""
-    parent = list(range(count))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for one, other in zip(first, second):
-        low, high = sorted((root(int(one)), root(int(other))))
-        parent[high] = low
-    return np.array([root(i) for i in range(count)], np.int64)
-
-
-def hash_images(images: Any, what: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Decode every image: (uint64 (N,) hashes of pixels, int64 (n,) images that can be used, the first error or "")."""
-    count = len(images)
-    hashes, errors = np.zeros(count, np.uint64), dict[int, str]()
-
-    def work(chunk: tuple[int, int]) -> int:
-        for i in range(*chunk):
-            try:
-                pixels = decode_image(*images.encoded(i)).numpy()
-                hashes[i] = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
-            except UserError as error:
-                errors[i] = str(error)
-        return chunk[1] - chunk[0]
-
-    with ThreadPoolExecutor(THREADS) as threads, progress_bar(f"reading {what}", count, unit="image") as bar:
-        for batch in in_blocks(count, 64 * 1024):  # a queue of all chunks would take memory
-            chunks = [(batch[0] + start, batch[0] + stop) for start, stop in in_blocks(batch[1] - batch[0], 64)]
-            for done in threads.map(work, chunks):
-                bar.update(done)
-    usable = np.delete(np.arange(count), list(errors))
-    first = errors[min(errors)] if errors else ""
-    if errors:
-        print(f"warning: {what}: {len(errors)} of {count} images cannot be read and are left out; the first error: "
-              f"{printable(first)}", file=sys.stderr)
-    if not len(usable):
-        raise UserError(f"{what}: no image can be used" + (f"; the first error: {first}" if first else ""))
-    return hashes, usable, first
-
-
-def embed(
-    weights: Weights, images: Subset, hashes: np.ndarray, path: str, options: Options, context: DistContext, what: str
-) -> np.ndarray:
-    """The unit embeddings of the images, float16 (n, d), mapped from the file `path`, zero where one is unusable.
-
-    An interrupted run continues after its last EMBED_IMAGES images; a run over the same pixels embeds none.
-    """
-    state = os.stat(options.resume)
-    made_from = [os.path.realpath(options.resume), state.st_size, state.st_mtime_ns, weights.arch,
-                 weights.channel_order, options.flip, len(images), hashlib.blake2b(hashes.tobytes()).hexdigest()]
-    width, note = int(weights.backbone.embedding_size), f"{path}.json"  # type: ignore[arg-type]
-    done = 0
-    try:
-        with open(note, encoding="utf-8") as file:
-            found = json.load(file)
-        if found["made_from"] == made_from:
-            rows, done = np.load(path, mmap_mode="r+"), found["done"]
-            if rows.shape != (len(images), width) or rows.dtype != np.float16:
-                done = 0
-    except (OSError, ValueError, KeyError, TypeError):
-        done = 0
-    if not done:
-        rows = np.lib.format.open_memmap(path, "w+", np.float16, (len(images), width))
-    elif done < len(images):
-        print(f"{what}: continuing after {done:,} embeddings", flush=True)
-    for start, stop in in_blocks(len(images), EMBED_IMAGES):
-        if start < done:
-            continue
-        rows[start:stop] = embed_images(
-            weights.backbone, Subset(images.images, images.indices[start:stop]), context,
-            batch_size=options.batch_size, workers=options.workers, flip=options.flip, name=what,
-            mean_face=weights.mean_face if start == 0 else None)
-        rows.flush()
-        with atomic_write(note) as out:
-            out.write(json.dumps({"made_from": made_from, "done": stop}).encode())
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,8 +268,7 @@ class Audit:
         self.hashes, self.labels = hashes[self.order], self.labels_of_data[self.order]
         self.starts = np.searchsorted(self.labels, np.arange(len(self.names) + 1))
         work = os.path.join(self.options.output, WORK)
-        self.embeddings = embed(self.weights, Subset(self.dataset, self.order), self.hashes,
-                                os.path.join(work, "train.npy"), self.options, self.context, self.dataset.root)
+        self.embeddings = self._embed(Subset(self.dataset, self.order), self.hashes, "train", self.dataset.root)
         width = self.embeddings.shape[1]
         self.sums = np.lib.format.open_memmap(os.path.join(work, "sums.npy"), "w+", np.float32,
                                               (len(self.names), width))
@@ -457,6 +290,11 @@ class Audit:
         self.read_reference: Read = read or self._read_sums
         if unusable:
             self.notes.append(f"{unusable:,} images have no usable embedding and are left out.")
+
+    def _embed(self, images: Subset, hashes: np.ndarray, file: str, what: str) -> np.ndarray:
+        options = self.options
+        return embed(self.weights, options.resume, images, hashes, os.path.join(options.output, WORK, f"{file}.npy"),
+                     self.context, what, batch_size=options.batch_size, workers=options.workers, flip=options.flip)
 
     def _images_of(self, c: int) -> np.ndarray:
         """float32 (n, d): the unit embeddings of an identity's images, in the order of `order`."""
@@ -527,8 +365,8 @@ class Audit:
             raise UserError("no two identities can be compared: their references are zero, NaN or infinite")
         self.stranger = hardly_reached(nearest)
         self.duplicate_above = self.thresholds.choose("duplicate identities from", self.options.duplicate_above,
-                                                      self.stranger, f"one of {len(nearest):,} identities would be this "
-                                                      "close to a stranger by chance")
+                                                      self.stranger, f"one of {len(nearest):,} identities would be "
+                                                      "this close to a stranger by chance")
         return found
 
     def _report_duplicates(self, found: Neighbours, centers: int) -> None:
@@ -560,8 +398,9 @@ class Audit:
                                        float(np.quantile(known, 0.10)),
                                        "90 % of images are as close to their own identity")
         middle, spread = robust(known)
-        below = self.thresholds.choose("outliers below", options.outlier_below, middle - OUTLIER_DEVIATIONS * spread,
-                                       f"{OUTLIER_DEVIATIONS} robust deviations below the median cosine with the own identity")
+        below = self.thresholds.choose(
+            "outliers below", options.outlier_below, middle - OUTLIER_DEVIATIONS * spread,
+            f"{OUTLIER_DEVIATIONS} robust deviations below the median cosine with the own identity")
         suspects = np.flatnonzero(np.isfinite(own))
         nearest, cosine = self._nearest(suspects, self.labels[suspects], "comparing images")
         self.image_stranger = hardly_reached(cosine[cosine > NOTHING])
@@ -648,8 +487,7 @@ class Audit:
         """People and images of a test set that are in the training set."""
         hashes, usable, _ = hash_images(test.images, test.name)
         key = hashlib.blake2b(test.name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-        rows = embed(self.weights, Subset(test.images, usable), hashes[usable],
-                     os.path.join(self.options.output, WORK, f"test-{key}.npy"), self.options, self.context, test.name)
+        rows = self._embed(Subset(test.images, usable), hashes[usable], f"test-{key}", test.name)
         _, of_person = np.unique(test.groups[usable], return_inverse=True)
         order = np.argsort(of_person, kind="stable")
         members = np.split(order, np.flatnonzero(np.diff(of_person[order])) + 1)  # by person: numbers of rows
@@ -747,7 +585,7 @@ class Audit:
             header = [f"# proposed by scripts/audit.py for {ascii(self.options.data)}: look at {PAGE}, and remove the "
                       "lines that are wrong", "# main.py --exclude FILE and pack.py --exclude FILE leave these out"]
             self._write(PROPOSAL, "\n".join([*header, *lines]) + "\n")
-            self._write(PAGE, self.page(lines))
+            self._write(PAGE, audit_page(self, lines))
         except OSError as error:
             raise UserError(f"--output {self.options.output}: cannot be written ({error.strerror})") from None
 
@@ -755,93 +593,12 @@ class Audit:
         with atomic_write(os.path.join(self.options.output, name)) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
 
-    def page(self, lines: Sequence[str]) -> str:
-        """The HTML page."""
-        findings, most = self.findings, self.options.page_findings
-        wrong = sum(row["kind"] == "wrong label" for row in findings["noise"])
-        body: list[str] = [
-            paragraph(f"{self.dataset.describe()}; embedded by {self.weights.describe(self.options.resume)}. Findings "
-                      "are suspicions, the worst first: look before you drop anything."),
-            table(["finding", "number", "file"], [
-                ["pairs of identities that seem to be one person", len(findings["duplicates"]), "duplicates.csv"],
-                ["images that seem to have a wrong label", wrong, "noise.csv"],
-                ["other images far from their identity", len(findings["noise"]) - wrong, "noise.csv"],
-                ["pairs of images that are copies", len(findings["copies"]), "copies.csv"],
-                ["identities and images of the test sets", len(findings["overlap"]), "overlap.csv"],
-                ["lines of the proposal", sum(not line.startswith("#") for line in lines), PROPOSAL]]),
-            table(["threshold", "cosine", "chosen because"], self.thresholds.rows),
-            *(paragraph(note) for note in self.notes),
-            heading("What this cannot know"), paragraph(LIMITS)]
-        for title, kind, choose, draw in (
-            ("One person, two identities", "duplicates", None, self._draw_duplicate),
-            ("Wrong labels", "noise", "wrong label", self._draw_noise),
-            ("Outliers", "noise", "outlier", self._draw_noise),
-            ("People and images of the test sets", "overlap", None, self._draw_overlap),
-            ("Copies", "copies", None, self._draw_copies),
-        ):
-            rows = [row for row in findings[kind] if choose is None or row["kind"] == choose]
-            body.append(heading(title))
-            body.append(paragraph(f"{min(most, len(rows)):,} of {len(rows):,}" if rows else "Nothing was found."))
-            body.append(columns([draw(row) for row in rows[:most]]))
-        return page(f"Audit of {self.options.data}", "\n".join(body))
-
-    def _draw_duplicate(self, row: dict[str, Any]) -> str:
-        one, other = row["_labels"]
-        return montage([(self._pictures(one), f"{row['identity']}: {row['images']} images"),
-                        (self._pictures(other), f"{row['other']}: {row['other images']} images\n"
-                                                f"cosine {row['cosine']:.3f}")], 72)
-
-    def _draw_noise(self, row: dict[str, Any]) -> str:
-        i = row["_image"]
-        return montage([(self._picture(i), f"{row['image']}"),
-                        (self._pictures(int(self.labels[i]), i), f"its identity: {row['identity']}\n"
-                                                                 f"cosine {row['cosine']:.3f}"),
-                        (self._pictures(row["_closest"]), f"closest: {row['closest']}\n"
-                                                          f"cosine {row['closest cosine']:.3f}")], 72)
-
-    def _draw_overlap(self, row: dict[str, Any]) -> str:
-        test, numbers = row["_test"]
-        tested = [decode_or_none(functools.partial(test.images.encoded, t)) for t in numbers]
-        own = self._pictures(row["_label"]) if row["_image"] is None else [self._picture(row["_image"])]
-        return montage([(tested, f"{row['test image']}\n{row['test images']} images of {row['test set']}"),
-                        (own, f"{row['image'] or row['identity']}\n{row['kind']}, cosine {row['cosine']:.3f}")], 72)
-
-    def _draw_copies(self, row: dict[str, Any]) -> str:
-        one, other = row["_images"]
-        return montage([([self._picture(one), self._picture(other)],
-                         f"{row['image']}\n{row['other']}\n{row['kind']}, cosine {row['cosine']:.3f}")], 72)
-
-    def _picture(self, i: int) -> np.ndarray | None:
-        """An image by its position in `order`."""
-        return decode_or_none(functools.partial(self.dataset.encoded, int(self.order[i])))
-
-    def _pictures(self, c: int, without: int = -1) -> list[np.ndarray | None]:
-        """Some images of an identity: those that are closest to it."""
-        if self.options.centers_only:
-            found = np.flatnonzero(self.labels_of_data == c)[:SHOWN].tolist()
-            return [decode_or_none(functools.partial(self.dataset.encoded, i)) for i in found]
-        own = self.own[self.starts[c]:self.starts[c + 1]]
-        best = [int(self.starts[c] + k) for k in np.argsort(-np.nan_to_num(own, nan=NOTHING), kind="stable")]
-        return [self._picture(i) for i in best if i != without][:SHOWN]
-
-
 COLUMNS = {
     "duplicates": ["identity", "other", "cosine", "images", "other images"],
     "noise": ["image", "kind", "identity", "cosine", "closest", "closest cosine"],
     "copies": ["image", "other", "kind", "cosine", "identity", "other identity"],
     "overlap": ["kind", "identity", "image", "cosine", "test image", "test images", "test set"],
 }
-LIMITS = (
-    "Everything here is as good as the network: people whom it cannot tell apart, such as twins, appear as one, "
-    "and one person whom it does not recognise, as a child for example, is not found. A network that was trained "
-    "on this set has learned its wrong labels too, the better the longer it was trained: one of another set finds"
-    " more. An identity of one image has nothing to be compared with; of two images that differ, either may be "
-    "the wrong one; and where most images of an identity show another person, the right ones appear as wrong. "
-    "Copies with other pixels are looked for within an identity, between identities that seem to be one person, "
-    "and where a label seems wrong. Of a test set, only people are found whom the network recognises, in images "
-    "that were given.")
-
-
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """float (n,) of the rows of two (n, d), 0 where a row is zero."""
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
@@ -865,14 +622,6 @@ def hardly_reached(nearest: np.ndarray) -> float:
     middle, spread = robust(np.arccos(np.clip(nearest.astype(np.float64), -1, 1)))
     deviations = max(NormalDist().inv_cdf(1 - 1 / len(nearest)), LEAST_DEVIATIONS)
     return float(np.cos(max(middle - deviations * spread, 0.0)))
-
-
-def decode_or_none(encoded: Callable[[], tuple[bytes, str]]) -> np.ndarray | None:
-    """uint8 (3, 112, 112), or None for an image that can no longer be read."""
-    try:
-        return decode_image(*encoded()).numpy()
-    except UserError:
-        return None
 
 
 def describe_seconds(seconds: float) -> str:

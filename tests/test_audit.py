@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from data.formats import open_training_set
-from scripts import audit
+from scripts import audit, audit_images
 from scripts.planted_faults import plant, score
 from utils.checkpoint.shards import rows_of
 from utils.checkpoint.weights import Weights
@@ -110,14 +110,14 @@ def test_planted_faults_are_found(source, run, tmp_path, capfd):
 
 def test_a_second_run_embeds_nothing_again(run, tmp_path, monkeypatch):
     draw_set(tmp_path / "faces", {str(person): [(person, k) for k in range(3)] for person in range(4)})
-    embedded, original = [], audit.embed_images
+    embedded, original = [], audit_images.embed_images
 
     def embed_images(backbone, images, *more, **options):
         embedded.append(len(images))
         return original(backbone, images, *more, **options)
 
-    monkeypatch.setattr(audit, "embed_images", embed_images)
-    monkeypatch.setattr(audit, "EMBED_IMAGES", 5)
+    monkeypatch.setattr(audit_images, "embed_images", embed_images)
+    monkeypatch.setattr(audit_images, "EMBED_IMAGES", 5)
     first = (run(tmp_path / "faces") / "index.html").read_text()
     assert embedded == [5, 5, 2]
     assert (run(tmp_path / "faces") / "index.html").read_text() == first and embedded == [5, 5, 2]
@@ -137,7 +137,7 @@ def five(tmp_path):
 
 
 def test_centers_alone_find_duplicates_without_the_images(five, weights, run, monkeypatch):
-    monkeypatch.setattr(audit, "embed_images", None)
+    monkeypatch.setattr(audit_images, "embed_images", None)
     weights["centers"] = torch.eye(6, 147)[[0, 1, 2, 3, 3, 5]] + 0.01
     rows = rows_in(run(five, "--centers-only", "--duplicate-above", "0.9") / "duplicates.csv")
     assert [(row["identity"], row["other"]) for row in rows] == [("p3", "p4")]
@@ -265,4 +265,4 @@ def test_identities_of_one_image_cannot_be_judged(run, tmp_path):
 
 
 def test_connected_numbers_have_the_smallest_of_them():
-    assert audit.components(6, [5, 1, 3], [3, 2, 5]).tolist() == [0, 1, 1, 3, 4, 3]
+    assert audit_images.components(6, [5, 1, 3], [3, 2, 5]).tolist() == [0, 1, 1, 3, 4, 3]
