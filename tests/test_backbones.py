@@ -147,8 +147,9 @@ def test_squeeze_and_excitation_equals_plain_functions():
 def test_onnx_computes_the_same(tmp_path, network):
     torch.manual_seed(0)
     backbone = (IR((1, 1, 1, 1), True, 16) if network == "ir" else ViT(Variant(32, 1), 16)).eval()
-    export.export_onnx(backbone, str(tmp_path / "backbone.onnx"))
-    assert export.largest_difference(backbone, str(tmp_path / "backbone.onnx")) < 1e-4
+    options, images = export.Options("", "onnx", ""), torch.zeros(2, 3, 112, 112, dtype=torch.uint8)
+    export.export_onnx(backbone, str(tmp_path / "backbone.onnx"), export.to_input(images, options))
+    assert export.largest_difference(backbone, str(tmp_path / "backbone.onnx"), options) < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
