@@ -6,4 +6,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 setup_environment requirements.txt tests/requirements.txt scripts/requirements.txt
-exec "$PYTHON" -m pytest tests -q "$@"
+# Two processes, a file of tests in each: many tests wait, for a time limit or for a program that has one thread.
+exec "$PYTHON" -m pytest tests -q --numprocesses 2 --dist loadfile "$@"
