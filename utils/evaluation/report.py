@@ -273,9 +273,11 @@ def _section(name: str, runs: Sequence[RunReport], found: Sequence[SetReport | N
             parts.append(_points(one))
         if one.calibration is not None:
             slope, intercept, cost = one.calibration
+            sign = "−" if intercept < 0 else "+"
             parts.append(f"<p>Calibrated on these pairs: the probability that a pair with cosine c is of one person, "
-                         f"if that was as likely as not before, is 1 / (1 + exp(−({slope:.4f} c {intercept:+.4f}))). "
-                         f"Its cost C<sub>llr</sub> is {cost:.3f} bits (0 is perfect, 1 tells nothing).</p>")
+                         f"if that was as likely as not before, is 1 / (1 + exp(−({slope:.4f} c {sign} "
+                         f"{abs(intercept):.4f}))). Its cost C<sub>llr</sub> is {cost:.3f} bits (0 is perfect, 1 tells "
+                         "nothing).</p>")
         for section in one.montage:
             parts += [html.heading(section.title, 3), html.montage([
                 ((first, second), caption) for first, second, caption in section.pairs], 100)]
