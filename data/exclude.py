@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.training_set import TrainingSet
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import open_bounded
 
 DROP_IMAGE, DROP_IDENTITY, MERGE, INTO = "drop image ", "drop identity ", "merge ", " into "
@@ -51,7 +51,7 @@ def read_exclusions(path: str) -> Exclusions:
     try:
         with io.TextIOWrapper(open_bounded(path, _MAX_BYTES), "utf-8-sig", "surrogateescape", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                line = line.rstrip("\r\n")
+                line = line.removesuffix("\n").removesuffix("\r")
                 if not line.strip() or line.startswith("#"):
                     continue
                 kind = next((kind for kind in found if line.startswith(kind) and line != kind), None)
@@ -69,7 +69,7 @@ class ExcludingSet(TrainingSet):
 
     Identities that are dropped or merged, or lose all their images so, get no label: later labels move up. Identities
     that had no image before keep theirs. Merged images get the label of the identity that they are merged into, which
-    may be merged itself; merged: {identity: the one that it is merged into in the end}.
+    may be merged itself.
 
     merged: {identity: the identity that it is merged into, in the end}.
 
@@ -86,9 +86,9 @@ class ExcludingSet(TrainingSet):
         images = dataset.find_images(exclusions.images)
         unknown += [f"image {exclusions.images[k]}" for k in np.flatnonzero(images < 0)]
         if unknown:
+            examples = printable(", ".join(unknown[:_EXAMPLES]))
             raise UserError(f"--exclude {self._path}: {len(unknown)} of its names are not in {self.root}, such as "
-                            f"{', '.join(unknown[:_EXAMPLES])}; correct the file, or give the training set that it was "
-                            "made for")
+                            f"{examples}; correct the file, or give the training set that it was made for")
         label_of = self._follow(into, dropped)
 
         before = dataset.labels
@@ -129,12 +129,13 @@ class ExcludingSet(TrainingSet):
         names, label_of = self.dataset.identities, np.arange(len(self.dataset.identities))
         for source in into:
             passed, at = {source}, into[source]
-            while at in into and at not in passed:
+            while at in into and at not in passed and label_of[at] == at:
                 passed.add(at)
                 at = into[at]
             if at in passed:
                 raise UserError(f"--exclude {self._path}: {names[source]} is merged into itself, over {len(passed)} "
                                 "lines; remove one of them")
+            at = int(label_of[at])  # of one that was followed before
             if source in dropped or at in dropped:
                 raise UserError(f"--exclude {self._path}: {names[source]} is merged into {names[at]}, and "
                                 f"{names[source if source in dropped else at]} is dropped; remove one of the lines")

@@ -116,8 +116,8 @@ class FaceFolder(TrainingSet):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what follows from the cache: another process maps it, or receives it once."""
-        return {name: vars(self)[name] for name in ("root", "skip_bad", "_dropped", "_cache_paths", "_cache")
-                if name in vars(self)}
+        names = ("root", "skip_bad", "_dropped", "_left_before", "_cache_paths", "_cache")
+        return {name: vars(self)[name] for name in names if name in vars(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

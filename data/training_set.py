@@ -35,6 +35,7 @@ class TrainingSet(Dataset, ABC):
 
     skip_bad = False
     _dropped = np.empty(0, dtype=np.int64)  # positions, sorted
+    _left_before = np.empty(0, dtype=np.int64)  # for each of them: how many images before it are left
 
     @abstractmethod
     def __init__(self, path: str | os.PathLike[str], *, index: str | os.PathLike[str], progress: bool) -> None:
@@ -75,6 +76,7 @@ class TrainingSet(Dataset, ABC):
     def drop(self, positions: np.ndarray) -> None:
         """Leave out the images at these positions, int64, for good."""
         self._dropped = np.union1d(self._dropped, positions)
+        self._left_before = self._dropped - np.arange(len(self._dropped))
 
     def __len__(self) -> int:
         return self._count() - len(self._dropped)
@@ -115,8 +117,7 @@ class TrainingSet(Dataset, ABC):
             raise IndexError(f"image {i} of {len(self)}")
         if not len(self._dropped):
             return i
-        # dropped[k] - k images are left before the k-th dropped one.
-        return i + int(np.searchsorted(self._dropped - np.arange(len(self._dropped)), i, side="right"))
+        return i + int(np.searchsorted(self._left_before, i, side="right"))
 
     def check_headers(self, skip_bad: bool, progress: bool) -> int:
         """Check the header of every image before training starts. Returns how many images were dropped.

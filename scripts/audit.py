@@ -18,9 +18,11 @@ README.md in this directory says how the thresholds are chosen, and what an audi
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import os
 import sys
 import time
@@ -49,6 +51,7 @@ from data.union import IDENTITIES  # noqa: E402
 from models import check_arch  # noqa: E402
 from scripts.audit_images import Subset, TestSet, components, embed, hash_images, open_tests  # noqa: E402
 from scripts.audit_page import SHOWN, audit_page  # noqa: E402
+from utils.checkpoint.identities import can_be_compared  # noqa: E402
 from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights  # noqa: E402
 from utils.dist.context import DistContext, MatmulFlag, check_gpus, choose_device, choose_matmul, set_matmul  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
@@ -63,7 +66,7 @@ from utils.evaluation.neighbours import (  # noqa: E402
     predict_seconds,
     unit_rows,
 )
-from utils.files import atomic_write, require_directory  # noqa: E402
+from utils.files import atomic_write, move_aside, require_directory  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 from utils.memory import keep_freed_memory  # noqa: E402
 
@@ -71,6 +74,7 @@ PAGE, PROPOSAL, WORK = "index.html", "exclude.txt", "work"
 SAMPLE = 20_000  # identities that the thresholds are chosen from
 OUTLIER_DEVIATIONS, NOISE_DEVIATIONS = 4, 3.5  # robust ones, from the median
 LEAST_DEVIATIONS = 2.5  # of two neighbours from that of strangers, in sets of few identities
+LEAST_VALUES = 10  # different ones; two identities that are the nearest of one another share theirs
 LEAST_MARGIN = 0.05  # an image of two identities that are one person is about as close to both
 MOST = 1_000_000  # findings of a kind
 
@@ -149,6 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     tests = open_tests(options.test_pairs, options.imgs_root, options.test_bin, options.test_images)
     print(f"{weights.describe(options.resume)}; {dataset.describe()}"
           + "".join(f"; {test.name}: {len(test.images):,} test images" for test in tests), flush=True)
+    for test in tests:
+        test.read()
     audit = Audit(options, dataset, weights, DistContext(0, 1, 1, device))
     if options.centers_only:
         audit.compare_centers()
@@ -224,16 +230,14 @@ class Audit:
         path, centers = self.options.resume, self.weights.centers
         if centers is None:
             raise UserError(f"--resume {path}: has no class centers; use --by means, without --centers-only")
-        known, classes = self.weights.identities, centers.shape[0] // self.weights.sub_centers
-        numbered = known is None or all(name == str(label) for label, name in enumerate(known)) or all(
-            name == str(label) for label, name in enumerate(self.names))
-        if numbered:
+        known, classes = self.weights.identities or [], centers.shape[0] // self.weights.sub_centers
+        if not can_be_compared(known, self.names):
             if classes < len(self.names):
                 raise UserError(f"--resume {path}: has {classes:,} class centers, and {self.dataset.root} has "
                                 f"{len(self.names):,} identities; give the checkpoint of a training on this set, or "
                                 "use --by means")
             return np.arange(len(self.names))
-        place = {name: label for label, name in enumerate(known or ())}
+        place = {name: label for label, name in enumerate(known)}
         missing = [name for name in self.names if name not in place]
         if missing:
             raise UserError(f"--resume {path}: has no class center of {len(missing):,} of the {len(self.names):,} "
@@ -340,8 +344,8 @@ class Audit:
                 halves.append(cosines(images[0::2].sum(0, keepdims=True), images[1::2].sum(0, keepdims=True))[0])
         if halves and self.options.by == "means":
             found = float(np.mean(np.array(halves) >= self.duplicate_above))
-            self.notes.append(f"Of the identities of 4 images or more, cut into two halves, {found:.0%} would be found "
-                              "as duplicates by that threshold: what the network can tell apart decides.")
+            self.notes.append("How many duplicates this finds: if each identity of 4 images or more were cut into two, "
+                              f"{found:.0%} of the cuts would be found.")
             print(self.notes[-1], flush=True)
 
     def _neighbours(self, read: Read, count: int, groups: np.ndarray | None) -> Neighbours:
@@ -364,6 +368,10 @@ class Audit:
         if not len(nearest):
             raise UserError("no two identities can be compared: their references are zero, NaN or infinite")
         self.stranger = hardly_reached(nearest)
+        if self.stranger >= 1 and self.options.duplicate_above is None:
+            self.notes.append("Too few identities differ to choose a threshold for duplicates and overlap: give "
+                              "--duplicate-above and --overlap-above.")
+            print(f"warning: {self.notes[-1]}", file=sys.stderr)
         self.duplicate_above = self.thresholds.choose("duplicate identities from", self.options.duplicate_above,
                                                       self.stranger, f"one of {len(nearest):,} identities would be "
                                                       "this close to a stranger by chance")
@@ -463,7 +471,7 @@ class Audit:
             self._near(range(i, i + 1), range(*self.starts[c:c + 2]), pairs)
         ordered = sorted(pairs.items(), key=lambda item: (item[1][0] != "same pixels", -item[1][1], item[0]))[:MOST]
         if len(pairs) > MOST:
-            self.notes.append(f"{len(pairs):,} pairs of images are copies: only {MOST:,} are listed.")
+            self.notes.append(f"More than {MOST:,} pairs of images are copies: no more were looked for.")
         numbers = np.array([i for pair, _ in ordered for i in pair], np.int64)
         names = self.dataset.image_names(self.order[numbers])
         for k, ((one, other), (kind, cosine)) in enumerate(ordered):
@@ -477,6 +485,8 @@ class Audit:
         values = [np.asarray(self.embeddings[some.start:some.stop], np.float32) for some in (ones, others)]
         for start, stop in in_blocks(len(ones), BLOCK):
             for left, right in in_blocks(len(others), BLOCK):
+                if len(pairs) > MOST:
+                    return
                 tile = values[0][start:stop] @ values[1][left:right].T
                 for i, j in np.argwhere(tile >= self.options.copy_above).tolist():
                     one, other = sorted((ones[start + i], others[left + j]))
@@ -485,7 +495,7 @@ class Audit:
 
     def find_overlap(self, test: TestSet) -> None:
         """People and images of a test set that are in the training set."""
-        hashes, usable, _ = hash_images(test.images, test.name)
+        hashes, usable = test.hashes, test.usable
         key = hashlib.blake2b(test.name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
         rows = self._embed(Subset(test.images, usable), hashes[usable], f"test-{key}", test.name)
         _, of_person = np.unique(test.groups[usable], return_inverse=True)
@@ -511,7 +521,9 @@ class Audit:
         same = dict[int, list[int]]()  # pixels -> images
         for i in np.flatnonzero(np.isin(self.hashes, hashes[usable])).tolist():
             same.setdefault(int(self.hashes[i]), []).append(i)
-        found = [(i, t, "same pixels", 1.0) for t in usable.tolist() for i in same.get(int(hashes[t]), ())]
+        # A picture in place of a missing image may be in both sets many times.
+        found = list(itertools.islice(((i, t, "same pixels", 1.0) for t in usable.tolist()
+                                       for i in same.get(int(hashes[t]), ())), MOST))
         for g, some in enumerate(members):
             c = int(nearest[g])
             if c >= 0:
@@ -531,20 +543,29 @@ class Audit:
     def proposal(self) -> list[str]:
         """The lines of the file for --exclude."""
         lines, dropped = list[str](), set[int]()
-        duplicates, overlap = self.findings["duplicates"], self.findings["overlap"]
-        person, pairs = self.person, [finding["_labels"] for finding in duplicates]
+
+        def add(line: str) -> None:
+            unreadable = "\n" in line or "\r" in line
+            lines.append(f"# a name with a line break: {ascii(line)}" if unreadable else line)
+
+        overlap = self.findings["overlap"]
+        person = self.person
         tested = {int(person[finding["_label"]]) for finding in overlap if finding["kind"] == "identity"}
         lines.append("# people of a test set, with all their identities")
         for c in np.flatnonzero(np.isin(person, list(tested))).tolist():
             dropped.add(c)
-            lines.append(DROP_IDENTITY + self.names[c])
+            add(DROP_IDENTITY + self.names[c])
         lines.append("# identities that seem to be one person: into the one with most images")
-        for one in np.unique([person[a] for a, _ in pairs]).astype(int).tolist():
-            members = np.flatnonzero(person == one)
-            if one in tested:
+        order = np.argsort(person, kind="stable")
+        bounds = np.flatnonzero(np.diff(person[order], prepend=-1, append=-1))
+        for first, last in zip(bounds[:-1], bounds[1:]):
+            members = order[first:last]
+            if len(members) == 1 or int(person[members[0]]) in tested:
                 continue
             target = int(members[np.argmax(self.images_of[members])])
-            lines += [f"{MERGE}{self.names[c]}{INTO}{self.names[target]}" for c in members.tolist() if c != target]
+            for c in members.tolist():
+                if c != target:
+                    add(f"{MERGE}{self.names[c]}{INTO}{self.names[target]}")
         if self.options.centers_only:
             return lines
         gone = set[int]()
@@ -553,21 +574,22 @@ class Audit:
             some = [i for i in dict.fromkeys(images) if i not in gone and int(self.labels[i]) not in dropped]
             gone.update(some if not mark else ())
             lines.append(f"# {title}")
-            lines.extend(mark + DROP_IMAGE + name
-                         for name in self.dataset.image_names(self.order[np.array(some, np.int64)]))
+            for name in self.dataset.image_names(self.order[np.array(some, np.int64)]):
+                add(mark + DROP_IMAGE + name)
 
         drop("images of a test set", (f["_image"] for f in overlap if f["kind"] != "identity"))
         wrong = [f["_image"] for f in self.findings["noise"] if f["kind"] == "wrong label"]
         drop("images with a wrong label", (i for i in wrong if self.images_of[self.labels[i]] > 2))
         drop("of two images, either may be the wrong one: remove the # where this one is",
              (i for i in wrong if self.images_of[self.labels[i]] <= 2), "# ")
-        worse = []
+        worse = dict[int, None]()  # in the order of the findings
         for finding in self.findings["copies"]:
             one, other = finding["_images"]
-            if finding["kind"] == "same pixels" and one not in gone and other not in gone and one not in worse:
+            left = not any(i in gone or i in worse or int(self.labels[i]) in dropped for i in (one, other))
+            if finding["kind"] == "same pixels" and left:
                 # In two identities the label of one is wrong.
                 first_is_worse = self.own[one] < self.own[other] and self.labels[one] != self.labels[other]
-                worse.append(one if first_is_worse else other)
+                worse[one if first_is_worse else other] = None
         drop("copies, the same pixels", worse)
         return lines
 
@@ -584,10 +606,21 @@ class Audit:
                 self._write(f"{kind}.csv", text.getvalue())
             header = [f"# proposed by scripts/audit.py for {ascii(self.options.data)}: look at {PAGE}, and remove the "
                       "lines that are wrong", "# main.py --exclude FILE and pack.py --exclude FILE leave these out"]
-            self._write(PROPOSAL, "\n".join([*header, *lines]) + "\n")
+            proposal = "\n".join([*header, *lines]) + "\n"
+            self._keep_other(PROPOSAL, proposal)
+            self._write(PROPOSAL, proposal)
             self._write(PAGE, audit_page(self, lines))
         except OSError as error:
             raise UserError(f"--output {self.options.output}: cannot be written ({error.strerror})") from None
+
+    def _keep_other(self, name: str, text: str) -> None:
+        """Rename a file of other content, which somebody may have edited."""
+        path = os.path.join(self.options.output, name)
+        with contextlib.suppress(FileNotFoundError):
+            with open(path, "rb") as file:
+                same = file.read() == text.encode("utf-8", "surrogateescape")
+            if not same:
+                print(f"=> {path}, which an earlier run proposed, was renamed to {move_aside(path)}")
 
     def _write(self, name: str, text: str) -> None:
         with atomic_write(os.path.join(self.options.output, name)) as file:
@@ -615,9 +648,10 @@ def hardly_reached(nearest: np.ndarray) -> float:
     """The cosine that one of these (n,) neighbours would reach by chance, if all of them were strangers.
 
     Taken from a normal distribution of their angles, whose median and spread are robust: 2.5 deviations from the median
-    for up to 160 neighbours, 4.8 for a million. In angles, because near 1 cosines are squeezed.
+    for up to 160 neighbours, 4.8 for a million. In angles, because near 1 cosines are squeezed. 1 if there are too few
+    neighbours to tell.
     """
-    if len(nearest) < 2:
+    if len(np.unique(nearest)) < LEAST_VALUES:
         return 1.0
     middle, spread = robust(np.arccos(np.clip(nearest.astype(np.float64), -1, 1)))
     deviations = max(NormalDist().inv_cdf(1 - 1 / len(nearest)), LEAST_DEVIATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -39,6 +40,10 @@ class TestSet:
     images: Any  # encoded(i), len
     groups: np.ndarray
     image_name: Callable[[int], str]
+
+    def read(self) -> None:
+        """Decode all: hashes, uint64 (T,), of the pixels; usable, int64 (n,), images. Raises UserError if none is."""
+        self.hashes, self.usable, _ = hash_images(self.images, self.name)
 
 
 class ImageFiles:
@@ -168,9 +173,11 @@ def embed(
             rows, done = np.load(path, mmap_mode="r+"), found["done"]
             if rows.shape != (len(images), width) or rows.dtype != np.float16:
                 done = 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         done = 0
     if not done:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(note)  # before the rows that it is about
         rows = np.lib.format.open_memmap(path, "w+", np.float16, (len(images), width))
     elif done < len(images):
         print(f"{what}: continuing after {done:,} embeddings", flush=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.images import make_folder, smooth_image, smooth_pixels
+from helpers.packages import JPEGS, insightface, write
 from PIL import Image
 from torch import nn
 
@@ -98,7 +99,7 @@ def test_planted_faults_are_found(source, run, tmp_path, capfd):
     page = (out / "index.html").read_text()
     assert page.count("<img") > 50 and "http" not in page.replace("http-equiv", "")
     printed = capfd.readouterr().out
-    assert "comparing 29 x 29 references: about 0.0 s" in printed and "would be found as duplicates" in printed
+    assert "comparing 29 x 29 references: about 0.0 s" in printed and "of the cuts would be found" in printed
 
     # The proposal is one that main.py --exclude takes.
     left = open_training_set(str(tmp_path / "faulty"), index="none", skip_bad=False, progress=False,
@@ -266,3 +267,64 @@ def test_identities_of_one_image_cannot_be_judged(run, tmp_path):
 
 def test_connected_numbers_have_the_smallest_of_them():
     assert audit_images.components(6, [5, 1, 3], [3, 2, 5]).tolist() == [0, 1, 1, 3, 4, 3]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_few_strangers_are_no_duplicates(run, tmp_path, capfd, count):
+    draw_set(tmp_path / "faces", {str(c): [(c, k) for k in range(4)] for c in range(count)})
+    out = run(tmp_path / "faces")
+    assert not rows_in(out / "duplicates.csv") and "Too few identities" in (out / "index.html").read_text()
+    assert "give --duplicate-above" in capfd.readouterr().err
+
+
+def test_embeddings_of_other_weights_that_were_never_made_are_not_taken(run, weights, tmp_path, monkeypatch):
+    """The run before the last was whole, and the last one, with other weights, was killed at its start."""
+    draw_set(tmp_path / "faces", {str(c): [(c, k) for k in range(3)] for c in range(4)})
+    run(tmp_path / "faces")
+    rows = np.load(tmp_path / "audit" / "work" / "train.npy").copy()
+    with monkeypatch.context() as patched:
+        patched.setattr(audit_images, "embed_images", lambda *given, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "faces", "--flip")
+    run(tmp_path / "faces")
+    np.testing.assert_array_equal(np.load(tmp_path / "audit" / "work" / "train.npy"), rows)
+    (tmp_path / "audit" / "work" / "train.npy").write_bytes(b"")  # as a crash of the machine may leave it
+    run(tmp_path / "faces")
+    np.testing.assert_array_equal(np.load(tmp_path / "audit" / "work" / "train.npy"), rows)
+
+
+def test_an_edited_proposal_is_kept(five, run, capfd):
+    out = run(five, "--duplicate-above", "0.6")
+    (out / "exclude.txt").write_text("# mine\n")
+    run(five, "--duplicate-above", "0.6")
+    assert (out / "exclude.txt.1").read_text() == "# mine\n" and "merge p4 into p3" in (out / "exclude.txt").read_text()
+    run(five, "--duplicate-above", "0.6")
+    assert not (out / "exclude.txt.2").exists() and "was renamed to" in capfd.readouterr().out
+
+
+def test_a_test_set_that_cannot_be_used_ends_the_audit_before_its_work(five, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_images, "embed_images", None)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "large.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="photos: no image can be used"):
+        run(five, "--test-images", tmp_path / "photos")
+
+
+def test_names_with_line_breaks_stay_out_of_the_proposal(run, tmp_path):
+    draw_set(tmp_path / "faces", {"l\ndrop identity a": [(0, k) for k in range(3)], "m": [(0, k + 9) for k in range(4)],
+                                  "a": [(1, k) for k in range(3)]})
+    out = run(tmp_path / "faces", "--duplicate-above", "0.6")
+    assert "# a name with a line break: 'merge l\\ndrop identity a into m'" in (out / "exclude.txt").read_text()
+    left = open_training_set(str(tmp_path / "faces"), index="none", skip_bad=False, progress=False,
+                             exclude=str(out / "exclude.txt"))
+    assert len(left.identities) == 3
+
+
+def test_centers_of_label_numbers_are_found_by_number(five, run, weights, tmp_path):
+    """A package without names, of which --exclude leaves out a label: later centers do not move up."""
+    weights["identities"], weights["centers"] = [*map(str, range(6))], torch.eye(6, 147)[[0, 1, 2, 3, 4, 3]] + 0.01
+    write(tmp_path / "package", insightface([k // 2 for k in range(12)], [JPEGS[0]] * 12))
+    (tmp_path / "lines").write_text("drop identity 2\n")
+    rows = rows_in(run(tmp_path / "package", "--centers-only", "--duplicate-above", "0.9", "--exclude",
+                       tmp_path / "lines") / "duplicates.csv")
+    assert [(row["identity"], row["other"]) for row in rows] == [("3", "5")]

@@ -15,6 +15,7 @@ from helpers.training import train
 from data.exclude import ExcludingSet, read_exclusions
 from data.formats import open_training_set
 from scripts import pack
+from utils.checkpoint.identities import can_be_compared
 from utils.checkpoint.reader import AUTO
 from utils.errors import UserError
 from utils.options import describe_changes, parse_options
@@ -53,6 +54,14 @@ def test_identities_are_merged_over_several_lines(folder):
     dataset = excluding(folder, "merge ann into dan", "merge dan into bob")
     assert dataset.identities == ["bob", "cid"] and dataset.labels.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
     assert dataset.merged == {"ann": "bob", "dan": "bob"}
+
+
+def test_a_long_chain_of_merges_ends_where_it_leads(tmp_path):
+    make_folder(tmp_path / "faces", {f"{c:03d}": 1 for c in range(200)})
+    lines = [f"merge {c:03d} into {c + 1:03d}" for c in range(199)]
+    for order in (lines, lines[::-1]):
+        dataset = excluding(tmp_path / "faces", *order)
+        assert dataset.identities == ["199"] and set(dataset.merged.values()) == {"199"}
 
 
 def test_the_target_of_a_merge_may_lose_its_own_images(folder):
@@ -179,6 +188,32 @@ def test_a_run_is_not_resumed_where_labels_would_mean_other_people(pools, folder
     lines.write_text("drop identity ann\n")
     with pytest.raises(AssertionError, match="was trained with ann as class 0, which is bob"):
         pools(1).run(train, [*argv, "--resume", AUTO])
+
+
+def test_nor_where_a_package_without_names_loses_a_label(pools, tmp_path):
+    write(tmp_path / "package", insightface([k // 2 for k in range(8)], [JPEGS[0]] * 8))
+    (tmp_path / "lines").write_text("drop identity 1\n")
+    argv = [str(tmp_path / "package"), "--num-classes", "4", "-b", "2", "--epochs", "2", "--seed", "0", "-j", "0",
+            "--output", str(tmp_path / "run")]
+    pools(1).run(train, [*argv, "--max-steps", "1"])
+    with pytest.raises(AssertionError, match="was trained with 1 as class 1, which is 2 in this training set"):
+        pools(1).run(train, [*argv, "--resume", AUTO, "--exclude", str(tmp_path / "lines")])
+
+
+@pytest.mark.parametrize(("stored", "given", "comparable"), [
+    ("ann bob", "bob cid", True),
+    ("0 1 2", "ann bob cid", False),  # the package has got names
+    ("ann bob cid", "0 1 2", False),
+    ("0 1 2", "0 1 2 3", False),  # equal labels, of two packages perhaps
+    ("0 1 2", "0 2", True),
+    ("1 2 3", "0 1 2 3", True),
+    ("0 2", "1 2", True),
+    ("0 1", "01 02", False),  # names that are no labels
+    ("0 1", "2 1", False),
+    ("", "0 2", False),
+])
+def test_which_identities_can_be_compared(stored, given, comparable):
+    assert can_be_compared(stored.split(), given.split()) is comparable
 
 
 def test_pack_leaves_out_and_merges(folder, tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from models.classifier import MarginClassifier
 from utils.checkpoint.agreement import RankFailed, run_together
+from utils.checkpoint.identities import can_be_compared
 from utils.checkpoint.weights import Weights, open_weights
 from utils.errors import UserError
 
@@ -61,7 +62,7 @@ def init_from(
         return f"{start}; the file has no class centers, so all of them are initialized"
     stored_classes, rows = centers.shape[0] // weights.sub_centers, np.arange(shard.start, shard.stop)
     same_size = stored_classes == shard.num_classes
-    by_name = _are_names(names) and _are_names(identities) and not (same_size and names == list(identities))
+    by_name = can_be_compared(names, identities) and not (same_size and names == list(identities))
     if by_name:
         own = identities[shard.start:shard.stop]
         rows[:] = -1  # Classes without an identity keep -1.
@@ -98,11 +99,6 @@ def rows_of_classes(classes: np.ndarray, stored: int, own: int) -> np.ndarray:
     rows = np.full((len(classes), own), -1)
     rows[:, :stored] = np.where(classes[:, None] >= 0, classes[:, None] * stored + np.arange(stored), -1)
     return rows.ravel()
-
-
-def _are_names(identities: Sequence[str]) -> bool:
-    """False for label numbers, which replace names that a package lacks: equal numbers are different people."""
-    return any(name != str(label) for label, name in enumerate(identities))
 
 
 def rows_by_name(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:

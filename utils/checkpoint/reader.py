@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from utils.checkpoint import layout
 from utils.checkpoint.agreement import RankFailed, run_together
+from utils.checkpoint.identities import can_be_compared
 from utils.checkpoint.layout import BEST, LATEST, STATE_FILE, DamagedCheckpoint
 from utils.checkpoint.safe_load import first_words, read_torch_file
 from utils.checkpoint.shards import open_shards
@@ -317,17 +318,13 @@ def _require_same_identities(checkpoint: Checkpoint, identities: Sequence[str]) 
 
     Identities that are added or removed at the end change no label.
     """
-    if _are_numbers(checkpoint.contents["identities"]) or _are_numbers(identities):
+    if not can_be_compared(checkpoint.contents["identities"], identities):
         return  # a package without names, which it may have got or lost since
     for label, (stored, given) in enumerate(zip(checkpoint.contents["identities"], identities)):
         if stored != given:
             raise UserError(f"--resume {checkpoint.path}: was trained with {stored} as class {label}, which is {given} "
                             "in this training set; to continue with other people, start a run in another --output "
                             f"with --init-from {checkpoint.path}, which takes class centers by name")
-
-
-def _are_numbers(identities: Sequence[str]) -> bool:
-    return all(name == str(label) for label, name in enumerate(identities))
 
 
 def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
