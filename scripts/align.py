@@ -9,36 +9,40 @@
     OUT/align.json                           the settings
 
 The columns of align.csv: photo; crop ("" if there is none); status; reason; faces, the number found in the photo; eyes,
-the distance of a frontal face's eyes at this size, in pixels of the photo.
+the distance of a frontal face's eyes at this size, in pixels of the photo; landmarks, a checksum of those in FILE.
 
     status        aligned, or why there is no crop:
     no face       FILE does not name the photo, or the detector found nothing
     tiny          the eyes are closer than --min-eyes
     landmarks     not finite, all at one place, outside of the photo, or left and right are swapped
     unreadable    the photo is damaged, too large or not an image
+    name          the crop's name would be too long
 
 After an interruption, or when photos were added, the same command continues: it aligns what has no crop, and photos
-that have changed since. FILE has a line for each face. See scripts/README.md for its layouts.
+that have changed since, or their landmarks. FILE has a line for each face. See scripts/README.md for its layouts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
 import glob
 import importlib
 import io
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 import time
+import zlib
 from array import array
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, NamedTuple, TextIO
@@ -110,6 +114,7 @@ class Row(NamedTuple):
     reason: str
     faces: int
     eyes: str = ""
+    landmarks: str = ""
 
 
 class Task(NamedTuple):
@@ -138,17 +143,18 @@ def align(options: Options) -> None:
     photos, out = options.photos.rstrip("/") or "/", options.out
     names = [path[len(os.path.join(photos, "")):] for path in find_images([photos])]
     landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, names, photos)
+    crops = crop_names(names)
     open_directory(options)
     with open(os.path.join(out, _JOURNAL), "a", **_TEXT) as journal:
         lock(journal, out)
         for old in glob.glob(os.path.join(glob.escape(out), _TEMPORARY.format("*"))):
             os.unlink(old)
         rows = read_rows(os.path.join(out, TABLE)) | read_rows(journal.name)
-        done = {photo: of_photo for photo, of_photo in rows.items() if is_finished(of_photo, options)}
-        gone = len({photo for photo, of_photo in rows.items() if any(row.crop for row in of_photo)} - set(names))
+        done = {photo: of_photo for photo, of_photo in rows.items()
+                if is_finished(of_photo, options, None if landmarks is None else landmarks.get(photo, array("d")))}
         table = [row for name in names for row in done.get(name, ())]
-        tasks = (Task(name, crop, None if landmarks is None else landmarks.get(name, array("d")))
-                 for name, crop in zip(names, crop_names(names)) if name not in done)
+        gone = [row for photo in rows.keys() - set(names) for row in rows[photo] if row.crop]
+        tasks = tasks_of(names, crops, landmarks, rows, done, out)
         write = csv.writer(journal).writerow
         write(())  # ends a line that a kill has cut
         with contextlib.closing(run_all(tasks, options)) as results:
@@ -160,11 +166,11 @@ def align(options: Options) -> None:
         os.sync()  # before the table says that the crops are there; an fsync of each would take hours
         with atomic_write(os.path.join(out, TABLE)) as file:
             text = io.TextIOWrapper(file, write_through=True, **_TEXT)
-            csv.writer(text).writerows([Row._fields, *sorted(table, key=lambda row: row.photo)])
+            csv.writer(text).writerows([Row._fields, *sorted(table + gone, key=lambda row: row.photo)])
             text.detach()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(journal.name)
-    report(options, len(names), len(done), table, gone, time.perf_counter() - started)
+    report(options, len(names), len(done), table, len({row.photo for row in gone}), time.perf_counter() - started)
 
 
 def check_options(options: Options) -> None:
@@ -193,14 +199,15 @@ def open_directory(options: Options) -> None:
     for name in ("out", "workers", "force"):
         del settings[name]
     if options.landmarks is not None:
-        state = os.stat(options.landmarks)
-        settings["landmarks"] = [os.path.realpath(options.landmarks), state.st_size, state.st_mtime_ns]
+        settings["landmarks"] = os.path.realpath(options.landmarks)
     found = None
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError), open_regular(path) as file:
         found = json.loads(file.read(2**20))
     if found == settings and not options.force:
         return
-    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UserError(f"OUT {options.out}: is a file; give a directory")
+    if os.path.lexists(out) and os.listdir(out):
         if not isinstance(found, dict) or "min_eyes" not in found:
             raise UserError(f"OUT {options.out}: is not empty and not from this program; give another directory")
         if not options.force:
@@ -223,13 +230,36 @@ def lock(journal: TextIO, out: str) -> None:
         raise UserError(f"OUT {out}: another process is writing there; wait for it, or give another OUT") from None
 
 
-def crop_names(names: list[str]) -> Iterator[str]:
-    """The crop of each photo, without its extension. Photos that differ only in their extension keep theirs in it."""
-    count = Counter(os.path.splitext(name)[0] for name in names)
-    for name in names:
-        stem = os.path.splitext(name)[0]
-        # Else photo `a.face0.jpg` could have the crop of the first face in photo `a.jpg`.
-        yield name if count[stem] > 1 or re.search(r"\.face\d+$", stem) else stem
+def crop_names(names: list[str]) -> list[str]:
+    """The crop of each photo, without its extension. Photos that differ only in their extension keep theirs in it.
+
+    Raises UserError if two photos would have one crop all the same.
+    """
+    stems = [os.path.splitext(name)[0] for name in names]
+    count = Counter(stems)
+    # Else photo `a.face0.jpg` could have the crop of the first face in photo `a.jpg`.
+    whole = {name for name, stem in zip(names, stems) if count[stem] > 1 or re.search(r"\.face\d+$", stem)}
+    for name, stem in zip(names, stems):
+        if stem in whole and name not in whole:
+            raise UserError(f"DIR: the photos {stem} and {name} would have one crop; rename one of them")
+    return [name if name in whole else stem for name, stem in zip(names, stems)]
+
+
+def tasks_of(names: list[str], crops: list[str], landmarks: dict[str, array] | None, rows: dict[str, list[Row]],
+             done: dict[str, list[Row]], out: str) -> Iterator[Task]:
+    """The photos that are not done. Removes the crops that they had, because they may get none, or fewer."""
+    for name, crop in zip(names, crops):
+        if name in done:
+            continue
+        for row in rows.get(name, ()):
+            if re.fullmatch(re.escape(crop) + r"(\.face\d+)?\.(jpg|png)", row.crop):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(out, row.crop))
+        yield Task(name, crop, None if landmarks is None else landmarks.get(name, array("d")))
+
+
+def checksum(landmarks: array | None) -> str:
+    return "" if landmarks is None else f"{zlib.crc32(landmarks.tobytes()):08x}"
 
 
 def read_rows(path: str) -> dict[str, list[Row]]:
@@ -241,21 +271,25 @@ def read_rows(path: str) -> dict[str, list[Row]]:
     previous = None
     with contextlib.suppress(FileNotFoundError, csv.Error), open(path, **_TEXT) as file:
         for cells in csv.reader(line.replace("\0", "") for line in file):
-            if len(cells) != len(Row._fields) or not cells[4].isdecimal():
+            if len(cells) != len(Row._fields) or not (cells[4].isdecimal() and len(cells[4]) < 10):
                 previous = None  # as the empty line with which each run begins
                 continue
-            photo, crop, status, reason, faces, eyes = cells
+            photo, crop, status, reason, faces, eyes, landmarks = cells
             if photo != previous:
                 rows[photo] = []
-            rows[photo].append(Row(photo, crop, status, reason, int(faces), eyes))
+            rows[photo].append(Row(photo, crop, status, reason, int(faces), eyes, landmarks))
             previous = photo
     return rows
 
 
-def is_finished(rows: list[Row], options: Options) -> bool:
-    """Whether a photo has all of its rows and crops, at least one crop, and none that is older than the photo."""
+def is_finished(rows: list[Row], options: Options, landmarks: array | None) -> bool:
+    """Whether a photo has all of its rows and crops, from these landmarks, and at least one crop.
+
+    No crop may be older than the photo.
+    """
     crops = [os.path.join(options.out, row.crop) for row in rows if row.crop]
-    if not crops or len(rows) != (rows[0].faces if options.several == "all" else 1):
+    expected = rows[0].faces if options.several == "all" else 1
+    if not crops or len(rows) != expected or rows[0].landmarks != checksum(landmarks):
         return False
     try:
         # Unlike mtime, ctime is also new for a file that replaced another one.
@@ -297,6 +331,9 @@ class Aligner:
 
     def __call__(self, task: Task) -> list[Row]:
         """Write the crops of a photo. Returns its rows: at least one. Raises OSError if a crop cannot be written."""
+        return [row._replace(landmarks=checksum(task.landmarks)) for row in self._align(task)]
+
+    def _align(self, task: Task) -> list[Row]:
         name, options = task.photo, self._options
         faces = np.reshape(task.landmarks or (), (-1, 5, 2))
         if self._detect is None and not len(faces):
@@ -335,7 +372,13 @@ class Aligner:
                 rows.append(Row(name, "", "tiny", reason, len(faces), size))
             else:
                 crop = f"{task.crop}{f'.face{i}' if options.several == 'all' else ''}.{options.format}"
-                self._write(align_face(photo, faces[i]), os.path.join(options.out, crop))
+                try:
+                    self._write(align_face(photo, faces[i]), os.path.join(options.out, crop))
+                except OSError as error:
+                    if error.errno != errno.ENAMETOOLONG:
+                        raise
+                    rows.append(Row(name, "", "name", "the crop's name would be too long", len(faces), size))
+                    continue
                 rows.append(Row(name, crop, "aligned", f"{len(faces)} faces, {note}" if note and len(faces) > 1 else "",
                                 len(faces), size))
         return rows
@@ -396,14 +439,21 @@ def load_mtcnn(min_eyes: float) -> Callable[[np.ndarray], np.ndarray]:
 _aligner: Aligner  # in each process of the pool
 
 
-def run_all(tasks: Iterable[Task], options: Options) -> Generator[list[Row], None, None]:
+def run_all(tasks: Iterator[Task], options: Options) -> Generator[list[Row], None, None]:
     """The rows of each task, in order."""
     if not options.workers:
         yield from map(Aligner(options), tasks)
         return
     pool = ProcessPoolExecutor(options.workers, initializer=_start, initargs=(options,))
+    waiting = deque[Future[list[list[Row]]]]()  # not all at once: there may be millions
+    size = 16 if options.detector is None else 1
     try:
-        yield from pool.map(_run, tasks, chunksize=16 if options.detector is None else 1)
+        while chunk := list(itertools.islice(tasks, size)):
+            waiting.append(pool.submit(_run, chunk))
+            if len(waiting) > 4 * options.workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
     finally:  # after Ctrl-C, without what has not begun
         pool.shutdown(cancel_futures=True)
 
@@ -416,8 +466,8 @@ def _start(options: Options) -> None:
     _aligner = Aligner(options)
 
 
-def _run(task: Task) -> list[Row]:
-    return _aligner(task)
+def _run(tasks: list[Task]) -> list[list[Row]]:
+    return [_aligner(task) for task in tasks]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,8 +531,15 @@ def read_landmarks(path: str, names: list[str], directory: str) -> dict[str, arr
 def _faces(path: str, find: Callable[[str], str | None]) -> Iterator[tuple[int, str, list[str]]]:
     """(number of the line, name, ten numbers as text) of each face; "" and [] for a damaged line. Raises UserError."""
     with open_regular(path) as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"--landmarks {path}: is UTF-16; save it as UTF-8; expected {_LAYOUTS}")
+        file.seek(0)
         numbered = _lines(file)
         number, first = next(numbered, (0, ""))
+        while first.startswith("#") and find(first.split()[0]) is None:  # comments
+            number, first = next(numbered, (0, ""))
+        if not number:
+            raise UserError(f"--landmarks {path}: is empty; expected {_LAYOUTS}")
         if first.strip().isdecimal():  # CelebA: the number of lines
             number, first = next(numbered, (0, ""))
         separator = next((one for one in ",;\t" if first.count(one) >= 9), None)

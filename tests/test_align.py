@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import sys
 import types
 from concurrent.futures.process import BrokenProcessPool
@@ -296,7 +297,8 @@ def test_damaged_lines_are_counted_and_nothing_else_is_lost(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "line 0, '', is neither a face nor a header"),
+    (b"", "is empty; expected"),
+    ("name,x1,y1".encode("utf-16"), "is UTF-16; save it as UTF-8"),
     (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 900, "line 1, .* is neither a face nor a header"),
     (b"name,x1,y1,x2,y2\na/1.jpg,1,2,3,4\n", "line 1, 'name,x1,y1,x2,y2', is neither"),
     (table(["no.jpg", *NUMBERS]).encode(),
@@ -347,9 +349,9 @@ class Album:
     def rows(self) -> dict[str, Row]:
         with open(self.out / "align.csv", newline="", errors="surrogateescape") as file:
             header, *rows = csv.reader(file)
-        assert header == ["photo", "crop", "status", "reason", "faces", "eyes"]
+        assert header == ["photo", "crop", "status", "reason", "faces", "eyes", "landmarks"]
         assert rows == sorted(rows, key=lambda row: row[0])
-        found = [Row(*row[:4], int(row[4]), row[5]) for row in rows]
+        found = [Row(*row[:4], int(row[4]), *row[5:]) for row in rows]
         names = [row.photo for row in found]
         return {row.photo if names.count(row.photo) == 1 else row.crop or row.status: row for row in found}
 
@@ -511,11 +513,12 @@ def test_a_rerun_aligns_what_is_missing_or_has_changed(album: Album, capsys: pyt
     assert "5 crops of 5 photos, 1 of the photos were aligned before" in out
     assert "has crops of 1 photos that are not in DIR any more" in err
     assert {name for name in after if after[name] == before.get(name)} == {"1/a.png", "1/f.png"}
-    assert rows["1/e.png"].status == "aligned" and len(rows) == 5
+    assert rows["1/e.png"].status == "aligned" and len(rows) == 6  # f's crop is still there, and has its row
+    assert album.align() == rows and "1 photos that are not in DIR" in capsys.readouterr().err
     assert sorted(os.listdir(album.out)) == ["1", "align.csv", "align.json"]
 
 
-@pytest.mark.parametrize("torn", ["", "1/c.png,1/c.p", '"1/c.png,1', "1/c.png,1/c.png,aligned,,x,1\r\n", "\0\0\0"])
+@pytest.mark.parametrize("torn", ["", "1/c.png,1/c.p", '"1/c.png,1', "1/c.png,1/c.png,aligned,,x,1,\r\n", "\0\0\0"])
 def test_an_interrupted_run_is_continued(album: Album, monkeypatch: pytest.MonkeyPatch, torn: str) -> None:
     for name in "abcd":
         album.add(f"1/{name}.png")
@@ -549,8 +552,44 @@ def test_other_settings_need_another_directory_or_force(album: Album, capsys: py
     album.align(several="all", force=True)
     assert "renamed to" in capsys.readouterr().err
     assert set(album.crops()) == {"x.face0.png"} and (album.directory / "out.1" / "x.png").exists()
-    album.add("y.png")  # another file of landmarks
     with pytest.raises(UserError, match=r"\(landmarks\)"):
+        album.align(several="all", landmarks=str(shutil.copy(album.list, album.directory / "copy.txt")))
+
+
+def test_photos_and_landmarks_that_are_new_are_aligned(album: Album, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = album.add("x.png")
+    before = album.align(), album.crops()
+    album.add("y.png")
+    rows, crops = album.align(), album.crops()
+    assert rows["x.png"] == before[0]["x.png"] and crops["x.png"] == before[1]["x.png"] and set(crops) == {*rows}
+    assert "1 of the photos were aligned before" in capsys.readouterr().out
+    points = draw_photo(0, 0)[1] + 3
+    album.lines[0] = table(["x.png", *map(repr, map(float, points.ravel()))])
+    rows = album.align()
+    np.testing.assert_array_equal(album.crop("x.png"), align_face(pixels, points))
+    assert album.crops()["y.png"] == crops["y.png"] and rows["x.png"].landmarks != before[0]["x.png"].landmarks
+
+
+def test_a_photo_that_gives_fewer_crops_than_before_leaves_none_behind(album: Album) -> None:
+    two = [face(0.5, 0, (50, 50)), face(0.6, 0, (60, 60))]
+    album.add("x.png", *two, pixels=np.zeros((99, 99, 3), np.uint8))
+    album.add("y.png", *two, pixels=np.zeros((99, 99, 3), np.uint8))
+    album.align(several="all")
+    assert set(album.crops()) == {f"{name}.face{i}.png" for name in "xy" for i in range(2)}
+    del album.lines[1]  # one face of x is left
+    (album.photos / "y.png").write_bytes(b"no image")
+    rows = album.align(several="all")
+    assert set(album.crops()) == {"x.face0.png"} and rows["y.png"].status == "unreadable"
+
+
+def test_names_that_cannot_be_those_of_a_crop(album: Album) -> None:
+    album.add("x.png")
+    album.add(f"{'n' * 248}.png", face(0.5, 0, (50, 50)), pixels=np.zeros((99, 99, 3), np.uint8))
+    rows = album.align(several="all")
+    assert rows["x.png"].status == "aligned" and rows[f"{'n' * 248}.png"].status == "name"
+    for name in "a.jpg", "a.png", "a.jpg.jpg":
+        album.add(f"1/{name}")
+    with pytest.raises(UserError, match="the photos 1/a.jpg and 1/a.jpg.jpg would have one crop; rename one of them"):
         album.align(several="all")
 
 
@@ -596,7 +635,7 @@ def test_mistakes_are_one_line_and_touch_nothing(album: Album, monkeypatch: pyte
         ({"out": photos}, "is the same directory"), ({"out": f"{photos}/crops"}, "one of the two holds the other"),
         ({"out": str(album.directory)}, "one of the two holds the other"),
         ({}, "is not empty and not from this program"), ({"force": True}, "is not empty and not from this program"),
-        ({"out": str(album.list), **known}, "is not empty and not from this program"),
+        ({"out": str(album.list), **known}, "is a file; give a directory"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             align.align(Options(**({"photos": photos, "out": str(album.out), "workers": 0, **known} | options)))
