@@ -98,11 +98,11 @@ def main() -> None:
                       options.skip_missing_pairs)] if options.pair_list else []
     sources += [Source("bin", path, "--bin") for path in options.bin]
     sets = open_sets(sources + options.sources(bool(options.flip)))
+    if options.report is not None:
+        require_directory("--report", options.report)
     for name, path in output_files(options).items():
         # A result replaces an older one.
         require_writable(name, path, force=True, inputs=filter(None, [options.resume, options.pair_list, *options.bin]))
-    if options.report is not None:
-        require_directory("--report", options.report)
     if options.calibration is not None and len(sets) > 1:
         raise UserError(f"--calibration {options.calibration}: is fitted on one set; give one instead of {len(sets)}")
     if options.resume and plan.launcher != "single":
@@ -152,7 +152,7 @@ def evaluate(context: DistContext, options: Options, sets: list[EvalSet]) -> Non
         print((f"{name}\n" if len(results) > 1 else "") + result.report)
     reports = [summarise(name, result, options.far or FARS) for name, result in results.items()
                ] if options.far or options.report or options.calibration else []
-    for one in reports if options.far or options.calibration else ():
+    for one in [one for one in reports if one.points] if options.far or options.calibration else ():
         print((f"{one.name}\n" if len(reports) > 1 else "") + one.describe_points())
     for name, path in output_files(options).items():
         if name != "--calibration":
@@ -232,11 +232,16 @@ def parse_options(argv: list[str] | None = None) -> Options:
     if o.resume and not os.path.exists(o.resume):
         raise UserError(f"--resume {o.resume}: no such file")
     flag_of: dict[str, str] = {}
+    if o.report is not None:
+        flag_of = {os.path.abspath(os.path.join(o.report, file)): "--report" for file in (PAGE_FILE, CONTENT_FILE)}
     for name, path in output_files(o).items():
         if (other := flag_of.setdefault(os.path.abspath(path), name)) != name:
             raise UserError(f"{name} {path}: is also the file of {other}; choose another name")
     if o.plot is not None and not (o.pair_list or o.bin or o.ijb):
         raise UserError(f"--plot {o.plot}: these sets have no ROC curve; drop the flag")
+    if o.far and not (o.pair_list or o.bin):
+        raise UserError("--far: these sets have no scores of pairs, from which thresholds with intervals come; drop "
+                        "the flag")
     if o.calibration is not None and not (o.pair_list or o.bin):
         raise UserError(f"--calibration {o.calibration}: these sets have no scores of pairs; drop the flag")
     if o.montage is not None and not (o.pair_list or o.bin):

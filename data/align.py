@@ -38,7 +38,9 @@ def similarity_transform(landmarks: np.ndarray, size: int = TEMPLATE_SIZE) -> np
         z = points[..., 0] + 1j * points[..., 1]
         centered = z - z.mean(axis=-1, keepdims=True)
         spread = (np.abs(centered) ** 2).sum(axis=-1)
-        a = np.where(spread > 0, (centered.conj() * (target - target.mean())).sum(axis=-1) / spread, np.nan)
+        # Of points at one place the mean differs from them by a rounding error.
+        apart = spread > (1e-9 * (1 + np.abs(z).max(axis=-1))) ** 2
+        a = np.where(apart, (centered.conj() * (target - target.mean())).sum(axis=-1) / spread, np.nan)
         b = target.mean() - a * z.mean(axis=-1)
     rows = np.stack([a.real, -a.imag, b.real, a.imag, a.real, b.imag], axis=-1)
     rows[~np.isfinite(rows).all(axis=-1)] = np.nan

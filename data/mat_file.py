@@ -41,7 +41,9 @@ def read_mat(path: str, flag: str) -> dict[str, Any]:
         raise UserError(f"{flag}: {path}: is no .mat file of version 5")
     try:
         return _variables(data[_HEADER_BYTES:], order)
-    except (ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
+    except KeyError as error:
+        raise UserError(f"{flag}: {path}: is damaged (a value of type {error})") from None
+    except (ValueError, IndexError, struct.error, zlib.error) as error:
         raise UserError(f"{flag}: {path}: is damaged ({' '.join(str(error).split())[:80] or 'it ends early'})"
                         ) from None
 
@@ -52,6 +54,8 @@ def _variables(data: bytes, order: str) -> dict[str, Any]:
     while at < len(data):
         kind, part, at = _element(data, at, order)
         if kind == _COMPRESSED:
+            if room >= _MAX_INFLATED:  # zlib takes 0 for no limit
+                raise ValueError("its compressed data are larger than 64 MiB")
             inflater = zlib.decompressobj()
             part = inflater.decompress(part, _MAX_INFLATED - room)
             if not inflater.eof:

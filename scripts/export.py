@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from data.decode import IMAGE_SIZE, read_image  # noqa: E402
 from data.pairs import PairList  # noqa: E402
+from data.progress import progress_bar  # noqa: E402
 from models import check_arch, first_convolution  # noqa: E402
 from models.ir import IR_VARIANTS  # noqa: E402
 from scripts.embed import find_images  # noqa: E402
@@ -46,7 +47,7 @@ from utils.checkpoint.safe_load import IDENTITIES_TENSOR, SAFETENSORS_EXTENSION,
 from utils.checkpoint.shards import StoredRows  # noqa: E402
 from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
-from utils.evaluation.lfw import evaluate  # noqa: E402
+from utils.evaluation.lfw import evaluate, usable_folds  # noqa: E402
 from utils.files import atomic_write, require_writable  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 
@@ -159,6 +160,10 @@ def write_onnx(weights: Weights, options: Options) -> str:
     paths = calibration_images(options.int8) if options.int8 is not None else []
     images = [read_image(path) for path in paths]  # a bad one ends the program before the export
     pairs = PairList(options.imgs_root, options.pair_list) if options.pair_list and options.imgs_root else None
+    if pairs is not None:
+        usable_folds(pairs.is_same)
+        for path in progress_bar("checking the pairs", len(pairs.paths), iterable=pairs.paths):
+            read_image(path)
     network = deployed(weights.backbone, options)
     summary = f"any batch size, opset {ONNX_OPSET}"
     with replacing(options.output) as temporary, tempfile.TemporaryDirectory() as directory:

@@ -79,8 +79,14 @@ def read_run(directory: str, name: str) -> RunReport:
                         "the --report of valid.py")
     run = read_json(content, name) if content is not None else RunReport(name)
     if metrics is not None:
-        steps, evaluations = read_metrics(metrics)
-        run = dataclasses.replace(run, steps=steps, evaluations=evaluations)
+        try:
+            steps, evaluations = read_metrics(metrics)
+        except UserError as error:
+            if content is None:
+                raise
+            print(f"warning: {error}; the page has no curves of this training", file=sys.stderr)
+        else:
+            run = dataclasses.replace(run, steps=steps, evaluations=evaluations)
     if checkpoint is not None and (settings := settings_in(read_weights(checkpoint))):
         run = dataclasses.replace(run, settings=settings)
     return run

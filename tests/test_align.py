@@ -296,6 +296,13 @@ def test_damaged_lines_are_counted_and_nothing_else_is_lost(tmp_path: Path, caps
     assert "2 of 9 lines name photos that are not in DIR, such as 'no.jpg'" in err
 
 
+def test_points_at_one_place_form_no_face_whatever_the_place() -> None:
+    """The mean of five equal numbers may differ from them in the last bit."""
+    places = np.round(np.random.default_rng(0).uniform(0, 3000, (5000, 1, 2)), 2)
+    assert np.isnan(similarity_transform(np.repeat(places, 5, axis=1))).all()
+    assert np.isfinite(similarity_transform(places + 0.01 * TEMPLATE)).all()  # a face of one pixel
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "is empty; expected"),
     ("name,x1,y1".encode("utf-16"), "is UTF-16; save it as UTF-8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from utils.evaluation import identification
 from utils.evaluation.identification import fuse_templates, pair_similarities, search, unit_rows, verify
 
 
@@ -128,6 +129,19 @@ def test_similarities_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [-np.inf if 4 in (a, b) else float(templates[a].astype(float) @ templates[b])
                 for a, b in zip(first, second)]
     assert pair_similarities(templates, first, second) == pytest.approx(np.array(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [1, 30, 3000])
+def test_few_pairs_of_many_templates_and_many_pairs_are_the_same(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identification, "_SIMILARITIES", 40 * 300)
+    monkeypatch.setattr(identification, "_COPIED_PAIRS", 7)
+    rng = np.random.default_rng(0)
+    templates = unit_rows(rng.standard_normal((300, 8)).astype(np.float32))
+    templates[5] = 0
+    first, second = rng.integers(300, size=(2, pairs))
+    expected = (templates[first] * templates[second]).sum(1)
+    expected[(first == 5) | (second == 5)] = -np.inf
+    np.testing.assert_allclose(pair_similarities(templates, first, second), expected, atol=1e-6)
 
 
 def test_a_search_by_hand() -> None:

@@ -146,6 +146,31 @@ def test_several_processes(world_size: int, small: tuple[Path, Layout, list[np.n
     assert again[0][0] == alone and [images for _, images in again] == [0] * world_size
 
 
+def embed_on_different_disks(rank: int, world_size: int, root: str, directory: str) -> str:
+    context = DistContext(rank, world_size, world_size, torch.device("cpu"))
+    try:
+        evaluate_set(Pixels(), open_set(Path(root)), context, embeddings=f"{directory}/{rank}", batch_size=50,
+                     workers=0, flip=True, progress=False)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_nodes_without_a_shared_disk_are_stopped(small: tuple[Path, Layout, list[np.ndarray]], tmp_path: Path,
+                                                 pools: Callable[[int], Pool]) -> None:
+    """Half of the embeddings would be missing. The second time the first node's file is there, but not the others'."""
+    for _ in range(2):
+        messages = pools(2).run(embed_on_different_disks, str(small[0]), str(tmp_path))
+        assert len(set(messages)) == 1 and "give a directory on a disk that all nodes share" in messages[0]
+        evaluate_on_ranks(0, 1, str(small[0]), str(tmp_path / "0"))
+    for rank in range(2):  # files of one content, of which one is complete
+        evaluate_on_ranks(0, 1, str(small[0]), str(tmp_path / str(rank)))
+    whole = (tmp_path / "1" / "IJBC.embeddings").read_bytes()
+    (tmp_path / "1" / "IJBC.embeddings").write_bytes(whole[:4096] + bytes(28) + whole[4096 + 28:])
+    messages = pools(2).run(embed_on_different_disks, str(small[0]), str(tmp_path))
+    assert all("the processes see different files" in message for message in messages)
+
+
 def hand_layout() -> Layout:
     """Templates 10, 20, 30, 40 of one image each, and 50 of two frames of a video."""
     return Layout(
@@ -218,6 +243,13 @@ DAMAGED = [  # (file, what replaces its contents or a function of them, message)
     ("name_5pts_score.txt", lambda text: text.replace(b"3.jpg 4", b"3.jpg x4"), r"score.txt:3: expected name x1"),
     ("name_5pts_score.txt", lambda text: text.replace(b"3.jpg", b"\xff" * 300), "a file name of more than 255 bytes"),
     ("name_5pts_score.txt", lambda text: text.replace(b"4.jpg", b"../4.jpg"), r"tid_mid.txt:4: names '4.jpg'"),
+    ("name_5pts_score.txt", b"\n   \n\n", "5pts_score.txt: the file is empty"),
+    ("template_pair_label.txt", b"  \n", "label.txt: the file is empty"),
+    # As many numbers in all: the last of one line is at the end of the next.
+    ("face_tid_mid.txt", lambda text: re.sub(rb"(2.jpg \d+) (\d+)\n([^\n]*)\n", rb"\1\n\3 \2\n", text),
+     "tid_mid.txt:2: expected name template media"),
+    ("template_pair_label.txt", lambda text: re.sub(rb"^(\d+ \d+) (\d)\n([^\n]*)\n", rb"\1\n\3 \2\n", text),
+     "label.txt:1: expected template template 0"),
     ("face_tid_mid.txt", lambda text: text.replace(b"2.jpg", b"9.jpg"), r"tid_mid.txt:2: names '9.jpg'.*'2.jpg'"),
     ("face_tid_mid.txt", lambda text: text[: text.rindex(b"6.jpg")], "has 5 lines, and the list of landmarks 6"),
     ("face_tid_mid.txt", lambda text: text + b"7.jpg 1 1\n", "tid_mid.txt:7: .*no more images"),
@@ -230,10 +262,10 @@ DAMAGED = [  # (file, what replaces its contents or a function of them, message)
     ("template_pair_label.txt", lambda text: text.replace(b"20 1", b"20 0"), "all pairs have the label 0"),
     ("template_pair_label.txt", lambda text: text.replace(b"20 50", b"20 " + b"9" * 30), "label.txt:3: template"),
     ("1N_gallery_G1.csv", lambda text: text + b"10,2,x\n", "G1.csv:5: template 10 is of subject 1 .* of 2 here"),
-    ("1N_gallery_G1.csv", lambda text: text + b"99,2,x\n", "1 of 3 templates have no image .*first one: 99"),
+    ("1N_gallery_G1.csv", lambda text: text + b"99,2,x\n", "G1.csv:5: template 99 has no image in the list"),
     ("1N_gallery_G1.csv", lambda text: text + b"x,2\n", "G1.csv:5: expected template,subject, got 'x,2'"),
     ("1N_gallery_G1.csv", b"TEMPLATE_ID,SUBJECT_ID\n", "lists no template"),
-    ("1N_gallery_G1.csv", lambda text: text + b"9" * 40 + b",2\n", "more than 64 bits"),
+    ("1N_gallery_G1.csv", lambda text: text + b"50," + b"9" * 40 + b"\n", "more than 64 bits"),
     ("1N_gallery_G1.csv", lambda text: text + b'"' + b"9" * 200_000, "G1.csv:.*is damaged"),
     ("1N_probe_mixed.csv", None, "needs .*probe_mixed.csv and galleries"),
     ("1N_gallery_G1.csv", None, "needs .*probe_mixed.csv and galleries"),
@@ -253,6 +285,14 @@ def test_damaged_files_give_one_line(file: str, change: object, message: str, tm
     with pytest.raises(UserError, match=message) as caught:
         open_set(root)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("--ijb")
+
+
+def test_a_csv_without_a_header_loses_no_entry(tmp_path: Path) -> None:
+    root = write_ijb(tmp_path / "IJBC", hand_layout())
+    before = open_set(root).contents
+    for path in (root / "meta").glob("*_1N_*.csv"):
+        path.write_text(path.read_text().partition("\n")[2])
+    assert open_set(root).contents == before
 
 
 def test_blank_lines_and_files_without_a_last_line_end(tmp_path: Path) -> None:
@@ -343,7 +383,7 @@ def test_only_what_is_missing_is_embedded(
     other.frozen.running_mean += 1  # a statistic, which these embeddings do not use
     assert run(other) == images and run(Pixels()) == images
     assert run(Pixels(), flip=True) == 2 * images
-    os.utime(root / "loose_crop", ns=(1, 1))  # images were added or replaced
+    os.utime(root / "loose_crop" / "2.jpg", ns=(1, 1))  # it was written over
     assert run(Pixels()) == images
 
 
@@ -376,7 +416,7 @@ def test_files_that_cannot_hold_embeddings(small: tuple[Path, Layout, list[np.nd
     assert (tmp_path / "IJBC.embeddings").read_bytes() == b"a photo"
     (tmp_path / "IJBC.embeddings").unlink()
     (tmp_path / "IJBC.embeddings").symlink_to(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="is a link; remove it"):
         run(tmp_path)
     (tmp_path / "IJBC.embeddings").unlink()
     run(tmp_path)
@@ -398,14 +438,17 @@ def test_valid_prints_and_writes_the_numbers(
     for more in ([], ["--far-nearest"]):
         monkeypatch.setattr(sys, "argv", [
             "valid.py", "--ijb", str(root), "--resume", str(tmp_path / "checkpoint.pth.tar"), "--device", "cpu", "-j",
-            "0", "--embeddings", str(tmp_path / "cache"), "--json", str(tmp_path / "result.json"), *more])
+            "0", "--embeddings", str(tmp_path / "cache"), "--json", str(tmp_path / "report" / "result.json"),
+            "--report", str(tmp_path / "report"), *more])
         valid.main()
         out = capsys.readouterr().out
-        written.append(json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail))
+        written.append(json.loads((tmp_path / "report" / "result.json").read_text(), parse_constant=pytest.fail))
         assert ("embedded" in out) == (not more), "embeddings are kept"
         assert ("mirrored images added, norm of embeddings kept, detector score used, "
                 + ("the point of the ROC curve nearest" if more else "thresholds whose FAR is at most")) in out
         assert f"TAR, %   {100 * written[-1]['tar_at_far']['1e-1']:9.2f}" in out and "1:N, %" in out
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<svg") >= 2 and "pairs of templates, without intervals" in page
     assert list(written[0]["tar_at_far"]) == ["1e-1"] and len(written[1]["tar_at_far"]) == 6
     assert written[0]["far"]["1e-1"] <= 0.1
 
@@ -416,6 +459,8 @@ def test_valid_prints_and_writes_the_numbers(
     (["--bin", "x.bin", "--no-detector-score"], "--no-detector-score: has no effect"),
     (["--bin", "x.bin", "--embeddings", "x"], "--embeddings x: has no effect"),
     (["--bin", "x.bin", "--tinyface-imgs", "x"], "--tinyface-imgs x: has no effect without --tinyface"),
+    (["--ijb", "x", "--far", "1e-4"], "--far: these sets have no scores of pairs"),
+    (["--bin", "x", "--report", "r", "--json", "r/report.json"], "--json r/report.json: is also the file of --report"),
     (["--ijb", "x", "--montage", "x.png"], "--montage x.png: these sets have no pairs of images"),
     (["--tinyface", "x", "--plot", "x.png"], "--plot x.png: these sets have no ROC curve"),
     (["--ijb", "x", "--pair-list", "y"], "--imgs-root is missing"),

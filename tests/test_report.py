@@ -194,6 +194,7 @@ def test_pages_of_runs(summary: SetReport, tmp_path: Path, command, capsys: pyte
     (["{root}/log", "--output", "x.png"], "--output x.png: the name must end in .html"),
     (["{root}/log", "--output", "/nowhere/x.html"], "--output /nowhere/x.html: there is no directory"),
     (["{root}/torn"], "torn/metrics.jsonl: line 2 has no step, loss and lr"),
+    (["{root}/digits"], "digits/metrics.jsonl: line 1 has no step"),
     (["{root}/deep"], "deep/metrics.jsonl: line 1 "),
     (["{root}/json"], "json/report.json: is no report of valid.py, or a damaged one"),
     (["{root}/version"], "version/report.json: was written by another version"),
@@ -201,6 +202,7 @@ def test_pages_of_runs(summary: SetReport, tmp_path: Path, command, capsys: pyte
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, command) -> None:
     for name, file, content in (
             ("log", "metrics.jsonl", json.dumps(ROWS[0])), ("torn", "metrics.jsonl", f"{json.dumps(ROWS[0])}\nx\n{{}}"),
+            ("digits", "metrics.jsonl", f'{{"step": {"1" * 400}, "loss": 1, "lr": 1}}\n{json.dumps(ROWS[0])}'),
             ("deep", "metrics.jsonl", "[" * 100_000 + "\n" + '{"step": 1e999, "loss": 1, "lr": 1}\nx'),
             ("json", "report.json", '{"report": 1, "sets": 3}'), ("version", "report.json", '{"report": 2}')):
         (tmp_path / name).mkdir()

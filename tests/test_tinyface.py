@@ -14,6 +14,7 @@ from helpers.evaluation import ALONE, Pixels
 from helpers.ijb import write_mat
 from PIL import Image
 
+from data import mat_file
 from data.mat_file import read_mat
 from utils.errors import UserError
 from utils.evaluation.protocol import EvalSet, Result, Source
@@ -60,6 +61,17 @@ def test_damaged_mat_files_give_one_line(tmp_path: Path) -> None:
                 read_mat(str(path), "--tinyface")
             except UserError as error:
                 assert "\n" not in str(error) and str(error).startswith(f"--tinyface: {path}: ")
+
+
+def test_compressed_variables_have_one_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zlib takes the nothing that is left of the limit for no limit."""
+    path = tmp_path / "x.mat"
+    write_mat(path, True, first=np.arange(100, dtype="u1"), second=np.zeros(100_000, "u1"))
+    data = path.read_bytes()
+    size = len(zlib.decompress(data[136:136 + int.from_bytes(data[132:136], "little")]))
+    monkeypatch.setattr(mat_file, "_MAX_INFLATED", size)
+    with pytest.raises(UserError, match="its compressed data are larger than"):
+        read_mat(str(path), "--tinyface")
 
 
 def test_huge_and_other_mat_files(tmp_path: Path) -> None:
@@ -174,6 +186,9 @@ def test_embeddings_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFi
     ("no names", "has no cell array gallery_set of file names"),
     ("few ids", "needs a whole number in gallery_ids for each of the 4 names"),
     ("fractions", "needs a whole number in gallery_ids"),
+    ("huge ids", "needs a whole number in gallery_ids"),
+    ("infinite ids", "needs a whole number in gallery_ids"),
+    ("distractors", "needs a whole number in gallery_ids .*, not -100, which stands for distractors"),
     ("no directory", "Gallery_Distractor: cannot be read"),
     ("other images", "Probe has none of the 3 images of the list, such as 1_p.jpg"),
     ("broken image", "2_p.jpg: not a "),
@@ -188,6 +203,9 @@ def test_mistakes_give_one_line(change: str, message: str, tmp_path: Path) -> No
         write_mat(path, gallery_ids=ids)
     elif change == "few ids":
         write_mat(path, gallery_set=list(GALLERY), gallery_ids=ids[:3])
+    elif change in ("huge ids", "infinite ids", "distractors"):
+        value = {"huge ids": 1e300, "infinite ids": np.inf, "distractors": -100.0}[change]
+        write_mat(path, gallery_set=list(GALLERY), gallery_ids=np.array([1, 1, 2, value]))
     elif change == "fractions":
         write_mat(path, gallery_set=list(GALLERY), gallery_ids=ids + 0.5)
     elif change == "no directory":

@@ -91,6 +91,27 @@ def open_regular(path: str) -> BinaryIO:
     raise OSError(errno.EINVAL, "is a device or a pipe, not a file", path)
 
 
+def file_states(directory: str, prefix: str) -> dict[bytes, tuple[int, int]]:
+    """{name: (bytes, time of the last change in ns)} of the files in a directory: an image that is replaced, or written
+    over, has another state.
+
+    prefix: of the error. Raises UserError.
+    """
+    try:
+        with os.scandir(os.fsencode(directory)) as entries:
+            return {entry.name: (state.st_size, state.st_mtime_ns) for entry in entries
+                    if (state := _state(entry)) is not None}
+    except OSError as error:
+        raise UserError(f"{prefix}: {directory}: cannot be read ({error.strerror})") from None
+
+
+def _state(entry: os.DirEntry[bytes]) -> os.stat_result | None:
+    try:
+        return entry.stat()
+    except FileNotFoundError:  # a link that leads nowhere
+        return None
+
+
 def move_aside(path: str) -> str | None:
     """Rename an older file, link or directory to path.1, path.2, ... Returns its new name, or None without one."""
     if not os.path.lexists(path):

@@ -12,6 +12,13 @@ from utils.errors import UserError
 METRICS_FILE = "metrics.jsonl"
 
 
+def _parse_int(digits: str) -> int:
+    """Raises ValueError for more digits than a number of 64 bits has, which float() would refuse later."""
+    if len(digits) > 20:
+        raise ValueError
+    return int(digits)
+
+
 def read_metrics(path: str, prefix: str = "") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(lines of steps, lines of evaluations) of a metrics.jsonl. Ignores an incomplete last line.
 
@@ -25,7 +32,7 @@ def read_metrics(path: str, prefix: str = "") -> tuple[list[dict[str, Any]], lis
     steps, evaluations = [], []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_int=_parse_int)
             if "val" in row:
                 accuracies = {name: float(result["accuracy"]) for name, result in row["val"].items()}
                 evaluations.append({"step": int(row["step"]), "accuracy": accuracies})

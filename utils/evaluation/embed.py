@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from data.augment import prepare_batch
 from data.decode import IMAGE_SIZE
 from data.loader import read_images
-from utils.dist.collectives import all_gather_rows, all_reduce_sum
+from utils.dist.collectives import all_gather_json, all_gather_rows, all_reduce_sum
 from utils.dist.context import DistContext, describe_gpu
 from utils.dist.stop import StopSignal
 from utils.errors import UserError
@@ -94,33 +95,60 @@ def embed_to_file(
     matmul = describe_gpu(context.device) if context.device.type == "cuda" else ""  # with the precision of its products
     facts = {"weights": backbone_fingerprint(backbone), "made_from": made_from, "flip": flip,
              "device": context.device.type + matmul}
-    size = _embedding_size(backbone)
-    if not context.is_main:
-        _barrier(context)  # rank 0 has created the file
-    file = EmbeddingFile(path, len(images), size, facts, shared=not context.is_main)
-    if context.is_main:
-        _barrier(context)
+    if context.world_size > 1:
+        facts = all_gather_json(facts, context.device)[0]  # another kind of GPU on another node makes no other file
+    size, opened = _embedding_size(backbone), list[EmbeddingFile]()
+
+    def open_file() -> None:
+        opened.append(EmbeddingFile(path, len(images), size, facts, shared=not context.is_main))
+
     try:
-        _embed_missing(backbone, images, context, file, batch_size=batch_size, workers=workers, flip=flip,
-                       progress=progress, print_freq=print_freq, mean_face=mean_face, name=name)
+        _together(open_file if context.is_main else None, context)
+        _together(None if context.is_main else open_file, context)
+        file = opened[0]
+        missing = _together(file.missing, context)  # nobody writes before all have looked
+        _require_one_disk(path, context, len(missing), zlib.crc32(missing.tobytes()))
+        if context.is_main:
+            print(f"=> {name}: {path} holds the embeddings of {len(images) - len(missing):,} of {len(images):,} images",
+                  flush=True)
+        if len(missing):
+            _embed_missing(backbone, images, context, file, missing, batch_size=batch_size, workers=workers, flip=flip,
+                           progress=progress, print_freq=print_freq, mean_face=mean_face, name=name)
+            if context.world_size > 1:
+                _require_one_disk(path, context, len(_together(file.missing, context)))
     except BaseException:
-        file.close()
+        for file in opened:
+            file.close()
         raise
     return file
 
 
+def _together(work: Callable[[], Any] | None, context: DistContext) -> Any:
+    """Collective. work() on this rank; a rank's UserError is raised on all ranks, after all have done their part."""
+    result, message = None, ""
+    try:
+        result = work() if work is not None else None
+    except UserError as error:
+        message = str(error)
+    if context.world_size > 1:
+        message = next(filter(None, all_gather_json(message, context.device)), "")
+    if message:
+        raise UserError(message)
+    return result
+
+
+def _require_one_disk(path: str, context: DistContext, *facts: int) -> None:
+    """Collective. Raises UserError on all ranks if they see different files."""
+    if context.world_size > 1 and any(other != list(facts) for other in all_gather_json(facts, context.device)):
+        raise UserError(f"--embeddings: {path}: the processes see different files; give a directory on a disk that all "
+                        "nodes share")
+
+
 def _embed_missing(
-    backbone: nn.Module, images: Images, context: DistContext, file: EmbeddingFile, *, mean_face: Tensor | None,
-    name: str, **settings: Any,
+    backbone: nn.Module, images: Images, context: DistContext, file: EmbeddingFile, missing: np.ndarray, *,
+    mean_face: Tensor | None, name: str, **settings: Any,
 ) -> None:
-    """The part of embed_to_file when the file is open."""
-    missing = file.missing()
-    _barrier(context)  # nobody writes while others look for what is missing
-    if context.is_main:
-        print(f"=> {name}: {file.path} holds the embeddings of {len(images) - len(missing):,} of {len(images):,} "
-              "images", flush=True)
-    if not len(missing):
-        return
+    """Collective. Embed the images `missing`, int64 (n,) and rising, into the file."""
     share = -(-len(missing) // context.world_size)
     real = missing[context.rank * share : (context.rank + 1) * share]
     own = [*real.tolist(), *[int(missing[-1])] * (share - len(real))]
@@ -141,11 +169,6 @@ def _embedding_size(backbone: nn.Module) -> int:
         with torch.no_grad(), _evaluation_mode(backbone):
             size = backbone(parameter.new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).shape[1]
     return int(size)
-
-
-def _barrier(context: DistContext) -> None:
-    if context.world_size > 1:
-        all_reduce_sum(torch.zeros(1, device=context.device), dist.group.WORLD)
 
 
 def _compare_faces(faces: Tensor, count: int, context: DistContext, mean_face: Tensor | None, name: str) -> None:

@@ -53,7 +53,7 @@ class EmbeddingFile:
 
     def __init__(self, path: str, count: int, size: int, made_from: Mapping[str, object], flag: str = "--embeddings",
                  *, shared: bool = False) -> None:
-        """shared: another process has created the file, and holds its lock."""
+        """shared: another process has created the file, from the same, and holds its lock."""
         self.path, self.shape, self._flag = path, (count, size), flag
         self._record = np.dtype([("crc", "<u4"), ("row", "<f4", (size,))])
         self._descriptor = -1
@@ -64,7 +64,7 @@ class EmbeddingFile:
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             # O_NOFOLLOW: what a link names would be overwritten.
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (0 if shared else os.O_CREAT)
             self._descriptor = os.open(path, flags, 0o666)
             if not shared:
                 self._lock()
@@ -74,11 +74,16 @@ class EmbeddingFile:
             if found and not found.startswith(_MAGIC):
                 raise UserError(f"{flag}: {path}: is no file of embeddings; remove it, or give another directory")
             if (found, os.fstat(self._descriptor).st_size) != (header, total):
+                if shared:
+                    raise FileNotFoundError(errno.ENOENT, "there is another file")
                 os.ftruncate(self._descriptor, 0)
                 self._write(header, 0)
                 self._reserve(total)
         except (OSError, UserError) as error:
             self.close()
+            if shared and isinstance(error, FileNotFoundError):
+                raise UserError(f"{flag}: {path}: is not the file that the first process created; give a directory on "
+                                "a disk that all nodes share") from None
             raise (self._error(error) if isinstance(error, OSError) else error) from None
 
     def _lock(self) -> None:
@@ -154,5 +159,7 @@ class EmbeddingFile:
         return np.frombuffer(data, self._record)
 
     def _error(self, error: OSError) -> UserError:
+        if error.errno == errno.ELOOP:
+            return UserError(f"{self._flag}: {self.path}: is a link; remove it, or give another directory")
         return UserError(f"{self._flag}: {self.path}: cannot be used ({error.strerror or error}); give another "
                          "directory")

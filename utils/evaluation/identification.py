@@ -19,6 +19,7 @@ import numpy as np
 FAR_EXPONENTS = range(1, 7)  # FAR = 1e-1, ..., 1e-6
 _ROWS = 4096  # embeddings at a time
 _SIMILARITIES = 2**23  # at a time: 32 MiB
+_COPY_COST, _COPIED_PAIRS = 100, 2**13  # of a pair of copied vectors, in similarities of a product; pairs at a time
 _CURVE_POINTS = 500
 
 
@@ -89,7 +90,7 @@ def pair_similarities(templates: np.ndarray, first: np.ndarray, second: np.ndarr
     """float32 (P,): the similarities of templates first[p] and second[p]. templates: (T, d), of unit length or zero.
 
     One matrix product per block of first templates, with all templates: a pair costs less than the copies of its two
-    vectors would, unless few of the possible pairs are listed.
+    vectors would, unless few of the possible pairs are listed; then the vectors are copied.
     """
     usable = usable_rows(templates)
     similarity = np.empty(len(first), dtype=np.float32)
@@ -102,6 +103,10 @@ def pair_similarities(templates: np.ndarray, first: np.ndarray, second: np.ndarr
     for start in range(0, len(present), step):
         block = present[start : start + step]
         pairs = order[ends[block[0]] - counts[block[0]] : ends[block[-1]]]
+        if len(pairs) * _COPY_COST < len(block) * len(templates):
+            for part in np.array_split(pairs, -(-len(pairs) // _COPIED_PAIRS)):
+                similarity[part] = np.einsum("pd,pd->p", templates[first[part]], templates[second[part]])
+            continue
         products = templates[block] @ templates.T
         similarity[pairs] = products[place[first[pairs]] - start, second[pairs]]
     if not usable.all():

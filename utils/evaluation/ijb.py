@@ -38,7 +38,7 @@ from utils.errors import UserError
 from utils.evaluation import identification
 from utils.evaluation.identification import Rows, Verification
 from utils.evaluation.protocol import Result, RocCurve, Source
-from utils.files import open_bounded
+from utils.files import file_states, open_bounded
 from utils.flags import flag
 
 RANKS, FPIRS = (1, 5, 10), (0.1, 0.01)
@@ -112,12 +112,8 @@ class IjbEvalSet:
         landmarks, scores = numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10]
         template_of, media_of = _read_templates(f"{prefix}_face_tid_mid.txt", flag, names)
         self._template_ids, template = np.unique(template_of, return_inverse=True)
-        try:
-            there = set(os.listdir(os.fsencode(crops)))
-            changed = os.stat(crops).st_mtime_ns
-        except OSError as error:
-            raise UserError(f"{flag} {path}: {crops}: cannot be read ({error.strerror})") from None
-        missing = [one for one in names.tolist() if one not in there]
+        states = file_states(crops, f"{flag} {path}")
+        missing = [one for one in names.tolist() if one not in states]
         if missing:
             raise UserError(f"{flag} {path}: {len(missing):,} of {len(names):,} images are missing, the first one: "
                             f"{os.path.join(crops, os.fsdecode(missing[0]))}")
@@ -145,8 +141,9 @@ class IjbEvalSet:
             raise UserError(f"{flag} {path}: 1:N identification needs {probes} and galleries "
                             f"{prefix}_1N_gallery_*.csv; one of both is missing")
         self._probes = Gallery("probes", *_read_subjects(probes, flag, self._template_ids)) if self._galleries else None
-        digest = hashlib.blake2b(f"ijb {_ALIGNMENT} {changed}".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"ijb {_ALIGNMENT}".encode(), digest_size=16)
         digest.update(b"\0".join(names[usable].tolist()))
+        digest.update(np.array([states[one] for one in names[usable].tolist()]).data)
         digest.update(np.ascontiguousarray(landmarks[usable]).data)
         self.fingerprint = digest.hexdigest()
         self.size = f"{len(self._is_same):,} pairs of {len(self._template_ids):,} templates"
@@ -278,7 +275,7 @@ def _find_files(path: str, flag: str) -> tuple[str, str]:
 
 def _blocks(path: str, flag: str) -> Iterator[tuple[int, bytes]]:
     """(number of the first line, text that ends with a line) of each part of the file, which must not be empty."""
-    number, rest = 1, b""
+    number, rest, empty = 1, b"", True
     try:
         with open_bounded(path, _MAX_BYTES) as file:
             while part := file.read(_BLOCK):
@@ -287,25 +284,28 @@ def _blocks(path: str, flag: str) -> Iterator[tuple[int, bytes]]:
                 if len(rest) > _BLOCK:
                     raise UserError(f"{flag}: {path}:{number}: a line of more than 16 MiB")
                 if text.strip():
+                    empty = False
                     yield number, text.rstrip() + b"\n"  # without blank lines at the end
                 number += text.count(b"\n")
     except OSError as error:
         raise UserError(f"{flag}: {path}: cannot be read ({error.strerror})") from None
     if rest.strip():
-        yield number, rest + b"\n"
-    elif number == 1:
+        yield number, rest.rstrip() + b"\n"
+    elif empty:
         raise UserError(f"{flag}: {path}: the file is empty")
 
 
-def _numbers(text: bytes, columns: int, dtype: Any) -> np.ndarray | None:
-    """(n, columns) of a text of n lines; None unless each has as many numbers, as far as their sum tells."""
+def _numbers(lines: list[bytes], columns: int, dtype: Any) -> np.ndarray | None:
+    """(n, columns) of n lines; None unless each has as many numbers."""
+    if any(len(line.split()) != columns for line in lines):
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's about text that is no number
         try:
-            values = np.fromstring(text.decode("ascii"), dtype, sep=" ")
+            values = np.fromstring(b"\n".join(lines).decode("ascii"), dtype, sep=" ")
         except (ValueError, DeprecationWarning):
             return None
-    return values.reshape(-1, columns) if len(values) == columns * text.count(b"\n") else None
+    return values.reshape(-1, columns) if len(values) == columns * len(lines) else None
 
 
 def _complain(path: str, flag: str, number: int, text: bytes, expected: str, is_good: Any) -> UserError:
@@ -327,7 +327,7 @@ def _read_images(path: str, flag: str) -> tuple[np.ndarray, np.ndarray]:
     names, numbers = list[bytes](), list[np.ndarray]()
     for number, text in _blocks(path, flag):
         first = [line.split(None, 1) for line in text.splitlines()]
-        values = _numbers(b"\n".join(row[-1] for row in first if len(row) == 2) + b"\n", 11, np.float64)
+        values = _numbers([row[-1] for row in first if len(row) == 2], 11, np.float64)
         if values is None or len(values) != len(first):
             raise _complain(path, flag, number, text, "name x1 y1 ... x5 y5 score",
                             lambda words: len(words) == 12 and _are(float, words[1:]))
@@ -343,7 +343,7 @@ def _read_templates(path: str, flag: str, names: np.ndarray) -> tuple[np.ndarray
     numbers, done = list[np.ndarray](), 0
     for number, text in _blocks(path, flag):
         first = [line.split(None, 1) for line in text.splitlines()]
-        values = _numbers(b"\n".join(row[-1] for row in first if len(row) == 2) + b"\n", 2, np.int64)
+        values = _numbers([row[-1] for row in first if len(row) == 2], 2, np.int64)
         if values is None or len(values) != len(first):
             raise _complain(path, flag, number, text, "name template media",
                             lambda words: len(words) == 3 and _are(int, words[1:]))
@@ -365,7 +365,7 @@ def _read_pairs(path: str, flag: str, template_ids: np.ndarray) -> tuple[np.ndar
     """(first, second, is_same): places in template_ids, int32 (P,), and bool (P,)."""
     parts: list[tuple[np.ndarray, ...]] = []
     for number, text in _blocks(path, flag):
-        values = _numbers(text, 3, np.int64)
+        values = _numbers(text.splitlines(), 3, np.int64)
         if values is None or not np.isin(values[:, 2], (0, 1)).all():
             raise _complain(path, flag, number, text, "template template 0|1",
                             lambda words: len(words) == 3 and _are(int, words) and words[2] in (b"0", b"1"))
@@ -391,18 +391,21 @@ def _places(values: np.ndarray, template_ids: np.ndarray) -> np.ndarray:
 def _read_subjects(path: str, flag: str, template_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(places of different templates in template_ids, their subjects), int64, from a CSV with a line per image."""
     subjects: dict[int, int] = {}
+    known = set(template_ids.tolist())
     try:
         with io.TextIOWrapper(open_bounded(path, _MAX_BYTES), "utf-8-sig", "replace", newline="") as file:
             rows = csv.reader(file)
-            next(rows, None)
             for row in rows:
-                if not row:
-                    continue
+                if not row or rows.line_num == 1 and not _are(int, [cell.encode() for cell in row[:2]]):
+                    continue  # the header
                 try:
                     template, subject = int(row[0]), int(row[1])
                 except (ValueError, IndexError):
                     raise UserError(f"{flag}: {path}:{rows.line_num}: expected template,subject, got "
                                     f"{ascii(','.join(row)[:100])}") from None
+                if template not in known:
+                    raise UserError(f"{flag}: {path}:{rows.line_num}: template {template} has no image in the list of "
+                                    "templates")
                 if subjects.setdefault(template, subject) != subject:
                     raise UserError(f"{flag}: {path}:{rows.line_num}: template {template} is of subject "
                                     f"{subjects[template]} in an earlier line, and of {subject} here")
@@ -417,8 +420,4 @@ def _read_subjects(path: str, flag: str, template_ids: np.ndarray) -> tuple[np.n
         values = np.array(list(subjects.values()), dtype=np.int64)
     except OverflowError:
         raise UserError(f"{flag}: {path}: a number has more than 64 bits") from None
-    places = _places(templates, template_ids)
-    if (places < 0).any():
-        raise UserError(f"{flag}: {path}: {np.count_nonzero(places < 0):,} of {len(places):,} templates have no image "
-                        f"in the list of templates, the first one: {templates[np.argmax(places < 0)]}")
-    return places, values
+    return _places(templates, template_ids), values

@@ -37,7 +37,7 @@ _MOST_POINTS = 400  # of a curve
 
 @dataclass(frozen=True)
 class SetReport:
-    """One evaluation set. Without scores of pairs only `text` and the montage are there."""
+    """One evaluation set. Without scores of pairs only `text`, the montage, and perhaps the curve are there."""
 
     name: str
     text: str  # the lines that valid.py prints
@@ -84,7 +84,12 @@ def summarise(name: str, result: Result, fars: Sequence[float]) -> SetReport:
     """The report of a set, with its operating points at these false accept rates if it has scores of pairs."""
     montage = tuple(result.montage()) if result.montage else ()
     if result.scores is None:
-        return SetReport(name, result.report, montage=montage)
+        if not result.curves:
+            return SetReport(name, result.report, montage=montage)
+        roc = result.curves[0]
+        far, tar = roc.fpr[roc.fpr > 0], roc.tpr[roc.fpr > 0]
+        return SetReport(name, result.report, "the protocol's pairs of templates, without intervals",
+                         curve=Curve(far, tar, tar, tar) if len(far) else None, montage=montage)
     pairs = result.scores()
     verification = Verification(pairs)
     same, different = len(verification.same), len(verification.different)
@@ -187,7 +192,7 @@ def _read_set(one: Mapping[str, Any]) -> SetReport:
             raise ValueError
     if one["histogram"] is not None:
         edges, same, different = arrays(one["histogram"])
-        if not len(edges) - 1 == len(same) == len(different):
+        if not len(edges) - 1 == len(same) == len(different) or not np.isfinite([*edges, *same, *different]).all():
             raise ValueError
         histogram = edges, same, different
     calibration: tuple[float, float, float] | None = None

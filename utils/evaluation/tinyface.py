@@ -29,6 +29,7 @@ from data.mat_file import read_mat
 from utils.errors import UserError
 from utils.evaluation.identification import Rows, search, unit_rows, usable_rows
 from utils.evaluation.protocol import Result, Source
+from utils.files import file_states
 from utils.flags import flag
 
 RANKS = (1, 5, 20)
@@ -107,8 +108,9 @@ class TinyFaceEvalSet:
         self.images = TinyFaceImages([one for part in paths for one in part])
         digest = hashlib.blake2b(f"tinyface 1 {self._counts}".encode(), digest_size=16)
         digest.update(b"\0".join(os.path.relpath(one, os.fsencode(crops)) for one in self.images.paths.tolist()))
-        for part in _PARTS:
-            digest.update(str(os.stat(os.path.join(crops, part)).st_mtime_ns).encode())
+        for part, its_paths in zip(_PARTS, paths):
+            states = file_states(os.path.join(crops, part), which)
+            digest.update(np.array([states.get(os.fsencode(os.path.basename(one)), (0, 0)) for one in its_paths]).data)
         self.fingerprint = digest.hexdigest()
         probes, gallery, distractors = self._counts
         self.size = (f"{probes + self._missing['Probe']:,} probes, {gallery:,} gallery images, {distractors:,} "
@@ -155,9 +157,10 @@ def _read_list(path: str, flag: str, names_key: str, ids_key: str) -> tuple[list
         raise UserError(f"{flag}: {path}: has no cell array {names_key} of file names")
     if isinstance(ids, list):  # cells of one number each
         ids = np.concatenate([one for one in ids if isinstance(one, np.ndarray)] or [np.empty(0)])
-    if not isinstance(ids, np.ndarray) or len(ids) != len(names) or not np.array_equal(ids, np.round(ids)):
+    if not (isinstance(ids, np.ndarray) and len(ids) == len(names) and np.array_equal(ids, np.round(ids))
+            and (np.abs(ids) < 2**53).all() and (ids != _DISTRACTOR).all()):
         raise UserError(f"{flag}: {path}: needs a whole number in {ids_key} for each of the {len(names):,} names in "
-                        f"{names_key}")
+                        f"{names_key}, not {_DISTRACTOR}, which stands for distractors")
     return [os.path.basename(one.strip()) for one in names], ids.astype(np.int64)
 
 
