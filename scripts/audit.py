@@ -66,7 +66,7 @@ from utils.evaluation.neighbours import (  # noqa: E402
     predict_seconds,
     unit_rows,
 )
-from utils.files import atomic_write, move_aside, require_directory  # noqa: E402
+from utils.files import atomic_write, lock_output, move_aside, require_directory  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
 from utils.memory import keep_freed_memory  # noqa: E402
 
@@ -146,12 +146,13 @@ def main(argv: list[str] | None = None) -> None:
     else:
         check_gpus([0])
     require_directory("--output", os.path.join(options.output, WORK))
+    lock = lock_output(options.output, patience=0)
     weights = open_weights(options.resume, options.arch, with_centers=options.by == "centers" or options.centers_only,
                            channel_order=options.channel_order)
     dataset = open_training_set(options.data, index=options.index, skip_bad=True, progress=True,
                                 identities=options.identities, exclude=options.exclude)
     tests = open_tests(options.test_pairs, options.imgs_root, options.test_bin, options.test_images)
-    print(f"{weights.describe(options.resume)}; {dataset.describe()}"
+    print(f"{weights.describe(options.resume)}; images: {dataset.describe()}"
           + "".join(f"; {test.name}: {len(test.images):,} test images" for test in tests), flush=True)
     for test in tests:
         test.read()
@@ -168,6 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     audit.write()
     print(f"=> {os.path.join(options.output, PAGE)}: " + ", ".join(
         f"{len(rows):,} {kind}" for kind, rows in audit.findings.items()) + f", {time.perf_counter() - started:.0f} s")
+    if lock is not None:
+        lock.close()
 
 
 def parse_options(argv: list[str] | None = None) -> Options:

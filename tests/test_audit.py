@@ -21,6 +21,7 @@ from scripts.planted_faults import plant, score
 from utils.checkpoint.shards import rows_of
 from utils.checkpoint.weights import Weights
 from utils.errors import UserError
+from utils.files import lock_output
 
 
 class Pixels(nn.Module):
@@ -291,6 +292,15 @@ def test_embeddings_of_other_weights_that_were_never_made_are_not_taken(run, wei
     (tmp_path / "audit" / "work" / "train.npy").write_bytes(b"")  # as a crash of the machine may leave it
     run(tmp_path / "faces")
     np.testing.assert_array_equal(np.load(tmp_path / "audit" / "work" / "train.npy"), rows)
+
+
+def test_two_audits_do_not_write_to_one_directory(five, run, tmp_path):
+    out = run(five)
+    lock = lock_output(str(out))
+    with pytest.raises(UserError, match="is writing there"):
+        run(five)
+    lock.close()
+    run(five)
 
 
 def test_an_edited_proposal_is_kept(five, run, capfd):

@@ -126,7 +126,7 @@ def fit_logistic(cosine: np.ndarray, is_same: np.ndarray) -> tuple[float, float]
         w = w - step
         if np.abs(step).max() < 1e-10:
             break
-    if not w[0] > 0:
+    if not w[0] > 1e-6:  # of scores with the deviation 1: less is a rounding error
         raise UserError("same pairs do not score higher than different ones: there is nothing to calibrate")
     return float(w[0] / spread), float(w[1] - w[0] * centre / spread)
 

@@ -175,10 +175,11 @@ class _Kept:
 
     def _cut(self) -> None:
         first, second, cosines = (np.concatenate(column) for column in zip(*self._parts))
-        order = np.lexsort((second, first, -cosines))
-        if len(order) > self._most:  # equal ones may come that belong before the last
-            self.least = self.left_out = float(cosines[order[self._most - 1]])
-        order = order[: self._most]
+        if len(cosines) > self._most:  # equal ones may come that belong before the last
+            self.least = self.left_out = float(np.partition(cosines, -self._most)[-self._most])
+            enough = cosines >= self.least  # sorting all would take ten times as long
+            first, second, cosines = first[enough], second[enough], cosines[enough]
+        order = np.lexsort((second, first, -cosines))[: self._most]
         self._parts, self._count = [(first[order], second[order], cosines[order])], len(order)
 
     def sorted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

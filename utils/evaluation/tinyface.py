@@ -102,7 +102,7 @@ class TinyFaceEvalSet:
             paths.append([os.path.join(directory, file) for file in found if file is not None])
             subjects.append(ids[there])
         directory = os.path.join(crops, _PARTS[2])
-        paths.append([os.path.join(directory, file) for file in sorted(_list_images(directory, which))])
+        paths.append([os.path.join(directory, file) for file in _list_images(directory, which)])
         self._probe_ids, self._gallery_ids = subjects
         self._counts = [len(part) for part in paths]
         self.images = TinyFaceImages([one for part in paths for one in part])
@@ -166,6 +166,6 @@ def _read_list(path: str, flag: str, names_key: str, ids_key: str) -> tuple[list
 
 def _list_images(directory: str, which: str) -> list[str]:
     try:
-        return [file for file in os.listdir(directory) if is_image(file)]
+        return sorted(filter(is_image, os.listdir(directory)))
     except OSError as error:
         raise UserError(f"{which}: {directory}: cannot be read ({error.strerror})") from None
