@@ -33,8 +33,8 @@ def audit_page(audit: Audit, lines: Sequence[str]) -> str:
     findings, most = audit.findings, audit.options.page_findings
     wrong = sum(row["kind"] == "wrong label" for row in findings["noise"])
     body: list[str] = [
-        paragraph(f"Images: {audit.dataset.describe()}; embedded by {audit.weights.describe(audit.options.resume)}. Findings "
-                  "are suspicions, the worst first: look before you drop anything."),
+        paragraph(f"Images: {audit.dataset.describe()}; embedded by {audit.weights.describe(audit.options.resume)}. "
+                  "Findings are suspicions, the worst first: look before you drop anything."),
         table(["finding", "number", "file"], [
             ["pairs of identities that seem to be one person", len(findings["duplicates"]), "duplicates.csv"],
             ["images that seem to have a wrong label", wrong, "noise.csv"],
