@@ -49,7 +49,7 @@ from data.progress import progress_bar  # noqa: E402
 from data.training_set import TrainingSet  # noqa: E402
 from data.union import IDENTITIES  # noqa: E402
 from models import check_arch  # noqa: E402
-from scripts.audit_images import Subset, TestSet, components, embed, hash_images, open_tests  # noqa: E402
+from scripts.audit_images import Subset, TestSet, components, embed, hash_images, open_tests, subset  # noqa: E402
 from scripts.audit_page import SHOWN, audit_page  # noqa: E402
 from utils.checkpoint.identities import can_be_compared  # noqa: E402
 from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights  # noqa: E402
@@ -105,6 +105,8 @@ class Options(MatmulFlag):
                                  help="images of --test-pairs")
     test_bin: tuple[str, ...] = flag("--test-bin", default=(), metavar="FILE,FILE,...",
                                      help=".bin evaluation sets, as --test-pairs")
+    test_ijb: tuple[str, ...] = flag("--test-ijb", default=(), metavar="DIR,DIR,...",
+                                     help="IJB-B or IJB-C, as valid.py --ijb takes them, as --test-pairs")
     test_images: tuple[str, ...] = flag(
         "--test-images", default=(), metavar="DIR,LIST,...",
         help="aligned images, as --test-pairs: directories, whose sub-directories are people if there are any, or text "
@@ -151,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                            channel_order=options.channel_order)
     dataset = open_training_set(options.data, index=options.index, skip_bad=True, progress=True,
                                 identities=options.identities, exclude=options.exclude)
-    tests = open_tests(options.test_pairs, options.imgs_root, options.test_bin, options.test_images)
+    tests = open_tests(options.test_pairs, options.imgs_root, options.test_bin, options.test_ijb, options.test_images)
     print(f"{weights.describe(options.resume)}; images: {dataset.describe()}"
           + "".join(f"; {test.name}: {len(test.images):,} test images" for test in tests), flush=True)
     for test in tests:
@@ -183,7 +185,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise UserError(f"--resume {options.resume}: no such file")
     if options.arch:
         check_arch(options.arch)
-    if options.centers_only and (options.test_pairs or options.test_bin or options.test_images):
+    if options.centers_only and (options.test_pairs or options.test_bin or options.test_ijb or options.test_images):
         raise UserError("--centers-only: test sets are compared by the embeddings of their images; drop one of both")
     if options.imgs_root is not None and not options.test_pairs:
         raise UserError(f"--imgs-root {options.imgs_root}: is for --test-pairs; add it, or drop the flag")
@@ -275,7 +277,7 @@ class Audit:
         self.hashes, self.labels = hashes[self.order], self.labels_of_data[self.order]
         self.starts = np.searchsorted(self.labels, np.arange(len(self.names) + 1))
         work = os.path.join(self.options.output, WORK)
-        self.embeddings = self._embed(Subset(self.dataset, self.order), self.hashes, "train", self.dataset.root)
+        self.embeddings = self._embed(subset(self.dataset, self.order), self.hashes, "train", self.dataset.root)
         width = self.embeddings.shape[1]
         self.sums = np.lib.format.open_memmap(os.path.join(work, "sums.npy"), "w+", np.float32,
                                               (len(self.names), width))
@@ -500,7 +502,7 @@ class Audit:
         """People and images of a test set that are in the training set."""
         hashes, usable = test.hashes, test.usable
         key = hashlib.blake2b(test.name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-        rows = self._embed(Subset(test.images, usable), hashes[usable], f"test-{key}", test.name)
+        rows = self._embed(subset(test.images, usable), hashes[usable], f"test-{key}", test.name)
         _, of_person = np.unique(test.groups[usable], return_inverse=True)
         order = np.argsort(of_person, kind="stable")
         members = np.split(order, np.flatnonzero(np.diff(of_person[order])) + 1)  # by person: numbers of rows

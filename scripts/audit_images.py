@@ -25,7 +25,9 @@ from utils.checkpoint.weights import Weights
 from utils.dist.context import DistContext
 from utils.errors import UserError, printable
 from utils.evaluation.embed import embed_images
+from utils.evaluation.ijb import open_ijb
 from utils.evaluation.neighbours import in_blocks
+from utils.evaluation.protocol import Source
 from utils.files import atomic_write, open_bounded
 
 EMBED_IMAGES = 16_384  # between two places from which an interrupted run continues
@@ -37,7 +39,7 @@ class TestSet:
     """Images that should not be in the training set. groups: int64 (T,), images of one number are of one person."""
 
     name: str
-    images: Any  # encoded(i), len
+    images: Any  # what `picture` takes
     groups: np.ndarray
     image_name: Callable[[int], str]
 
@@ -59,6 +61,11 @@ class ImageFiles:
         return read_bytes(self.paths[i]), self.paths[i]
 
 
+def picture(images: Any, i: int) -> Tensor:
+    """uint8 (3, 112, 112): image i of a training set or of files, or of a set that aligns when it reads."""
+    return decode_image(*images.encoded(i)) if hasattr(images, "encoded") else images[i][0]
+
+
 class Subset:
     """The images `indices`, int64 (n,), of `images`."""
 
@@ -68,17 +75,25 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return picture(self.images, int(self.indices[i])), 0
+
+
+class EncodedSubset(Subset):
+    """A Subset whose images the loading processes decode themselves, which is faster, and warns of damage."""
+
     def encoded(self, i: int) -> tuple[bytes, str]:
         return self.images.encoded(int(self.indices[i]))
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return decode_image(*self.encoded(i)), 0
+
+def subset(images: Any, indices: np.ndarray) -> Subset:
+    return (EncodedSubset if hasattr(images, "encoded") else Subset)(images, indices)
 
 
 def open_tests(
-    pair_lists: Sequence[str], imgs_root: str | None, bins: Sequence[str], images: Sequence[str]
+    pair_lists: Sequence[str], imgs_root: str | None, bins: Sequence[str], ijb: Sequence[str], images: Sequence[str]
 ) -> list[TestSet]:
-    """The sets of --test-pairs with --imgs-root, --test-bin and --test-images. Raises UserError."""
+    """The sets of --test-pairs with --imgs-root, --test-bin, --test-ijb and --test-images. Raises UserError."""
     tests = []
     for path in pair_lists:
         root = imgs_root or os.path.join(os.path.dirname(path), "imgs")
@@ -91,6 +106,9 @@ def open_tests(
         packed = PairBin(path, flag="--test-bin")
         tests.append(TestSet(path, PairImages(packed), components(
             packed.num_images, packed.index1[packed.is_same], packed.index2[packed.is_same]), packed.image_name))
+    for path in ijb:
+        faces = open_ijb(path, Source("ijb", path, "--test-ijb"))
+        tests.append(TestSet(path, faces.images, faces.people(), faces.images.path))
     for path in images:
         if os.path.isdir(path):
             paths = find_images([path])
@@ -131,7 +149,7 @@ def hash_images(images: Any, what: str) -> tuple[np.ndarray, np.ndarray, str]:
     def work(chunk: tuple[int, int]) -> int:
         for i in range(*chunk):
             try:
-                pixels = decode_image(*images.encoded(i)).numpy()
+                pixels = picture(images, i).numpy()
                 hashes[i] = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
             except UserError as error:
                 errors[i] = str(error)
@@ -185,7 +203,7 @@ def embed(
         if start < done:
             continue
         rows[start:stop] = embed_images(
-            weights.backbone, Subset(images.images, images.indices[start:stop]), context,
+            weights.backbone, subset(images.images, images.indices[start:stop]), context,
             batch_size=batch_size, workers=workers, flip=flip, name=what,
             mean_face=weights.mean_face if start == 0 else None)
         rows.flush()

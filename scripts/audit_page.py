@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.decode import decode_image
+from scripts.audit_images import picture
 from utils.errors import UserError
 from utils.evaluation.html import columns, heading, montage, page, paragraph, table
 from utils.evaluation.neighbours import NOTHING
@@ -77,7 +76,7 @@ def _draw_noise(audit: Audit, row: dict[str, Any]) -> str:
 
 def _draw_overlap(audit: Audit, row: dict[str, Any]) -> str:
     test, numbers = row["_test"]
-    tested = [decode_or_none(functools.partial(test.images.encoded, t)) for t in numbers]
+    tested = [picture_or_none(test.images, t) for t in numbers]
     own = _pictures(audit, row["_label"]) if row["_image"] is None else [_picture(audit, row["_image"])]
     return montage([(tested, f"{row['test image']}\n{row['test images']} images of {row['test set']}"),
                     (own, f"{row['image'] or row['identity']}\n{row['kind']}, cosine {row['cosine']:.3f}")], 72)
@@ -91,22 +90,22 @@ def _draw_copies(audit: Audit, row: dict[str, Any]) -> str:
 
 def _picture(audit: Audit, i: int) -> np.ndarray | None:
     """An image by its position in `order`."""
-    return decode_or_none(functools.partial(audit.dataset.encoded, int(audit.order[i])))
+    return picture_or_none(audit.dataset, int(audit.order[i]))
 
 
 def _pictures(audit: Audit, c: int, without: int = -1) -> list[np.ndarray | None]:
     """Some images of an identity: those that are closest to it."""
     if audit.options.centers_only:
         found = np.flatnonzero(audit.labels_of_data == c)[:SHOWN].tolist()
-        return [decode_or_none(functools.partial(audit.dataset.encoded, i)) for i in found]
+        return [picture_or_none(audit.dataset, i) for i in found]
     own = audit.own[audit.starts[c]:audit.starts[c + 1]]
     best = [int(audit.starts[c] + k) for k in np.argsort(-np.nan_to_num(own, nan=NOTHING), kind="stable")]
     return [_picture(audit, i) for i in best if i != without][:SHOWN]
 
 
-def decode_or_none(encoded: Callable[[], tuple[bytes, str]]) -> np.ndarray | None:
+def picture_or_none(images: Any, i: int) -> np.ndarray | None:
     """uint8 (3, 112, 112), or None for an image that can no longer be read."""
     try:
-        return decode_image(*encoded()).numpy()
+        return picture(images, i).numpy()
     except UserError:
         return None

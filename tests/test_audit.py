@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.ijb import Layout, write_ijb
 from helpers.images import make_folder, smooth_image, smooth_pixels
 from helpers.packages import JPEGS, insightface, write
 from PIL import Image
 from torch import nn
 
+from data.align import TEMPLATE
 from data.formats import open_training_set
 from scripts import audit, audit_images
 from scripts.planted_faults import plant, score
@@ -238,6 +240,24 @@ def test_test_sets_of_all_kinds_are_compared(five, run, tmp_path, capfd):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="names no image"):
         run(five, "--test-images", tmp_path / "empty.txt")
+
+
+def test_people_of_ijb_are_found(five, run, tmp_path, capfd):
+    """Its faces are aligned when they are read: here the photos are crops already. Subjects join templates."""
+    people = [3, 3, 7, 1, 8, 9]  # of the images: one of p3, who is also p4; one of p1
+    layout = Layout(template=np.array([10, 20, 30, 40, 50, 60]), media=np.arange(6), score=np.ones(6),
+                    pairs=np.array([[10, 20, 1], [10, 30, 0]]),
+                    galleries={"G1": np.array([[10, 500], [30, 501], [40, 502]])},
+                    probes=np.array([[20, 500], [50, 503], [60, 504]]), landmarks=np.repeat(TEMPLATE[None], 6, axis=0))
+    photos = [np.asarray(draw(person, 50 + k)) for k, person in enumerate(people)]
+    root = write_ijb(tmp_path / "IJBC", layout, photos)
+    (root / "loose_crop" / "6.jpg").write_bytes(b"no image")
+    out = run(five, "--test-ijb", root, "--overlap-above", "0.6")
+    rows = rows_in(out / "overlap.csv")
+    found = {(row["identity"] in ("p3", "p4"), row["identity"], row["test images"]) for row in rows}
+    assert sorted((own, images) for own, _, images in found) == [(False, "1"), (True, "2")]
+    assert {row["test image"] for row in rows} == {str(root / "loose_crop" / name) for name in ("1.jpg", "4.jpg")}
+    assert "1 of 6 images cannot be read" in capfd.readouterr().err and "<img" in (out / "index.html").read_text()
 
 
 def test_names_from_files_do_no_harm(run, tmp_path):

@@ -92,8 +92,12 @@ class IjbImages:
     def __len__(self) -> int:
         return len(self._names)
 
+    def path(self, i: int) -> str:
+        """The photo of face i."""
+        return os.fsdecode(os.path.join(self._directory, self._names[i]))
+
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        path = os.fsdecode(os.path.join(self._directory, self._names[i]))
+        path = self.path(i)
         photo = read_photo(path)
         try:
             face = align_face(photo, self._landmarks[i])
@@ -151,6 +155,14 @@ class IjbEvalSet:
                          f"pairs of {path}, {np.count_nonzero(self._is_same):,} of them genuine; " + (", ".join(
                              f"gallery {one.name} of {len(one.templates):,}" for one in self._galleries)
                              or "no files for 1:N"))
+
+    def people(self) -> np.ndarray:
+        """int64 (N,): images with one number are of one person. A template that the files of 1:N lack is a person."""
+        subject = -1 - np.arange(len(self._template_ids))
+        for listed in (*self._galleries, self._probes):
+            if listed is not None:
+                subject[listed.templates] = listed.subjects
+        return np.unique(subject[self._template], return_inverse=True)[1]
 
     def score(self, embeddings: Rows) -> Result:
         """Fuse the images' embeddings to templates; verify the pairs, and search the probes in each gallery."""
