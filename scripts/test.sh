@@ -6,5 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 setup_environment requirements.txt tests/requirements.txt scripts/requirements.txt
-# Two processes, a file of tests in each: many tests wait, for a time limit or for a program that has one thread.
-exec "$PYTHON" -m pytest tests -q --numprocesses 2 --dist loadfile "$@"
+# Two processes: many tests wait, for a time limit or for a program that has one thread. More threads than cores would
+# wait for one another; those of the programs that tests start do so without using a core.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+exec "$PYTHON" -m pytest tests -q --numprocesses 2 --dist worksteal "$@"
