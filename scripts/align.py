@@ -557,7 +557,7 @@ def _faces(path: str, find: Callable[[str], str | None]) -> Iterator[tuple[int, 
 
 
 def _with_header(header: list[str], glue: str) -> Parse | None:
-    """How to parse the lines below a header; None if it is none."""
+    """The parser for the lines below this header, or None if the line is not a header."""
     keys = [re.sub("[^a-z0-9]", "", cell.lower()) for cell in header]
     places = {_COLUMNS[key]: i for i, key in enumerate(keys) if key in _COLUMNS}
     if len(places) < len(_POINTS) * 2:

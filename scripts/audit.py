@@ -11,7 +11,7 @@
     AUDIT/copies.csv       images that are there twice
     AUDIT/overlap.csv      identities and images of the test sets that are in the training set
     AUDIT/exclude.txt      a proposal for main.py --exclude and pack.py --exclude (data/exclude.py has its format)
-    AUDIT/work/            embeddings, from which the next run continues
+    AUDIT/embeddings/      from which the next run continues
 
 README.md in this directory says how the thresholds are chosen, and what an audit cannot know.
 """
@@ -48,12 +48,12 @@ from data.formats import open_training_set  # noqa: E402
 from data.progress import progress_bar  # noqa: E402
 from data.training_set import TrainingSet  # noqa: E402
 from data.union import IDENTITIES  # noqa: E402
-from models import check_arch  # noqa: E402
 from scripts.audit_images import Subset, TestSet, components, embed, hash_images, open_tests, subset  # noqa: E402
 from scripts.audit_page import SHOWN, audit_page  # noqa: E402
+from scripts.embed import EmbeddingFlags  # noqa: E402
 from utils.checkpoint.identities import can_be_compared  # noqa: E402
-from utils.checkpoint.weights import CHANNEL_ORDERS, Weights, open_weights  # noqa: E402
-from utils.dist.context import DistContext, MatmulFlag, check_gpus, choose_device, choose_matmul, set_matmul  # noqa: E402
+from utils.checkpoint.weights import Weights, open_weights  # noqa: E402
+from utils.dist.context import DistContext  # noqa: E402
 from utils.errors import UserError, exit_on_user_error  # noqa: E402
 from utils.evaluation.neighbours import (  # noqa: E402
     BLOCK,
@@ -68,9 +68,8 @@ from utils.evaluation.neighbours import (  # noqa: E402
 )
 from utils.files import atomic_write, lock_output, move_aside, require_directory  # noqa: E402
 from utils.flags import flag, parse_flags  # noqa: E402
-from utils.memory import keep_freed_memory  # noqa: E402
 
-PAGE, PROPOSAL, WORK = "index.html", "exclude.txt", "work"
+PAGE, PROPOSAL, EMBEDDINGS = "index.html", "exclude.txt", "embeddings"
 SAMPLE = 20_000  # identities that the thresholds are chosen from
 OUTLIER_DEVIATIONS, NOISE_DEVIATIONS = 4, 3.5  # robust ones, from the median
 LEAST_DEVIATIONS = 2.5  # of two neighbours from that of strangers, in sets of few identities
@@ -79,17 +78,12 @@ LEAST_MARGIN = 0.05  # an image of two identities that are one person is about a
 MOST = 1_000_000  # findings of a kind
 
 
-@dataclass(frozen=True)
-class Options(MatmulFlag):
+@dataclass(frozen=True, kw_only=True)
+class Options(EmbeddingFlags):
     """The arguments of audit.py."""
 
     data: str = flag("data", default="", metavar="DIR", help="training set, as main.py takes it")
-    resume: str = flag("--resume", default="", metavar="PATH",
-                       help="checkpoint.pth.tar, or the weights of a published backbone")
     output: str = flag("--output", default="", metavar="DIR", help="directory of the results")
-    arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="that of the checkpoint", help="architecture")
-    channel_order: str | None = flag("--channel-order", choices=CHANNEL_ORDERS, default_text="that of the file",
-                                     help="order of the colors that the network in --resume was trained with")
     identities: str | None = flag("--identities", choices=IDENTITIES, default_text="separate",
                                   help="as for main.py, with several sets")
     index: str = flag("--index", default="auto", metavar="FILE", help="as for main.py")
@@ -128,12 +122,6 @@ class Options(MatmulFlag):
         help="cosine with the own identity below which an image is an outlier, whatever else it is close to")
     copy_above: float = flag("--copy-above", default=0.99, metavar="X", above=0, at_most=1,
                              help="cosine from which two images count as copies of one another")
-    flip: bool = flag("--flip", default=False, help="sum the embeddings of each image and of its mirror image")
-    batch_size: int = flag("-b", "--batch-size", default=256, metavar="N", at_least=1, help="images at a time")
-    workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0,
-                        help="image reading processes; 0 reads in the main process")
-    device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"),
-                       help="auto: the GPU if there is one")
     page_findings: int = flag("--page-findings", default=40, metavar="N", at_least=1,
                               help="findings of each kind on the page; the CSV files have all")
 
@@ -141,13 +129,8 @@ class Options(MatmulFlag):
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     started = time.perf_counter()
-    device = choose_device(options.device)
-    set_matmul(choose_matmul(options.matmul, device.type))
-    if device.type == "cpu":
-        keep_freed_memory()
-    else:
-        check_gpus([0])
-    require_directory("--output", os.path.join(options.output, WORK))
+    context = options.set_up()
+    require_directory("--output", os.path.join(options.output, EMBEDDINGS))
     lock = lock_output(options.output, patience=0)
     weights = open_weights(options.resume, options.arch, with_centers=options.by == "centers" or options.centers_only,
                            channel_order=options.channel_order)
@@ -158,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
           + "".join(f"; {test.name}: {len(test.images):,} test images" for test in tests), flush=True)
     for test in tests:
         test.read()
-    audit = Audit(options, dataset, weights, DistContext(0, 1, 1, device))
+    audit = Audit(options, dataset, weights, context)
     if options.centers_only:
         audit.compare_centers()
     else:
@@ -181,10 +164,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     for name, value in (("DIR", options.data), ("--resume", options.resume), ("--output", options.output)):
         if not value:
             raise UserError(f"{name} is missing: give the training set, --resume PATH and --output DIR")
-    if not os.path.exists(options.resume):
-        raise UserError(f"--resume {options.resume}: no such file")
-    if options.arch:
-        check_arch(options.arch)
+    options.check_weights()
     if options.centers_only and (options.test_pairs or options.test_bin or options.test_ijb or options.test_images):
         raise UserError("--centers-only: test sets are compared by the embeddings of their images; drop one of both")
     if options.imgs_root is not None and not options.test_pairs:
@@ -272,14 +252,14 @@ class Audit:
 
     def read_images(self) -> None:
         """Decode and embed all images; the reference of each identity, and each image's cosine with its own."""
-        hashes, usable, _ = hash_images(self.dataset, self.dataset.root)
+        hashes, usable = hash_images(self.dataset, self.dataset.root)
         self.order = usable[np.argsort(self.labels_of_data[usable], kind="stable")]
         self.hashes, self.labels = hashes[self.order], self.labels_of_data[self.order]
         self.starts = np.searchsorted(self.labels, np.arange(len(self.names) + 1))
-        work = os.path.join(self.options.output, WORK)
+        directory = os.path.join(self.options.output, EMBEDDINGS)
         self.embeddings = self._embed(subset(self.dataset, self.order), self.hashes, "train", self.dataset.root)
         width = self.embeddings.shape[1]
-        self.sums = np.lib.format.open_memmap(os.path.join(work, "sums.npy"), "w+", np.float32,
+        self.sums = np.lib.format.open_memmap(os.path.join(directory, "sums.npy"), "w+", np.float32,
                                               (len(self.names), width))
         self.own = np.full(len(self.order), np.nan, np.float32)  # cosine of each image with its identity
         rows = self._dominant_centers() if self.options.by == "centers" else None
@@ -302,8 +282,9 @@ class Audit:
 
     def _embed(self, images: Subset, hashes: np.ndarray, file: str, what: str) -> np.ndarray:
         options = self.options
-        return embed(self.weights, options.resume, images, hashes, os.path.join(options.output, WORK, f"{file}.npy"),
-                     self.context, what, batch_size=options.batch_size, workers=options.workers, flip=options.flip)
+        path = os.path.join(options.output, EMBEDDINGS, f"{file}.npy")
+        return embed(self.weights, options.resume, images, hashes, path, self.context, what,
+                     batch_size=options.batch_size, workers=options.workers, flip=options.flip)
 
     def _images_of(self, c: int) -> np.ndarray:
         """float32 (n, d): the unit embeddings of an identity's images, in the order of `order`."""

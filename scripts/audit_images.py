@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data.decode import decode_image, read_bytes
+from data.decode import decode_image
 from data.insightface_bin import PairBin
 from data.pairs import PairImages, PairList
 from data.progress import progress_bar
-from scripts.embed import find_images
+from scripts.embed import ImageFiles, find_images
 from utils.checkpoint.weights import Weights
 from utils.dist.context import DistContext
 from utils.errors import UserError, printable
@@ -45,20 +45,7 @@ class TestSet:
 
     def read(self) -> None:
         """Decode all: hashes, uint64 (T,), of the pixels; usable, int64 (n,), images. Raises UserError if none is."""
-        self.hashes, self.usable, _ = hash_images(self.images, self.name)
-
-
-class ImageFiles:
-    """Item i is the image in the file paths[i]."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def encoded(self, i: int) -> tuple[bytes, str]:
-        return read_bytes(self.paths[i]), self.paths[i]
+        self.hashes, self.usable = hash_images(self.images, self.name)
 
 
 def picture(images: Any, i: int) -> Tensor:
@@ -141,8 +128,8 @@ def components(count: int, first: Iterable[int], second: Iterable[int]) -> np.nd
     return np.array([root(i) for i in range(count)], np.int64)
 
 
-def hash_images(images: Any, what: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Decode every image: (uint64 (N,) hashes of pixels, int64 (n,) images that can be used, the first error or "")."""
+def hash_images(images: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decode every image: (uint64 (N,) hashes of pixels, int64 (n,) images that can be used)."""
     count = len(images)
     hashes, errors = np.zeros(count, np.uint64), dict[int, str]()
 
@@ -167,7 +154,7 @@ def hash_images(images: Any, what: str) -> tuple[np.ndarray, np.ndarray, str]:
               f"{printable(first)}", file=sys.stderr)
     if not len(usable):
         raise UserError(f"{what}: no image can be used" + (f"; the first error: {first}" if first else ""))
-    return hashes, usable, first
+    return hashes, usable
 
 
 def embed(

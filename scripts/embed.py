@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data.decode import read_image  # noqa: E402
+from data.decode import decode_image, read_bytes  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS, describe_files, is_image, unused_extension  # noqa: E402
 from models import check_arch  # noqa: E402
 from utils.checkpoint.weights import CHANNEL_ORDERS, open_weights, weights_fingerprint  # noqa: E402
@@ -37,27 +37,52 @@ from utils.flags import add_flags, check_values, flag, flags_of  # noqa: E402
 from utils.memory import keep_freed_memory  # noqa: E402
 
 
-@dataclass(frozen=True)
-class Options(MatmulFlag):
-    """The arguments of embed.py."""
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingFlags(MatmulFlag):
+    """The flags of programs that embed images in one process."""
 
-    images: tuple[str, ...]
     resume: str = flag("--resume", default="", metavar="PATH",
                        help="checkpoint.pth.tar, or the weights of a published backbone")
     arch: str | None = flag("-a", "--arch", metavar="ARCH", default_text="that of the checkpoint", help="architecture")
     channel_order: str | None = flag("--channel-order", choices=CHANNEL_ORDERS, default_text="that of the file",
                                      help="order of the colors that the network in --resume was trained with")
-    output: str | None = flag(
-        "--output", metavar="FILE.npy",
-        help="float32 (images, d) go there, and the images' paths to FILE.txt beside it; without it, give two images "
-             "and their similarity is printed")
-    force: bool = flag("--force", default=False, help="replace existing files of --output")
+    flip: bool = flag("--flip", default=False, help="sum the embeddings of each image and of its mirror image")
     batch_size: int = flag("-b", "--batch-size", default=256, metavar="N", at_least=1, help="images at a time")
     workers: int = flag("-j", "--workers", default=4, metavar="N", at_least=0,
                         help="image reading processes; 0 reads in the main process")
     device: str = flag("--device", default="auto", choices=("auto", "cuda", "cpu"),
                        help="auto: the GPU if there is one")
-    flip: bool = flag("--flip", default=False, help="sum the embeddings of each image and of its mirror image")
+
+    def check_weights(self) -> None:
+        """Raises UserError unless there is a file to read the network from."""
+        if not self.resume:
+            raise UserError("--resume is missing: give the checkpoint, or the weights of a published backbone")
+        if not os.path.exists(self.resume):
+            raise UserError(f"--resume {self.resume}: no such file")
+        if self.arch:
+            check_arch(self.arch)
+
+    def set_up(self) -> DistContext:
+        """Prepare this process to compute on --device. Raises UserError."""
+        context = DistContext(0, 1, 1, choose_device(self.device))
+        set_matmul(choose_matmul(self.matmul, context.device.type))
+        if context.device.type == "cpu":
+            keep_freed_memory()
+        else:
+            check_gpus([0])
+        return context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(EmbeddingFlags):
+    """The arguments of embed.py."""
+
+    images: tuple[str, ...]
+    output: str | None = flag(
+        "--output", metavar="FILE.npy",
+        help="float32 (images, d) go there, and the images' paths to FILE.txt beside it; without it, give two images "
+             "and their similarity is printed")
+    force: bool = flag("--force", default=False, help="replace existing files of --output")
     calibration: str | None = flag(
         "--calibration", metavar="FILE",
         help="what valid.py --calibration fitted with these weights: print the probability that two images show one "
@@ -67,7 +92,7 @@ class Options(MatmulFlag):
 
 
 class ImageFiles:
-    """Item i is (uint8 (3, 112, 112) of paths[i], 0)."""
+    """Item i is the image in the file paths[i], which the loading processes decode."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -76,17 +101,15 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return read_image(self.paths[i]), 0
+        return decode_image(*self.encoded(i)), 0
+
+    def encoded(self, i: int) -> tuple[bytes, str]:
+        return read_bytes(self.paths[i]), self.paths[i]
 
 
 def main() -> None:
     options = parse_options()
-    context = DistContext(0, 1, 1, choose_device(options.device))
-    set_matmul(choose_matmul(options.matmul, context.device.type))
-    if context.device.type == "cpu":
-        keep_freed_memory()
-    else:
-        check_gpus([0])
+    context = options.set_up()
     paths = find_images(options.images)
     output = options.output
     if output is None and not (len(options.images) == len(paths) == 2 and all(map(os.path.isfile, options.images))):
@@ -174,12 +197,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     add_flags(parser, flags_of(Options))
     options = Options(**vars(parser.parse_args(argv)))
     check_values(options)
-    if not options.resume:
-        raise UserError("--resume is missing: give the checkpoint, or the weights of a published backbone")
-    if not os.path.exists(options.resume):
-        raise UserError(f"--resume {options.resume}: no such file")
-    if options.arch:
-        check_arch(options.arch)
+    options.check_weights()
     if options.output is not None:
         if options.calibration is not None:
             raise UserError(f"--calibration {options.calibration}: is for the similarity of two images; drop it, or "

@@ -125,7 +125,7 @@ def test_a_second_run_embeds_nothing_again(run, tmp_path, monkeypatch):
     first = (run(tmp_path / "faces") / "index.html").read_text()
     assert embedded == [5, 5, 2]
     assert (run(tmp_path / "faces") / "index.html").read_text() == first and embedded == [5, 5, 2]
-    note = tmp_path / "audit" / "work" / "train.npy.json"
+    note = tmp_path / "audit" / "embeddings" / "train.npy.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "done": 10}))  # as an interruption leaves it
     assert (run(tmp_path / "faces") / "index.html").read_text() == first and embedded == [5, 5, 2, 2]
     draw(9, 9).save(tmp_path / "faces" / "0" / "000.jpg")
@@ -302,16 +302,16 @@ def test_embeddings_of_other_weights_that_were_never_made_are_not_taken(run, wei
     """The run before the last was whole, and the last one, with other weights, was killed at its start."""
     draw_set(tmp_path / "faces", {str(c): [(c, k) for k in range(3)] for c in range(4)})
     run(tmp_path / "faces")
-    rows = np.load(tmp_path / "audit" / "work" / "train.npy").copy()
+    rows = np.load(tmp_path / "audit" / "embeddings" / "train.npy").copy()
     with monkeypatch.context() as patched:
         patched.setattr(audit_images, "embed_images", lambda *given, **more: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "faces", "--flip")
     run(tmp_path / "faces")
-    np.testing.assert_array_equal(np.load(tmp_path / "audit" / "work" / "train.npy"), rows)
-    (tmp_path / "audit" / "work" / "train.npy").write_bytes(b"")  # as a crash of the machine may leave it
+    np.testing.assert_array_equal(np.load(tmp_path / "audit" / "embeddings" / "train.npy"), rows)
+    (tmp_path / "audit" / "embeddings" / "train.npy").write_bytes(b"")  # as a crash of the machine may leave it
     run(tmp_path / "faces")
-    np.testing.assert_array_equal(np.load(tmp_path / "audit" / "work" / "train.npy"), rows)
+    np.testing.assert_array_equal(np.load(tmp_path / "audit" / "embeddings" / "train.npy"), rows)
 
 
 def test_two_audits_do_not_write_to_one_directory(five, run, tmp_path):

@@ -158,7 +158,7 @@ def embed_on_different_disks(rank: int, world_size: int, root: str, directory: s
 
 def test_nodes_without_a_shared_disk_are_stopped(small: tuple[Path, Layout, list[np.ndarray]], tmp_path: Path,
                                                  pools: Callable[[int], Pool]) -> None:
-    """Half of the embeddings would be missing. The second time the first node's file is there, but not the others'."""
+    """Each node would write only its own half. On the second pass the first node already has a complete file."""
     for _ in range(2):
         messages = pools(2).run(embed_on_different_disks, str(small[0]), str(tmp_path))
         assert len(set(messages)) == 1 and "give a directory on a disk that all nodes share" in messages[0]

@@ -1,6 +1,6 @@
 """Self-contained HTML pages: one file, no script, no network, light and dark, for screens from 390 pixels on.
 
-Every function escapes the text that it gets; only Markup, which these functions return, enters a page as it is.
+Plain strings are escaped. Only Markup, the type that these functions return, is inserted unescaped.
 """
 
 from __future__ import annotations

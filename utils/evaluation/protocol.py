@@ -79,8 +79,8 @@ class EvalSet(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """None; or, for a large set whose embeddings go to a file, a hash of all that decides the images' pixels, as
-        far as it is known without reading them."""
+        """For a large set, whose embeddings are kept in a file: a hash of the images' names, sizes, times of change and
+        alignment, which changes when their pixels may have. None for other sets."""
 
     @property
     def images(self) -> Images:
