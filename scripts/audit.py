@@ -204,7 +204,8 @@ class Audit:
         self.findings: dict[str, list[dict[str, Any]]] = {
             kind: [] for kind in ("duplicates", "noise", "copies", "overlap")}
         self.notes: list[str] = []
-        self.stranger = self.image_stranger = 1.0  # cosines that other people hardly reach
+        # Of identities, and of images, with the nearest other identity: most are other people.
+        self.identity_neighbours = self.image_neighbours = np.empty(0, np.float32)
         if len(self.names) < 2:
             raise UserError(f"{dataset.root}: has {len(self.names)} identity; an audit compares at least 2")
 
@@ -353,13 +354,13 @@ class Audit:
         nearest = found.similarity[found.similarity > NOTHING]
         if not len(nearest):
             raise UserError("no two identities can be compared: their references are zero, NaN or infinite")
-        self.stranger = hardly_reached(nearest)
-        if self.stranger >= 1 and self.options.duplicate_above is None:
+        self.identity_neighbours, chosen = nearest, hardly_reached(nearest, len(nearest))
+        if chosen >= 1 and self.options.duplicate_above is None:
             self.notes.append("Too few identities differ to choose a threshold for duplicates and overlap: give "
                               "--duplicate-above and --overlap-above.")
             print(f"warning: {self.notes[-1]}", file=sys.stderr)
         self.duplicate_above = self.thresholds.choose("duplicate identities from", self.options.duplicate_above,
-                                                      self.stranger, f"one of {len(nearest):,} identities would be "
+                                                      chosen, f"one of {len(nearest):,} identities would be "
                                                       "this close to a stranger by chance")
         return found
 
@@ -397,7 +398,7 @@ class Audit:
             f"{OUTLIER_DEVIATIONS} robust deviations below the median cosine with the own identity")
         suspects = np.flatnonzero(np.isfinite(own))
         nearest, cosine = self._nearest(suspects, self.labels[suspects], "comparing images")
-        self.image_stranger = hardly_reached(cosine[cosine > NOTHING])
+        self.image_neighbours = cosine[cosine > NOTHING]
         middle, spread = robust(cosine - own[suspects])
         margin = self.thresholds.choose(
             "closer to another identity by", options.noise_margin,
@@ -492,10 +493,11 @@ class Audit:
             lambda start, stop: torch.from_numpy(sums[start:stop]), len(members), None,
             f"comparing people of {test.name}")
         several = np.array([len(some) > 1 for some in members])
-        reason = "what strangers of the training set hardly reach"
         least = np.where(several, *(self.thresholds.choose(
-            f"overlap with {test.name} from, {what}", self.options.overlap_above, value, reason)
-            for what, value in (("several images", self.stranger), ("one image", self.image_stranger))))
+            f"overlap with {test.name} from, {what}", self.options.overlap_above,
+            hardly_reached(neighbours, len(members)), "one of these people would be this close to a stranger by chance")
+            for what, neighbours in (("several images", self.identity_neighbours),
+                                     ("one image", self.image_neighbours))))
         close = np.flatnonzero(cosine >= least)
         for g in close[np.argsort(-cosine[close], kind="stable")].tolist():
             c = int(nearest[g])
@@ -630,17 +632,17 @@ def robust(values: np.ndarray) -> tuple[float, float]:
     return middle, 1.4826 * float(np.median(np.abs(values - middle)))
 
 
-def hardly_reached(nearest: np.ndarray) -> float:
-    """The cosine that one of these (n,) neighbours would reach by chance, if all of them were strangers.
+def hardly_reached(nearest: np.ndarray, count: int) -> float:
+    """The cosine that one of `count` strangers would reach by chance; nearest: (n,) of neighbours, mostly strangers.
 
     Taken from a normal distribution of their angles, whose median and spread are robust: 2.5 deviations from the median
-    for up to 160 neighbours, 4.8 for a million. In angles, because near 1 cosines are squeezed. 1 if there are too few
-    neighbours to tell.
+    for a count (at least n) of up to 160, 4.8 for a million. In angles, because near 1 cosines are squeezed. 1 if there
+    are too few neighbours to tell.
     """
     if len(np.unique(nearest)) < LEAST_VALUES:
         return 1.0
     middle, spread = robust(np.arccos(np.clip(nearest.astype(np.float64), -1, 1)))
-    deviations = max(NormalDist().inv_cdf(1 - 1 / len(nearest)), LEAST_DEVIATIONS)
+    deviations = max(NormalDist().inv_cdf(1 - 1 / max(count, len(nearest))), LEAST_DEVIATIONS)
     return float(np.cos(max(middle - deviations * spread, 0.0)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers.commands import ROOT, run
 from helpers.exported import NAMES, SHARDED, backbone_of, centers, export, export_to, make_checkpoint, save
+from PIL import Image
 from torch import nn
 
 from data.augment import prepare_batch
@@ -256,6 +258,24 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the package safetensors is missing"):
         open_weights(str(tmp_path / "x.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
+
+
+@pytest.mark.parametrize(("lines", "words"), [
+    ("a.jpg b.jpg 1\na.jpg a.jpg 1\n", "2 same .label 1. and 0 different"),
+    ("a.jpg b.jpg 1\nb.jpg a.jpg 1\na.jpg a.jpg 0\na.jpg bad.jpg 0\n", "bad.jpg"),
+])
+def test_pairs_that_cannot_be_used_are_found_before_the_export(checkpoint, tmp_path, monkeypatch, lines, words):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (112, 112)).save(tmp_path / name)
+    shutil.copytree(tmp_path, tmp_path / "calibration")
+    (tmp_path / "bad.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
+    (tmp_path / "pair.list").write_text(lines)
+    monkeypatch.setattr(export, "export_onnx", None)
+    with pytest.raises(UserError, match=words):
+        export_to(checkpoint, "onnx", tmp_path / "x.onnx", "--int8", str(tmp_path / "calibration"), "--pair-list",
+                  str(tmp_path / "pair.list"), "--imgs-root", str(tmp_path))
 
 
 def test_an_export_never_replaces_the_checkpoint(checkpoint, tmp_path):

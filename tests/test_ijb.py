@@ -163,6 +163,12 @@ def test_nodes_without_a_shared_disk_are_stopped(small: tuple[Path, Layout, list
         messages = pools(2).run(embed_on_different_disks, str(small[0]), str(tmp_path))
         assert len(set(messages)) == 1 and "give a directory on a disk that all nodes share" in messages[0]
         evaluate_on_ranks(0, 1, str(small[0]), str(tmp_path / "0"))
+    evaluate_set(Pixels(), open_set(small[0], flip=False), ALONE, embeddings=str(tmp_path / "1"), batch_size=50,
+                 workers=0, flip=False, progress=False)  # the other node has an older file, made with other settings
+    older = (tmp_path / "1" / "IJBC.embeddings").read_bytes()
+    messages = pools(2).run(embed_on_different_disks, str(small[0]), str(tmp_path))
+    assert all("is not the file that the first process created" in message for message in messages)
+    assert (tmp_path / "1" / "IJBC.embeddings").read_bytes() == older
     for rank in range(2):  # files of one content, of which one is complete
         evaluate_on_ranks(0, 1, str(small[0]), str(tmp_path / str(rank)))
     whole = (tmp_path / "1" / "IJBC.embeddings").read_bytes()

@@ -225,6 +225,8 @@ def test_separable_scores_have_a_calibration_and_useless_ones_none() -> None:
     for cosine in (np.array([0.9, 1.0, 0.0, 0.1]), np.full(4, 0.5), np.full(4, np.nan)):
         with pytest.raises(UserError, match="calibrate"):
             fit_logistic(cosine, np.array([False, False, True, True]))
+    with pytest.raises(UserError, match="calibrate"):  # a slope of 2e-15: a rounding error
+        fit_logistic(np.array([np.nan, 0.2, 0.3, 0.1]), np.array([True, True, False, False]))
 
 
 def write_list(root: Path, lines: list[str]) -> PairList:

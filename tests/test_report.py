@@ -220,6 +220,7 @@ def test_damaged_reports_are_one_error(summary: SetReport, tmp_path: Path) -> No
     one = content["sets"][0]
     for name in list(one):
         for value in (None, 3, "x", [], [[]], {}, {"far": [0], "tar": [1], "low": [1], "high": [1]}, [[1], [1], [1]],
+                      [[0, 1], [None], [1]], [[0, 1], [1], [float("inf")]],
                       [{"title": "t", "pairs": [["AAAA", "AAAA", "c"]]}], float("inf")):
             path.write_text(json.dumps({**content, "sets": [{**one, name: value}]}))
             try:
@@ -231,6 +232,13 @@ def test_damaged_reports_are_one_error(summary: SetReport, tmp_path: Path) -> No
     path.write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="damaged"):
         read_json(str(path), "a")
+
+
+def test_a_run_with_a_report_needs_no_metrics(summary: SetReport, tmp_path: Path, command, capsys) -> None:
+    run_files(tmp_path / "a", summary)
+    (tmp_path / "a" / "metrics.jsonl").touch()  # as a run that was killed at once leaves it
+    command(tmp_path / "a", "--output", tmp_path / "page.html")
+    assert "warning" in capsys.readouterr().err and "svg" in Checked((tmp_path / "page.html").read_text()).tags
 
 
 def test_charts() -> None:
