@@ -530,7 +530,11 @@ def read_landmarks(path: str, names: list[str], directory: str) -> dict[str, arr
 
 def _faces(path: str, find: Callable[[str], str | None]) -> Iterator[tuple[int, str, list[str]]]:
     """(number of the line, name, ten numbers as text) of each face; "" and [] for a damaged line. Raises UserError."""
-    with open_regular(path) as file:
+    try:
+        opened = open_regular(path)
+    except OSError as error:
+        raise UserError(f"--landmarks {path}: cannot be read ({error.strerror})") from None
+    with opened as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"--landmarks {path}: is UTF-16; save it as UTF-8; expected {_LAYOUTS}")
         file.seek(0)
