@@ -47,6 +47,24 @@ class MarginClassifier(nn.Module):
         self._drawn: dict[str, Tensor] = {}  # an argument of the loss
         self.weight, self.margin, self._loss = weight, margin, loss
         self.shard, self.scale, self.group = shard, scale, group
+        if draw is not None:
+            weight.register_hook(self._add_to_earlier_gradient)
+
+    def _add_to_earlier_gradient(self, gradient: Tensor) -> Tensor | None:
+        """Keep one gradient of the drawn classes in a step of several micro-batches, which all use the same ones.
+
+        autograd would append each sparse gradient to those before: with K micro-batches K rows for each drawn class.
+        """
+        earlier = self.weight.grad
+        if earlier is None:
+            return None
+        drawn = len(self._drawn["drawn"]) * self.sub_centers  # the first rows of every gradient (`Sample.rows`)
+        earlier._values()[:drawn] += gradient._values()[:drawn]
+        rows = torch.cat([earlier._indices(), gradient._indices()[:, drawn:]], dim=1)  # the targets differ
+        values = torch.cat([earlier._values(), gradient._values()[drawn:]])
+        self.weight.grad = torch.sparse_coo_tensor(rows, values, gradient.shape, check_invariants=False)
+        # autograd adds what is returned: nothing. It would merge the rows in another order.
+        return torch.sparse_coo_tensor(rows[:, :0], values[:0], gradient.shape, check_invariants=False)
 
     def start_step(self, step: int) -> None:
         """Draw the classes of a step, for all its micro-batches. The training loop calls this before each step.

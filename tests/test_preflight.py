@@ -165,7 +165,7 @@ def test_the_table_of_the_run(faces):
     assert "margin 0.3 (hard), scale 32" in changed["loss"]
     assert "stops at step 4" in changed["training"]
     sampled = table("--sample-rate", "0.5", "--accumulation-steps", "4", "--augment", "strong", "--compile")
-    assert "MiB, 8 MiB with gradient and momentum" in sampled["class centers"]  # a gradient of each micro-batch
+    assert "MiB, 5 MiB with gradient and momentum" in sampled["class centers"]  # one gradient, of half of the rows
     assert "augmentation strong" in sampled["training"] and ", compiled" in sampled["backbone"]
     assert "backbone bfloat16, classifier float32" in changed["precision"]
     assert "tf32" not in rows["precision"] + changed["precision"]

@@ -52,7 +52,7 @@ class RunSettings:
     ema: bool = False  # an average of the backbone is kept
     fused_update: bool = False  # the gradient of the class centers is never stored
     sample_rate: float = 1.0  # the part of the classes that a step uses
-    micro_batches: int = 1  # each adds its gradient of sampled class centers
+    micro_batches: int = 1  # each adds a gradient
     classifier_memory_mib: float | None = None  # for saved probabilities; None: the trainer's automatic choice
     matmul_dtype: torch.dtype | None = None  # of the classifier's matrix products in low precision
     device_type: str = "cuda"  # or "cpu"
@@ -163,6 +163,9 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     chunks = -(-drawn // chunk) - (-targets // chunk)
     gathered = chunk * d * FLOAT if sampled else 0
     gradient = 0 if run.fused_update else used * d * FLOAT
+    if sampled and run.micro_batches > 1 and not run.fused_update:
+        # The sum of the micro-batches before, with the targets of each, that of the last, and the new sum.
+        gradient = (3 * drawn + 2 * run.micro_batches * targets) * d * FLOAT
     block = rows * (chunk + SPARE_COLUMNS)
     probs = 2 if run.matmul_dtype == torch.bfloat16 else FLOAT
     if run.class_major:
@@ -196,7 +199,7 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         "images": images * IMAGE_VALUES * (1 + FLOAT),
         "activations": backbone.activations + images * backbone.activations_per_image,
         "class centers": centers,
-        "class centers' gradient": gradient * (run.micro_batches if sampled else 1),
+        "class centers' gradient": gradient,
         f"class centers' {state}": of_centers * states,
         "saved probabilities": min(chunks, budget // saved_block) * saved_block,
         "chunk buffers": (max(forward, backward) + chunks * rows * (LABEL + FLOAT)
@@ -211,7 +214,7 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     # all weights beside its own, the average of --ema differences, and RowOptimizer sums of the rows of sampled
     # classes; the backward pass has freed its inputs by then.
     freed = sum(parts[name] for name in ("images", "activations", "saved probabilities", "chunk buffers", "embeddings"))
-    summed = parts["class centers' gradient"] if sampled else 0
+    summed = gradient if sampled and run.micro_batches == 1 else 0
     optimized = -(-sum(replicated) // shares)
     weights = sum(replicated) + optimized if shares > 1 else 0
     parts["optimizer, beyond activations"] = max(0, *(

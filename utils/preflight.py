@@ -270,8 +270,7 @@ def run_table(
     centers, own_centers = (classes * options.sub_centers for classes in (options.num_classes, shard.size))
     center_mib = own_centers * options.embedding_size * getattr(torch, options.precision).itemsize / 2**20
     stores_gradient, states = not options.fuse_classifier_update, count_states(options.optimizer, options.momentum)
-    # With sampled classes each micro-batch has a gradient of its own.
-    gradients = stores_gradient * options.sample_rate * (options.accumulation_steps if options.sample_rate < 1 else 1)
+    gradients = stores_gradient * options.sample_rate
     held = ["gradient"] * stores_gradient + [[], ["momentum"], ["two moments"]][states]
     global_batch = options.batch_size * plan.nodes
     micro_batch = global_batch // plan.world_size // options.accumulation_steps

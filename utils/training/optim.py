@@ -115,7 +115,7 @@ _STEPPED_ROWS = 2048
 def _rows_of(gradient: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The arguments `rows`, `grad` and `stepped` of `RowOptimizer.update_rows` for the rows of a sparse gradient.
 
-    Rows that it has several times, from targets and from micro-batches, are added up, without waiting for the device.
+    Rows that it has several times, from the targets of each micro-batch, are added up, without waiting for the device.
     """
     values = gradient._values()
     rows, order = gradient._indices()[0].sort(stable=True)
