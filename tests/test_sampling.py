@@ -90,7 +90,7 @@ def test_equals_the_full_softmax_over_these_classes(walk, matmul_dtype, toleranc
     drawn = torch.arange(0, 90 // sub_centers, 3)
     label %= 90 // sub_centers
     classes, results = torch.cat([drawn, label]).unique(), []
-    rows = (classes[:, None] * sub_centers + torch.arange(sub_centers)).flatten()
+    rows = rows_of(classes, sub_centers)
     for weight, target, more in ((centers[rows], torch.searchsorted(classes, label), {}),
                                  (centers, label, dict(drawn=drawn, chunk=8))):
         for name, filter_above, saved in itertools.product(("arcface", "mv-softmax"), (None, 0.1), (0, 1e9)):
@@ -112,35 +112,42 @@ def test_equals_the_full_softmax_over_these_classes(walk, matmul_dtype, toleranc
 # ---- Training steps against the truth
 
 
-def inputs(num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (3, N, D), labels (3, N) of some classes more than once, centers (C, D)."""
+def inputs(num_classes: int, sub_centers: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (3, N, D), labels (3, N) of some classes more than once, centers (C * q, D)."""
     generator = torch.Generator().manual_seed(num_classes)
     embedding, centers = (torch.randn(*shape, D, generator=generator, dtype=torch.float64)
-                          for shape in ((3, N), (num_classes,)))
+                          for shape in ((3, N), (num_classes * sub_centers,)))
     label = torch.randint(num_classes, (3, N), generator=generator)
     label[:, N // 2:N // 2 + 5] = label[:, :5]
-    return 8 * (embedding + F.normalize(centers)[label]), label, centers
+    return 8 * (embedding + F.normalize(centers)[label * sub_centers]), label, centers
 
 
-def true_steps(loss: TrueLoss, num_classes: int, micro_batches: int) -> list[np.ndarray]:
+def rows_of(classes: Tensor, sub_centers: int) -> Tensor:
+    """The rows of these classes' centers."""
+    return (classes[:, None] * sub_centers + torch.arange(sub_centers)).flatten()
+
+
+def true_steps(loss: TrueLoss, num_classes: int, micro_batches: int, sub_centers: int = 1) -> list[np.ndarray]:
     """One process, plain PyTorch: losses, gradients of the embeddings, num_closer, weights, momentum, statistics."""
-    embeddings, labels, centers = inputs(num_classes)
+    embeddings, labels, centers = inputs(num_classes, sub_centers)
     momentum, statistics = torch.zeros_like(centers), dict(loss.statistics)
     traces: list[list] = [[], [], []]
     for step, (embedding, label) in enumerate(zip(embeddings, labels)):
         embedding, drawn = embedding.clone().requires_grad_(), torch.tensor(drawn_of(num_classes, step))
-        used, gradient = torch.zeros(num_classes, dtype=torch.bool), torch.zeros_like(centers)
+        used, gradient = torch.zeros(len(centers), dtype=torch.bool), torch.zeros_like(centers)
         cosines = []
         for x, y in zip(embedding.chunk(micro_batches), label.chunk(micro_batches)):
-            rows = torch.cat([drawn, y]).unique()
+            classes = torch.cat([drawn, y]).unique()
+            rows = rows_of(classes, sub_centers)
             sampled = centers[rows].requires_grad_()
             norm = x.norm(dim=1)
-            value, closer = true_softmax(F.normalize(x), torch.searchsorted(rows, y), sampled, SCALE,
-                                         *loss.parts(**statistics)[:2], norm, loss.parts(**statistics)[2])
+            value, closer = true_softmax(F.normalize(x), torch.searchsorted(classes, y), sampled, SCALE,
+                                         *loss.parts(**statistics)[:2], norm, loss.parts(**statistics)[2], sub_centers)
             (value / micro_batches).backward()
             gradient[rows] += sampled.grad
             used[rows] = True
-            cosines.append((F.normalize(x) * F.normalize(centers[y])).sum(1).detach())
+            own = F.normalize(centers.view(num_classes, sub_centers, D)[y], dim=2)
+            cosines.append((F.normalize(x).unsqueeze(1) * own).sum(2).amax(1).detach())
             traces[0].append(value.item())
             traces[2].append(closer.numpy())
         traces[1].append(embedding.grad.numpy())
@@ -168,16 +175,18 @@ def sampled_steps(rank: int, world_size: int, name: str, num_classes: int, micro
                   more: dict, walk: Callable[..., tuple[Tensor, Tensor]] = margin_softmax) -> list[np.ndarray]:
     """What `true_steps` returns, of this rank's classes, by the classifier and its optimizer."""
     group, shard = init_model_parallel(world_size), ClassShard(num_classes, rank, world_size)
-    embeddings, labels, centers = inputs(num_classes)
-    weight = nn.Parameter(centers[shard.start:shard.stop].clone())
+    sub_centers = more.get("sub_centers", 1)
+    embeddings, labels, centers = inputs(num_classes, sub_centers)
+    own_rows = slice(shard.start * sub_centers, shard.stop * sub_centers)
+    weight = nn.Parameter(centers[own_rows].clone())
     optimizer = RowSGD(weight, skip_nonfinite=False, **SETTINGS)
     margin = MARGINS[name]().double()
 
     def loss(*args, **settings):
-        return walk(*args, **settings, **more, update=optimizer.update_rows if fused else None)
+        return walk(*args, **{**settings, **more}, update=optimizer.update_rows if fused else None)
 
     with mock.patch.object(sampling, "SAMPLING_BLOCK", BLOCK):
-        classifier = MarginClassifier(weight, shard, margin, scale=SCALE, group=group, loss=loss,
+        classifier = MarginClassifier(weight, shard, margin, scale=SCALE, group=group, loss=loss, sub_centers=sub_centers,
                                       draw=lambda step: draw_classes(shard, RATE, SEED, step))
         traces: list[list] = [[], [], []]
         for step in range(3):
@@ -198,15 +207,15 @@ def sampled_steps(rank: int, world_size: int, name: str, num_classes: int, micro
                 traces[2].append(closer.numpy())
             assert (weight.grad is None) == fused or not len(weight)
             if checked and not fused:  # one gradient of the drawn classes, and the targets of each micro-batch
-                assert len(weight.grad._values()) == len(classifier._drawn["drawn"]) + N
+                assert len(weight.grad._values()) == (len(classifier._drawn["drawn"]) + N) * sub_centers
             with NoSynchronisation() if checked else contextlib.nullcontext():
                 optimizer.step()
             optimizer.zero_grad()
             classifier.end_step()
-            used = torch.zeros(num_classes, dtype=torch.bool)
-            used[drawn_of(num_classes, step)] = used[labels[step]] = True
+            used = torch.zeros(len(centers), dtype=torch.bool)
+            used[rows_of(torch.cat([torch.tensor(drawn_of(num_classes, step)), labels[step]]), sub_centers)] = True
             for old, new in zip(before, (weight.detach(), momentum_of(optimizer))):
-                assert torch.equal((old != new).any(1), used[shard.start:shard.stop])  # others to the bit
+                assert torch.equal((old != new).any(1), used[own_rows])  # others to the bit
             dist.all_reduce(embedding.grad)
             traces[1].append(embedding.grad.numpy() / world_size)  # which is for DDP's average
     return [*map(np.array, traces), weight.detach().numpy(), momentum_of(optimizer).numpy(),
@@ -228,16 +237,21 @@ CASES = [
     ("curricularface", 50, 2, False, dict(chunk=7)), ("curricularface", 61, 1, True, dict(saved_probs_mib=1e9)),
     ("magface", 61, 1, True, {}), ("magface", 50, 2, False, dict(chunk=11)),
     ("mv-softmax", 50, 1, True, dict(chunk=7, saved_probs_mib=1e9)),
+    ("mv-softmax", 61, 2, False, dict(chunk=7)), ("cosface", 61, 2, False, dict(chunk=7)),
+    ("combined", 61, 2, False, dict(chunk=9)), ("sphereface", 50, 2, False, dict(chunk=7)),
+    ("arcface", 61, 4, False, dict(chunk=9, sub_centers=3)), ("arcface", 61, 1, True, dict(chunk=9, sub_centers=3)),
+    ("arcface", 5, 2, False, dict(sub_centers=2)), ("curricularface", 50, 2, False, dict(chunk=8, sub_centers=2)),
 ]
+assert {name for name, *_ in CASES} == set(TRUTH)
 CASES = [*((*case, margin_softmax) for case in CASES), *((*CASES[case], margin_softmax_class_major)
-                                                         for case in (0, 3, 4, 5, 7, 11, 12, 15))]
+                                                         for case in (0, 3, 4, 5, 7, 11, 12, 15, 20))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_steps_equal_those_of_one_process_with_the_same_classes(pools, world_size):
     for name, num_classes, micro_batches, fused, more, walk in CASES:
-        what = f"{name}, {num_classes} classes, {micro_batches} micro-batches, fused {fused}"
-        truth = true_steps(TRUTH[name], num_classes, micro_batches)
+        what = f"{name}, {num_classes} classes, {micro_batches} micro-batches, fused {fused}, {more}"
+        truth = true_steps(TRUTH[name], num_classes, micro_batches, more.get("sub_centers", 1))
         results = pools(world_size).run(sampled_steps, name, num_classes, micro_batches, fused, more, walk)
         for outcome in results:
             np.testing.assert_array_equal(outcome[2], truth[2], err_msg=what)
@@ -256,6 +270,12 @@ SAMPLED = {
 }
 
 
+# Every loss, and several centers of a class, with settings that have an effect on the tiny backbone's norms
+LOSSES = {name: ["--loss", name, *itertools.chain.from_iterable(
+    (f"--{setting.replace('_', '-')}", str(value)) for setting, value in loss.trained.items())]
+    for name, loss in TRUTH.items()} | {"sub-centers": ["--sub-centers", "3"]}
+
+
 def train_and_note_draws(rank: int, world_size: int, argv: list[str]) -> list[int]:
     """The steps that classes were drawn for."""
     with mock.patch.object(build, "draw_classes", wraps=draw_classes) as draw:
@@ -263,9 +283,10 @@ def train_and_note_draws(rank: int, world_size: int, argv: list[str]) -> list[in
     return [call.args[-1] for call in draw.call_args_list]
 
 
-@pytest.mark.parametrize("mode", SAMPLED)
-def test_an_interrupted_run_continues_to_the_bit(pools, faces, tmp_path, mode):
-    flags = [str(faces), *RESUME, *SAMPLED[mode], "--sample-rate", "0.3"]
+@pytest.mark.parametrize(("mode", "loss"), [*((mode, "arcface") for mode in SAMPLED),
+                                            *(("accumulation, ZeRO", loss) for loss in LOSSES if loss != "arcface")])
+def test_an_interrupted_run_continues_to_the_bit(pools, faces, tmp_path, mode, loss):
+    flags = [str(faces), *RESUME, *SAMPLED[mode], *LOSSES[loss], "--sample-rate", "0.3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pools(2).run(train, [*flags, "--seed", "5", "--output", str(whole)])
     pools(2).run(train, [*flags, "--seed", "5", "--output", str(parts), "--max-steps", "3"])  # of 4 in an epoch
@@ -276,9 +297,11 @@ def test_an_interrupted_run_continues_to_the_bit(pools, faces, tmp_path, mode):
 
 
 @pytest.mark.slow
-def test_a_run_continues_with_fewer_ranks(pools, faces, tmp_path):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_continues_with_fewer_ranks(pools, faces, tmp_path, loss):
     """Also with a rank without classes: 9 on 4 ranks are 3, 3, 3 and 0."""
-    flags = [str(faces), *RESUME, "--num-classes", "9", "--sync-bn", "--precision", "float64", "--sample-rate", "0.3"]
+    flags = [str(faces), *RESUME, "--num-classes", "9", "--sync-bn", "--precision", "float64", "--sample-rate", "0.3",
+             *LOSSES[loss]]
     whole, parts, more = tmp_path / "whole", tmp_path / "parts", ["--enable-model-parallel"]
     pools(1).run(train, [*flags, "--seed", "5", "--output", str(whole)])
     pools(4).run(train, [*flags, *more, "--seed", "5", "--output", str(parts), "--max-steps", "3"])

@@ -12,7 +12,8 @@ from utils.checkpoint.shards import open_shards
 
 
 def saved_training(output: Path) -> dict[str, Tensor]:
-    """{name: tensor} of everything in the newest checkpoint: weights, class centers and the optimizers' state."""
+    """{name: tensor} of everything in the newest checkpoint: weights, class centers, the optimizers' state, statistics of the
+    loss."""
     state = torch.load(output / "checkpoint.pth.tar", weights_only=True)
     directory = str((output / "checkpoint.pth.tar").resolve().parent)
     shape = (state["num_classes"] * state.get("sub_centers", 1), state["embedding_size"])
@@ -22,6 +23,7 @@ def saved_training(output: Path) -> dict[str, Tensor]:
     tensors.update({
         f"{key} {name}": tensor for name, values in state["optimizer"].items() for key, tensor in values.items()
     })
+    tensors.update({f"loss {name}": tensor for name, tensor in state.get("loss", {}).get("state", {}).items()})
     if "ema" in state:
         tensors.update({f"ema {name}": tensor for name, tensor in state["ema"]["state_dict"].items()})
         tensors["ema updates"] = state["ema"]["updates"]
