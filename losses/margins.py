@@ -151,7 +151,8 @@ class ArcFace(Margin):
     The range is theta < pi/2 (cos > 0) for the easy margin and theta < pi - m for the hard one: beyond pi - m,
     cos(theta + m) would rise again.
 
-    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, equation 3.
+    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, equation 3. insightface's
+    recipes have the hard margin, `--no-easy-margin`; the easy one is the default because this program began with it.
     """
 
     margin: float = flag("--margin", default=0.5, at_least=0, at_most=math.pi / 2, metavar="M", section="loss",
@@ -280,7 +281,8 @@ class AdaFace(Margin):
         assert norm is not None
         norm = norm.clamp(1e-3, 100.0)
         self.norm_mean.lerp_(norm.mean().to(self.norm_mean), self.norm_momentum)
-        self.norm_std.lerp_(norm.std().to(self.norm_std), self.norm_momentum)
+        if len(norm) > 1:  # one row has no deviation
+            self.norm_std.lerp_(norm.std().to(self.norm_std), self.norm_momentum)
 
     def describe(self) -> str:
         return f"AdaFace, margin {self.margin:g}, concentration {self.concentration:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,12 +49,15 @@ class MarginClassifier(nn.Module):
         self.weight, self.margin, self._loss = weight, margin, loss
         self.shard, self.scale, self.group = shard, scale, group
         if draw is not None:
-            weight.register_hook(self._add_to_earlier_gradient)
+            # Weak: the hook must not keep the centers when nothing else does.
+            add = weakref.WeakMethod(self._add_to_earlier_gradient)
+            weight.register_hook(lambda gradient: add()(gradient))  # type: ignore[misc]  # it lives while it computes
 
     def _add_to_earlier_gradient(self, gradient: Tensor) -> Tensor | None:
         """Keep one gradient of the drawn classes in a step of several micro-batches, which all use the same ones.
 
         autograd would append each sparse gradient to those before: with K micro-batches K rows for each drawn class.
+        This is a hook of the centers, for `loss.backward()` and gradients of this step.
         """
         earlier = self.weight.grad
         if earlier is None:
@@ -72,6 +76,7 @@ class MarginClassifier(nn.Module):
         step: counted over all epochs, so that a resumed run draws what the interrupted one would have.
         """
         if self._draw is not None:
+            assert self.weight.grad is None, "zero_grad first: its rows are those of the classes drawn before"
             drawn = self._draw(step)
             if self.weight.is_cuda:
                 drawn = drawn.pin_memory()

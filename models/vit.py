@@ -34,10 +34,14 @@ class Variant:
     drop_path: float = 0.1  # of the last block; it rises linearly from 0 at the first
 
 
-# insightface calls the last one vit_l_dp005_mask_005.
+# insightface's names; vit_l is short for the one ViT-L there. Weights of one width and depth fit all of their names,
+# and are recognised as the first.
 VIT_VARIANTS: dict[str, Variant] = {
-    "vit_t": Variant(256, 12), "vit_s": Variant(512, 12), "vit_b": Variant(512, 24),
+    "vit_t": Variant(256, 12), "vit_t_dp005_mask0": Variant(256, 12, masked=0.0, drop_path=0.05),
+    "vit_s": Variant(512, 12), "vit_s_dp005_mask_0": Variant(512, 12, masked=0.0, drop_path=0.05),
+    "vit_b": Variant(512, 24), "vit_b_dp005_mask_005": Variant(512, 24, masked=0.05, drop_path=0.05),
     "vit_l": Variant(768, 24, masked=0.05, drop_path=0.05),
+    "vit_l_dp005_mask_005": Variant(768, 24, masked=0.05, drop_path=0.05),
 }
 
 

@@ -70,8 +70,25 @@ def test_names_shapes_and_recognition(tmp_path, arch):
     assert found.channel_order == ("bgr" if arch.startswith("ir") else "rgb") and found.order_is_assumed
 
 
+# The other names of ViTs -> the name that their weights are recognised as, and the rates of masks and DropPath
+OTHER_VITS = {"vit_t_dp005_mask0": ("vit_t", 0, 0.05), "vit_s_dp005_mask_0": ("vit_s", 0, 0.05),
+              "vit_b_dp005_mask_005": ("vit_b", 0.05, 0.05), "vit_l_dp005_mask_005": ("vit_l", 0.05, 0.05)}
+
+
 def test_every_arch_is_in_a_table():
-    assert PARAMETERS.keys() == {arch for arch in BACKBONES if not arch.startswith(("iresnet", "mobilefacenet"))}
+    assert PARAMETERS.keys() | OTHER_VITS.keys() == {
+        arch for arch in BACKBONES if not arch.startswith(("iresnet", "mobilefacenet"))}
+
+
+@pytest.mark.parametrize(("arch", "rates"), [
+    ("vit_t", (0.1, 0.1)), ("vit_s", (0.1, 0.1)), ("vit_b", (0.1, 0.1)), ("vit_l", (0.05, 0.05)),
+    *((arch, rates) for arch, (_, *rates) in OTHER_VITS.items())])
+def test_vits_of_one_size_differ_by_their_rates(arch, rates):
+    with torch.device("meta"):
+        model = build_backbone(arch)
+    assert shapes(model) == entries_of(OTHER_VITS.get(arch, (arch,))[0])
+    assert model.kept == int(144 * (1 - rates[0]))
+    assert model.blocks[0].drop_path == 0 and model.blocks[-1].drop_path == rates[1]
 
 
 @pytest.fixture(scope="module")

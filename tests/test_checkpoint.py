@@ -749,4 +749,5 @@ def test_killed_runs_and_eight_processes(faces, tmp_path):
     In the same program: what four processes saved is continued by eight, two of them without any class.
     """
     result = json.loads(run("tests/helpers/forked.py", faces, tmp_path, 5, OMP_NUM_THREADS="1").splitlines()[-1])
-    assert result["kills"] >= 3 and result["inside a save"] >= 1, result
+    for name in ("", "sampled "):  # all classes; sampled ones, and a loss with statistics
+        assert result[name]["kills"] >= 2 and result[name]["inside a save"] >= 1, result

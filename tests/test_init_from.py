@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.exported import NAMES, SHARDED, backbone_of, build, centers, export_to, make_checkpoint, save
+from helpers.exported import NAMES, SHARDED, backbone_of, centers, export_to, make_checkpoint, save, start
 from helpers.images import make_folder
 from helpers.saved import saved_training
 from helpers.training import train
 
 from models import build_backbone
-from utils.checkpoint.init_from import check_init_from, init_from, rows_by_name
+from utils.checkpoint.init_from import check_init_from, rows_by_name
 from utils.checkpoint.weights import open_weights
 from utils.dist.sharding import ClassShard
 from utils.errors import UserError
@@ -37,14 +37,6 @@ def torchshard_file(checkpoint) -> Path:
 def safetensors_file(checkpoint) -> Path:
     pytest.importorskip("safetensors")
     return export_to(checkpoint, "safetensors", checkpoint.parent / "all.safetensors", "--centers")
-
-
-def start(rank: int, world_size: int, path: str, num_classes: int, identities: list[str], flags: list[str]) -> tuple:
-    """What a run of seed 2 starts with: the line it says, this rank's centers, the backbone."""
-    state, options, _ = build(rank, world_size, num_classes, 2, identities, flags)
-    said = init_from(path, options.training_arch, state.backbone, state.classifier, identities)
-    backbone = {name: tensor.numpy().copy() for name, tensor in state.backbone.state_dict().items()}
-    return said, state.classifier.weight.detach().numpy().copy(), backbone
 
 
 # The run's identities, its number of classes, and for each class its row in the file (-1: the initial one of seed 2).

@@ -5,14 +5,16 @@ A new margin needs an entry in MARGINS and one in TRUTH (helpers/margins.py).
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.margins import TRUTH, true_arcface, true_gradients
+from helpers.margins import TRUTH, TrueLoss, true_arcface, true_gradients
 from helpers.parity import assert_equal, run_training, true_training
 
 from losses.class_major import margin_softmax_class_major
@@ -100,8 +102,8 @@ def inputs(num_classes: int, name: str) -> tuple[list[torch.Tensor | None], torc
     return [F.normalize(embedding), centers, norm], label
 
 
-def run_form(rank: int, world_size: int, form: str, name: str, num_classes: int) -> tuple[np.ndarray, ...]:
-    """Loss, gradients of embeddings (summed), of this rank's centers, of norms (summed), num_closer."""
+def run_form(rank: int, world_size: int, form: str, name: str, num_classes: int, **more: Any) -> tuple[np.ndarray, ...]:
+    """Loss, num_closer, gradients of this rank's centers, of embeddings (summed) and of norms (summed)."""
     (embedding, centers, norm), label = inputs(num_classes, name)
     shard = ClassShard(num_classes, rank, world_size)
     owned = (label >= shard.start) & (label < shard.stop)
@@ -109,7 +111,7 @@ def run_form(rank: int, world_size: int, form: str, name: str, num_classes: int)
     leaves = [embedding.requires_grad_()] + ([] if norm is None else [norm.requires_grad_()])
     target = torch.where(owned, label - shard.start, -1)
     loss, closer = FORMS[form](embedding, target, centers, MARGINS[name]().double(), scale=16.0, norm=norm,
-                               group=init_model_parallel(world_size))
+                               group=init_model_parallel(world_size), **more)
     loss.backward()
     for leaf in leaves:
         if leaf.grad is None:  # the norm's, where the margin takes it as a constant
@@ -151,8 +153,26 @@ def test_plain_form(name):
         assert_near(mine.numpy(), true)
 
 
-def test_unit_gradient_is_that_of_programs_which_change_the_logit_in_place():
-    """As insightface: logits[rows, label] = phi under no_grad, so that the slope by the cosine is 1."""
+@pytest.mark.parametrize("name", TRUTH)
+def test_unit_gradient_is_that_of_programs_which_change_the_logit_in_place(name):
+    """As insightface: logits[rows, label] = phi under no_grad, so that the slope by the cosine is 1, and by the norm 0.
+    """
+    tensors, label = inputs(11, name)
+    phi, negatives, penalty = TRUTH[name].parts()
+    loss, true, _ = true_gradients(tensors, label, 16.0, lambda c, norm: c + (phi(c, norm) - c).detach(), negatives,
+                                   penalty)
+    margin = MARGINS[name]().double()
+    margin.unit_gradient = True
+    for form in (margin_softmax, margin_softmax_class_major, margin_softmax_plain):
+        embedding, centers, norm = (None if tensor is None else tensor.clone().requires_grad_() for tensor in tensors)
+        got, _ = form(embedding, label, centers, margin, scale=16.0, group=None, norm=norm)
+        assert_near(got.detach().numpy(), loss)
+        leaves = [embedding, centers] if norm is None else [embedding, centers, norm]
+        for mine, expected in zip(torch.autograd.grad(got, leaves, materialize_grads=True), true, strict=True):
+            assert_near(mine.numpy(), expected)
+
+
+def test_the_unit_gradient_of_a_logit_that_is_changed_in_place():
     tensors, label = inputs(11, "arcface")
     embedding, centers = (tensor.clone().requires_grad_() for tensor in tensors[:2])
     logits = embedding @ F.normalize(centers).t()
@@ -161,43 +181,41 @@ def test_unit_gradient_is_that_of_programs_which_change_the_logit_in_place():
     true = torch.autograd.grad(F.cross_entropy(16 * logits, label), [embedding, centers])
     margin = MARGINS["arcface"]()
     margin.unit_gradient = True
-    for form in (margin_softmax, margin_softmax_class_major, margin_softmax_plain):
-        loss, _ = form(embedding, label, centers, margin, scale=16.0, group=None)
-        for mine, expected in zip(torch.autograd.grad(loss, [embedding, centers]), true):
-            assert_near(mine.numpy(), expected)
+    loss, _ = margin_softmax(embedding, label, centers, margin, scale=16.0, group=None)
+    for mine, expected in zip(torch.autograd.grad(loss, [embedding, centers]), true):
+        assert_near(mine.numpy(), expected)
 
 
 def run_filtered(rank: int, world_size: int, form: str, name: str, saved: float) -> tuple[np.ndarray, ...]:
-    (embedding, centers, norm), label = inputs(11, name)
-    shard = ClassShard(11, rank, world_size)
-    centers = centers[shard.start:shard.stop].clone().requires_grad_()
-    target = torch.where((label >= shard.start) & (label < shard.stop), label - shard.start, -1)
     more = dict(saved_probs_mib=saved, chunk=4) if form != "torchshard" else {}
-    loss, closer = FORMS[form](embedding.requires_grad_(), target, centers, MARGINS[name]().double(), scale=16.0,
-                               norm=norm, filter_above=0.2, group=init_model_parallel(world_size), **more)
-    loss.backward()
-    dist.all_reduce(embedding.grad)
-    return loss.detach().numpy(), closer.numpy(), embedding.grad.numpy(), centers.grad.numpy()
+    return run_form(rank, world_size, form, name, 11, filter_above=0.2, **more)
 
 
+def filtered(true: TrueLoss, above: float) -> TrueLoss:
+    """Other classes with a cosine above this take no part."""
+    def negatives(cosine, target, value, **settings):
+        others = cosine if true.negatives is None else true.negatives(cosine, target, value, **settings)
+        return others.masked_fill(cosine > above, -1e9)
+
+    return dataclasses.replace(true, negatives=negatives)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("form", "saved"), [("fused", 0), ("fused", 1e9), ("class-major", 0), ("class-major", 1e9),
                                             ("torchshard", 0)])
-@pytest.mark.parametrize("name", ["arcface", "mv-softmax"])
-def test_inter_class_filter(pools, name, form, saved):
+@pytest.mark.parametrize("name", TRUTH)
+def test_inter_class_filter(pools, name, form, saved, world_size):
     tensors, label = inputs(11, name)
-    phi, negatives, _ = TRUTH[name].parts()
-
-    def filtered(cosine, target, value):
-        others = cosine if negatives is None else negatives(cosine, target, value)
-        return others.masked_fill(cosine > 0.2, -1e9)
-
-    loss, (embedding_grad, centers_grad), closer = true_gradients(tensors, label, 16.0, phi, filtered)
-    results = pools(2).run(run_filtered, form, name, saved)
-    for got_loss, got_closer, got, _ in results:
+    loss, (embedding_grad, centers_grad, *norm_grad), closer = true_gradients(
+        tensors, label, 16.0, *filtered(TRUTH[name], 0.2).parts())
+    assert loss < true_gradients(tensors, label, 16.0, *TRUTH[name].parts())[0]
+    results = pools(world_size).run(run_filtered, form, name, saved)
+    for got_loss, got_closer, _, *grads in results:
         assert_near(got_loss, loss)
         np.testing.assert_array_equal(got_closer, closer.numpy())
-        assert_near(got, embedding_grad)
-    assert_near(np.concatenate([result[3] for result in results]), centers_grad)
+        for mine, true in zip(grads, [embedding_grad, *norm_grad], strict=True):
+            assert_near(mine, true)
+    assert_near(np.concatenate([result[2] for result in results]), centers_grad)
 
 
 TRAINING = {
@@ -214,6 +232,16 @@ def test_training_equals_a_single_process(pools, name, mode):
     outcomes = pools(world_size).run(run_training, 5, False, [*flags, "--precision", "float64"], name)
     truth = true_training(5, False, TRUTH[name])
     assert_equal(outcomes, truth, "--enable-model-parallel" in flags, 1e-9, 5)
+
+
+@pytest.mark.parametrize("flags", [["--fuse-classifier-update"], ["--accumulation-steps", "2"]])
+@pytest.mark.parametrize("name", TRUTH)
+def test_training_with_the_filter_equals_a_single_process(pools, name, flags):
+    flags = ["--enable-model-parallel", "--precision", "float64", "--inter-class-filter", "0.02", *flags]
+    outcomes = pools(2).run(run_training, 5, False, flags, name)
+    truth = true_training(5, False, filtered(TRUTH[name], 0.02))
+    assert truth.losses != true_training(5, False, TRUTH[name]).losses
+    assert_equal(outcomes, truth, True, 1e-9, 5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -5,16 +5,25 @@ The docstring of each test says what they do. Where it is short, the test comput
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
+import pytest
 import torch
 from helpers.margins import true_arcface
 from helpers.parity import Outcome, run_training
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from losses.margins import MARGINS
+from losses.sampling import draw_classes
+from models.checkpointing import checkpoint_activations
 from models.classifier import initial_centers
+from models.iresnet import IBasicBlock
 from utils.dist.sharding import ClassShard
+from utils.training.optim import RowSGD
+from utils.training.schedules import ScheduleFlags, learning_rate
 
 FLOAT64 = ["--precision", "float64"]
 SHARDED = ["--enable-model-parallel", *FLOAT64]
@@ -103,3 +112,47 @@ def test_arcface_continues_beyond_pi():
     assert (phi.diff() > 0).all()
     assert not ((cosine.acos() + 0.5).cos().diff() > 0).all()
     torch.testing.assert_close(phi, true_arcface(cosine, easy_margin=False))
+
+
+def test_the_first_step_of_a_polynomial_schedule_is_a_warm_up_step():
+    """insightface's polynomial schedule takes its first step at the full rate, before the warm-up begins."""
+    flags = ScheduleFlags(lr=0.4, schedule="poly", warmup_epochs=2)
+    assert [learning_rate(step, 10, 100, flags) for step in (0, 1, 19)] == pytest.approx([0.02, 0.04, 0.4])
+
+
+def test_sampled_classes_do_not_depend_on_the_number_of_processes():
+    """insightface's PartialFC and PLSC draw on each rank from its own shard: other classes at every world size."""
+    drawn = []
+    for world_size in (1, 2, 3, 8):
+        shards = [ClassShard(100_000, rank, world_size) for rank in range(world_size)]
+        drawn.append(torch.cat([shard.start + draw_classes(shard, 0.1, seed=1, step=7) for shard in shards]))
+    assert len(drawn[0]) > 9_900 and all(torch.equal(other, drawn[0]) for other in drawn[1:])
+
+
+def test_rows_that_are_not_sampled_rest():
+    """PartialFC v2 passes a dense gradient of zeros, so that momentum and weight decay move every row."""
+    weight, dense = (nn.Parameter(torch.ones(6, 2, dtype=torch.float64)) for _ in range(2))
+    optimizer = RowSGD(weight, skip_nonfinite=False, lr=0.1, momentum=0.9, weight_decay=0.1)
+    theirs = torch.optim.SGD([dense], lr=0.1, momentum=0.9, weight_decay=0.1)
+    for row in (1, 4):
+        weight.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 2, dtype=torch.float64), weight.shape,
+                                              check_invariants=True)
+        dense.grad = weight.grad.to_dense()
+        optimizer.step()
+        theirs.step()
+    moved = weight.detach() != 1
+    assert moved.any(1).tolist() == [False, True, False, False, True, False] and (dense.detach() != 1).all()
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    assert momentum[[1, 4]].tolist() == [[1.1, 1.1]] * 2 and not momentum[[0, 2, 3, 5]].any()
+
+
+def test_a_checkpointed_block_counts_its_images_once():
+    """torch.utils.checkpoint computes a block twice, and so BatchNorm's statistics move twice."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(IBasicBlock(4, 4, 1)).train()
+    ours, theirs, x = copy.deepcopy(plain), copy.deepcopy(plain), torch.randn(8, 4, 6, 6, requires_grad=True)
+    for out in (plain(x), checkpoint_activations(ours)(x), checkpoint(theirs, x, use_reentrant=False)):
+        out.sum().backward()
+    statistics = [torch.cat([buffer.flatten() for name, buffer in module.named_buffers() if "running" in name])
+                  for module in (plain, ours, theirs)]
+    assert torch.equal(statistics[1], statistics[0]) and not torch.equal(statistics[2], statistics[0])

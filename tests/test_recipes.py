@@ -14,6 +14,7 @@ import main
 from models import build_backbone
 from utils import preflight
 from utils.errors import UserError, exit_on_user_error
+from utils.launch.plan import ProcessPlan
 from utils.options import parse_options
 
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.args"))
@@ -35,6 +36,13 @@ def test_every_recipe_prints_its_plan(recipe, faces, monkeypatch, capsys):
 
     monkeypatch.setattr(preflight, "build_backbone", without_values)  # drawing the values of 65 million takes seconds
     monkeypatch.setattr(preflight, "host_bytes", lambda: 2**40)
+    # As written: on a node with 8 processes, here of 80 GiB each
+    node = ProcessPlan("spawn", nodes=1, node_rank=0, processes_per_node=8, device_type="cpu", gpu=None, backend="gloo",
+                       host="127.0.0.1", port=0)
+    preflight.check_batch(options, node)
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "host_bytes", lambda: 8 * 80 * 2**30)
+        assert preflight.check_memory(options, node).endswith("8 processes share a machine that has 640.0 GiB")
     monkeypatch.setattr(main, "launch", lambda *args: pytest.fail("training was started"))
     monkeypatch.setattr(sys, "argv", ["main.py", f"@{recipe}", str(faces), "--plan", "--index", "none", "--device",
                                       "cpu", "--batch-size", "24"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from unittest import mock
 
@@ -259,6 +261,24 @@ def test_steps_equal_those_of_one_process_with_the_same_classes(pools, world_siz
             mine = (np.concatenate([result[number] for result in results]) if number in (3, 4) else results[0][number])
             error, size = np.linalg.norm(mine - truth[number]), np.linalg.norm(truth[number])
             assert error <= 1e-9 * size, f"{what}, {number}: {error:.2g} of {size:.2g}"
+
+
+def test_a_gradient_of_other_classes_is_refused_and_nothing_keeps_the_centers():
+    embeddings, labels, centers = inputs(61)
+    shard = ClassShard(61, 0, 1)
+    classifier = MarginClassifier(nn.Parameter(centers), shard, MARGINS["arcface"](), scale=SCALE, group=None,
+                                  draw=lambda step: draw_classes(shard, RATE, SEED, step))
+    classifier.start_step(0)
+    classifier(embeddings[0], labels[0])[0].backward()
+    with pytest.raises(AssertionError, match="zero_grad first"):
+        classifier.start_step(1)
+    weight = weakref.ref(classifier.weight)
+    gc.disable()  # the hook of the centers must not need it
+    try:
+        del classifier
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 # ---- Whole runs of the trainer

@@ -15,14 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.exported import NAMES, SHARDED, export_to, save
-from helpers.margins import true_arcface, true_gradients
+from helpers.exported import NAMES, SHARDED, export_to, save, start
+from helpers.margins import TRUTH, true_arcface, true_gradients
 from helpers.parity import assert_equal, run_training, true_training
+from helpers.planning import RUN, kept_for_backward, predict
 from helpers.saved import assert_same_training, saved_training
 from helpers.training import RESUME, train
-from test_init_from import start
-from test_margins import TRUTH
-from test_planner import RUN, kept_for_backward, predict
 
 import main
 from data.folder import FaceFolder

@@ -163,9 +163,12 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     chunks = -(-drawn // chunk) - (-targets // chunk)
     gathered = chunk * d * FLOAT if sampled else 0
     gradient = 0 if run.fused_update else used * d * FLOAT
-    if sampled and run.micro_batches > 1 and not run.fused_update:
-        # The sum of the micro-batches before, with the targets of each, that of the last, and the new sum.
-        gradient = (3 * drawn + 2 * run.micro_batches * targets) * d * FLOAT
+    summed = gradient if sampled else 0  # RowOptimizer's sums of equal rows
+    joined = 0
+    if summed and run.micro_batches > 1:
+        # The sum of the micro-batches before, with the targets of each, and the last one; then the two are joined.
+        joined = summed = (drawn + run.micro_batches * targets) * d * FLOAT
+        gradient = joined + drawn * d * FLOAT
     block = rows * (chunk + SPARE_COLUMNS)
     probs = 2 if run.matmul_dtype == torch.bfloat16 else FLOAT
     if run.class_major:
@@ -207,6 +210,7 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
         # All rows: gathered, in matmul_dtype, their gradient and a chunk's part of it. This process's rows: before and
         # after the normalization, and both gradients.
         "embeddings": rows * d * (3 * FLOAT + low) + 4 * images * d * FLOAT,
+        **({"sum of gradients, beyond buffers": 0} if joined else {}),
         "optimizer, beyond activations": 0,
         "CUDA, cuDNN, NCCL": CUDA_ALLOWANCE if run.device_type == "cuda" else 0,
     }
@@ -214,7 +218,10 @@ def predict_memory(backbone: BackboneMemory, run: RunSettings) -> dict[str, int]
     # all weights beside its own, the average of --ema differences, and RowOptimizer sums of the rows of sampled
     # classes; the backward pass has freed its inputs by then.
     freed = sum(parts[name] for name in ("images", "activations", "saved probabilities", "chunk buffers", "embeddings"))
-    summed = gradient if sampled and run.micro_batches == 1 else 0
+    if joined:
+        parts["sum of gradients, beyond buffers"] = max(
+            0, joined - sum(parts[name] for name in ("saved probabilities", "chunk buffers")))
+        summed -= drawn * d * FLOAT  # the last micro-batch's is gone
     optimized = -(-sum(replicated) // shares)
     weights = sum(replicated) + optimized if shares > 1 else 0
     parts["optimizer, beyond activations"] = max(0, *(

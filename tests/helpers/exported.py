@@ -12,6 +12,7 @@ import torch
 from helpers.commands import load_script
 from models.classifier import initial_centers
 from utils.build import build_training
+from utils.checkpoint.init_from import init_from
 from utils.checkpoint.weights import open_weights
 from utils.checkpoint.writer import CheckpointWriter
 from utils.dist.context import DistContext
@@ -65,3 +66,11 @@ def centers(num_classes: int, seed: int) -> np.ndarray:
 
 def backbone_of(path: Path) -> dict[str, torch.Tensor]:
     return open_weights(str(path)).backbone.state_dict()
+
+
+def start(rank: int, world_size: int, path: str, num_classes: int, identities: list[str], flags: list[str]) -> tuple:
+    """What a run of seed 2 starts with: the line it says, this rank's centers, the backbone."""
+    state, options, _ = build(rank, world_size, num_classes, 2, identities, flags)
+    said = init_from(path, options.training_arch, state.backbone, state.classifier, identities)
+    backbone = {name: tensor.numpy().copy() for name, tensor in state.backbone.state_dict().items()}
+    return said, state.classifier.weight.detach().numpy().copy(), backbone

@@ -108,8 +108,15 @@ def main(faces: str, directory: Path, kills: int) -> None:
     torch.set_num_threads(1)
     argv = [faces, "-b", "12", "-j", "0", "--num-classes", "11", "--enable-model-parallel", "--seed", "1",
             "--epochs", "99", "--max-steps", "40"]
-    finish(start(2, argv, directory / "whole"))
-    result = kill_again_and_again([*argv, "--save-freq", "1", "--resume", "auto"], directory / "killed", kills)
+    result = {}
+    for name, flags in (("", []), ("sampled ", ["--sample-rate", "0.3", "--loss", "adaface"])):
+        finish(start(2, [*argv, *flags], directory / f"{name}whole"))
+        result[name] = kill_again_and_again([*argv, *flags, "--save-freq", "1", "--resume", "auto"],
+                                            directory / f"{name}killed", kills)
+        assert_same_training(directory / f"{name}killed", directory / f"{name}whole")
+        killed, whole = ([line["loss"] for line in read_metrics(directory / f"{name}{run}")]
+                         for run in ("killed", "whole"))
+        assert killed == whole
 
     argv = [faces, "-b", "24", "-j", "0", "--num-classes", "9", "--sync-bn", "--precision", "float64", "--seed", "3",
             "--epochs", "9", "--enable-model-parallel"]
@@ -118,9 +125,6 @@ def main(faces: str, directory: Path, kills: int) -> None:
     resume = ["--resume", str(directory / "four/checkpoint.pth.tar")]
     finish(start(8, [*argv, *resume, "--enable-zero-optim", "--max-steps", "4"], directory / "eight"))
 
-    assert_same_training(directory / "killed", directory / "whole")
-    killed, whole = ([line["loss"] for line in read_metrics(directory / name)] for name in ("killed", "whole"))
-    assert killed == whole
     assert_same_training(directory / "eight", directory / "one", tolerance=1e-9)
     print(json.dumps(result))
 
