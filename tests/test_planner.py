@@ -182,8 +182,8 @@ def test_buffers_equal_the_allocations_of_the_classifier(form, memory_mib, fused
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "flags", "sample_rate", "micro_batches"), [
-    (1, [], 1.0, 1), (1, ["--fuse-classifier-update"], 1.0, 1), (2, [], 1.0, 1), (2, ["--fuse-classifier-update"], 1.0, 1),
-    (2, [], 0.3, 1), (2, [], 0.7, 2), (2, [], 0.7, 4)])
+    (1, [], 1.0, 1), (1, ["--fuse-classifier-update"], 1.0, 1), (2, [], 1.0, 1),
+    (2, ["--fuse-classifier-update"], 1.0, 1), (2, [], 0.3, 1), (2, [], 0.7, 2), (2, [], 0.7, 4)])
 def test_prediction_equals_the_allocations_of_a_training_run(pools, world_size, flags, sample_rate, micro_batches):
     classes, batch = 20_000, 8
     measured = max(pools(world_size).run(

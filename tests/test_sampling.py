@@ -188,7 +188,8 @@ def sampled_steps(rank: int, world_size: int, name: str, num_classes: int, micro
         return walk(*args, **{**settings, **more}, update=optimizer.update_rows if fused else None)
 
     with mock.patch.object(sampling, "SAMPLING_BLOCK", BLOCK):
-        classifier = MarginClassifier(weight, shard, margin, scale=SCALE, group=group, loss=loss, sub_centers=sub_centers,
+        classifier = MarginClassifier(weight, shard, margin, scale=SCALE, group=group, loss=loss,
+                                      sub_centers=sub_centers,
                                       draw=lambda step: draw_classes(shard, RATE, SEED, step))
         traces: list[list] = [[], [], []]
         for step in range(3):

@@ -12,8 +12,10 @@ from utils.checkpoint.shards import open_shards
 
 
 def saved_training(output: Path) -> dict[str, Tensor]:
-    """{name: tensor} of everything in the newest checkpoint: weights, class centers, the optimizers' state, statistics of the
-    loss."""
+    """{name: tensor} of everything in the newest checkpoint.
+
+    Weights, class centers, the optimizers' state, the loss's statistics and the average of the weights.
+    """
     state = torch.load(output / "checkpoint.pth.tar", weights_only=True)
     directory = str((output / "checkpoint.pth.tar").resolve().parent)
     shape = (state["num_classes"] * state.get("sub_centers", 1), state["embedding_size"])
