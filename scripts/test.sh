@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests in a virtual environment that this script creates. Arguments go to pytest:
-#     bash scripts/test.sh -m "not slow"    # at most three minutes
+#     bash scripts/test.sh -m "not slow"    # six minutes on two cores
 #     bash scripts/test.sh -k parity
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

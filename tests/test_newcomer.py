@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+import pytest
 from helpers.commands import ROOT, run
 
 SMALLER = {
@@ -19,6 +20,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in block.splitlines() if not line.startswith("#")]
 
 
+@pytest.mark.slow
 def test_from_photos_to_a_report(tmp_path: Path) -> None:
     steps = commands()
     assert [step[1] for step in steps] == [
