@@ -9,6 +9,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -325,3 +326,13 @@ def test_another_arch_than_asked_for(tmp_path, small):
     assert "holds mobilefacenet, but --arch says iresnet50" in refusal(path, "iresnet50")
     with pytest.raises(UserError, match="--arch resnet50 is unknown; choose one of iresnet18, "):
         open_weights(str(path), "resnet50")
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("unable to mmap 9843897 bytes from file <x>: Cannot allocate memory (12)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+])
+def test_a_lack_of_memory_is_not_called_damage(tmp_path, error):
+    torch.save({"state_dict": {}}, path := tmp_path / "weights.pth")
+    with mock.patch("torch.load", side_effect=error), pytest.raises(UserError, match="there is not enough memory"):
+        open_weights(str(path))
