@@ -90,8 +90,9 @@ def read_torch_file(path: str) -> object:
             except Exception as error:  # Damaged bytes can be any pickle instructions, so any exception can come out.
                 code = re.search(r"GLOBAL (\S+)", str(error))
                 if isinstance(error, MemoryError) or "allocate memory" in str(error):
-                    raise UserError(f"{path}: cannot be read: there is not enough memory ({first_words(error)}); free "
-                                    "some, or raise the limit of this process") from None
+                    words = first_words(error) or "MemoryError"
+                    raise UserError(f"{path}: cannot be read: there is not enough memory ({words}); free some, or "
+                                    "raise the limit of this process") from None
                 cause = (f"holds code ({code[1]}) and was not loaded; give a file of tensors and plain values only. If "
                          "you trust this one, make it in Python: torch.save(torch.load(FILE, weights_only=False)"
                          "['state_dict'], 'weights.pth'), or .state_dict() of a whole module" if code else _DAMAGED)
