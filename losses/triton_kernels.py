@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from losses.class_major import ChunkWork
@@ -261,7 +261,7 @@ def programs_of(rows: int) -> int:
     return 2 if INTERPRET else max(1, PROGRAMS // triton.cdiv(rows, ROW_TILE))
 
 
-_library = torch.library.Library("arcface", "DEF")
+_library = library.Library("arcface", "DEF")
 for _name, _schema, _function in (
     ("scale", "Tensor centers, Tensor(a!) factor, Tensor(b!) out, float scale, bool known", _scale),
     ("project", "Tensor(a!) grad, Tensor centers, Tensor factor, Tensor unit, float scale", _project),
@@ -275,7 +275,7 @@ for _name, _schema, _function in (
     _library.define(f"{_name}({_schema}) -> ()")
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"arcface::{_name}", lambda *_: None, lib=_library)
+    library.register_fake(f"arcface::{_name}", lambda *_: None, lib=_library)
 
 
 @register_flop_formula(torch.ops.arcface.exponentials)

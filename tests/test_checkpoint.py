@@ -30,7 +30,7 @@ from utils import build
 from utils.checkpoint import layout, shards, writer
 from utils.checkpoint.layout import DamagedCheckpoint, check_files, checksum, newest_first, read_manifest
 from utils.checkpoint.reader import Resume, find_checkpoint, load_checkpoint, read_resumable
-from utils.checkpoint.safe_load import read_torch_file
+from utils.checkpoint.safe_load import NotEnoughMemory, read_torch_file
 from utils.checkpoint.writer import CheckpointWriter
 from utils.dist.context import DistContext
 from utils.errors import UserError
@@ -718,6 +718,17 @@ def test_auto_takes_another_file_in_the_place_of_the_state_for_damage(sound, tmp
     torch.save(content, tmp_path / "checkpoints/step-00000002/state.pth.tar")
     resume = Resume("auto", str(tmp_path), arch="mobilefacenet", num_classes=11)
     assert read_resumable(resume).directory == str(tmp_path / "checkpoints/step-00000001")
+
+
+def test_auto_does_not_take_a_lack_of_memory_for_damage(sound, tmp_path):
+    shutil.copytree(sound / "checkpoints", tmp_path / "checkpoints")
+    resume = Resume("auto", str(tmp_path), arch="mobilefacenet", num_classes=11)
+    words = "cannot be read: there is not enough memory"
+    with mock.patch("torch.load", side_effect=MemoryError), pytest.raises(UserError, match=f"state.pth.tar: {words}"):
+        read_resumable(resume)
+    with (mock.patch.object(shards, "load_tensor", side_effect=MemoryError),
+          pytest.raises(NotEnoughMemory, match=f"distcp: {words}")):
+        saved_training(sound)
 
 
 def test_what_is_not_a_checkpoint_is_for_init_from(sound, tmp_path):

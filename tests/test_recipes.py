@@ -12,6 +12,7 @@ from helpers.commands import ROOT
 
 import main
 from models import build_backbone
+from models.vit import VIT_VARIANTS
 from utils import preflight
 from utils.errors import UserError, exit_on_user_error
 from utils.launch.plan import ProcessPlan
@@ -59,6 +60,13 @@ def test_every_recipe_has_its_source_and_its_row(recipe):
     (row,) = [line for line in TABLE.splitlines() if f"| `{recipe.stem}` |" in line]
     assert f"{CLASSES[recipe.name.split('_')[0]]:,}" in row
     assert set(re.findall(r"\d\d\.\d\d", row)) <= set(re.findall(r"\d\d\.\d\d", published))
+
+
+def test_the_vit_has_the_rates_of_its_published_network():
+    """insightface's wf42m_pfc03_40epoch_*gpu_vit_b.py: network = "vit_b_dp005_mask_005"."""
+    options = parse_options([f"@{ROOT}/scripts/recipes/wf42m_vit_b_cosface.args", "DIR"])
+    variant = VIT_VARIANTS[options.training_arch]
+    assert (variant.width, variant.depth, variant.masked, variant.drop_path) == (512, 24, 0.05, 0.05)
 
 
 def test_the_table_has_no_other_rows():

@@ -6,17 +6,17 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 @contextlib.contextmanager
 def kernels_everywhere() -> Iterator[None]:
     """Within it the kernels also run on the CPU and on fake tensors. They demand the dtypes that those on CUDA do."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
+    with library._scoped_library("aten", "IMPL") as aten:
         for kernel in (batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm_elemt,
                        batch_norm_backward_reduce, batch_norm_backward_elemt):
             for key in ("CPU", "Meta"):
-                library.impl(kernel.__name__, kernel, key)
+                aten.impl(kernel.__name__, kernel, key)
         yield
 
 

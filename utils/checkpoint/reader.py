@@ -18,7 +18,7 @@ from utils.checkpoint import layout
 from utils.checkpoint.agreement import RankFailed, run_together
 from utils.checkpoint.identities import can_be_compared
 from utils.checkpoint.layout import BEST, LATEST, STATE_FILE, DamagedCheckpoint
-from utils.checkpoint.safe_load import first_words, read_torch_file
+from utils.checkpoint.safe_load import NotEnoughMemory, first_words, read_torch_file
 from utils.checkpoint.shards import open_shards
 from utils.checkpoint.transfer import PIECE_BYTES, Exchange, ReadBytes
 from utils.dist.collectives import all_gather_json
@@ -214,6 +214,8 @@ def _read_state(file: str, path: str, resume: Resume) -> dict[str, Any]:
     """The contents of a state file, in terms of format 3. path: what messages call it. Raises as `_read` does."""
     try:
         contents = read_torch_file(file)
+    except NotEnoughMemory as error:
+        raise NotEnoughMemory(str(error).replace(file, path)) from None
     except UserError as error:
         own = resume.path == AUTO or os.path.basename(path) in (LATEST, BEST, STATE_FILE) or os.path.isdir(path)
         hint = "" if own else f"; to start a run from weights of another program, use --init-from {path}"

@@ -89,14 +89,23 @@ def read_torch_file(path: str) -> object:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except Exception as error:  # Damaged bytes can be any pickle instructions, so any exception can come out.
                 code = re.search(r"GLOBAL (\S+)", str(error))
-                if isinstance(error, MemoryError) or "allocate memory" in str(error):
-                    words = first_words(error) or "MemoryError"
-                    raise UserError(f"{path}: cannot be read: there is not enough memory ({words}); free some, or "
-                                    "raise the limit of this process") from None
+                refuse_lack_of_memory(path, error)
                 cause = (f"holds code ({code[1]}) and was not loaded; give a file of tensors and plain values only. If "
                          "you trust this one, make it in Python: torch.save(torch.load(FILE, weights_only=False)"
                          "['state_dict'], 'weights.pth'), or .state_dict() of a whole module" if code else _DAMAGED)
     raise UserError(f"{path}: {cause}")
+
+
+class NotEnoughMemory(UserError):
+    """Reading a file takes more memory than this process gets. The file itself may be whole."""
+
+
+def refuse_lack_of_memory(path: str, error: Exception) -> None:
+    """Raise NotEnoughMemory if that is what `error` says: --resume auto puts damaged checkpoints aside."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        words = first_words(error) or "MemoryError"
+        raise NotEnoughMemory(f"{path}: cannot be read: there is not enough memory ({words}); free some, or raise the "
+                              "limit of this process") from None
 
 
 def load_tensor(data: bytes | memoryview) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint.layout import METADATA_FILE, SHARDS_DIRECTORY, DamagedCheckpoint, Files
-from utils.checkpoint.safe_load import first_words, load_tensor
+from utils.checkpoint.safe_load import first_words, load_tensor, refuse_lack_of_memory
 from utils.checkpoint.transfer import PIECE_BYTES, ReadBytes, read_bytes
 from utils.files import flush
 
@@ -171,7 +171,8 @@ def open_shards(
             opened[name] = StoredRows(shape, parts)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{path}: {error}") from None
-    except Exception:  # Damaged bytes can be any pickle instructions, so any exception can come out.
+    except Exception as error:  # Damaged bytes can be any pickle instructions, so any exception can come out.
+        refuse_lack_of_memory(path, error)
         raise DamagedCheckpoint(
             f"{path}: is damaged: does not describe {' and '.join(names)} of {shape[0]} rows") from None
     return opened
@@ -185,6 +186,7 @@ def _read(read: ReadBytes, directory: str, block: Block, width: int) -> Tensor:
         if rows.shape != (block.rows, width):
             raise ValueError(f"{tuple(rows.shape)} instead of {(block.rows, width)}")
     except Exception as error:  # The bytes of a damaged archive can be anything.
+        refuse_lack_of_memory(os.path.join(directory, name), error)
         raise DamagedCheckpoint(f"{os.path.join(directory, name)}: is damaged: {block.tensor} cannot be read "
                                 f"({first_words(error)})") from None
     return rows
