@@ -85,6 +85,12 @@ def test_nan_stays_nan(name):
     assert margin.target(torch.tensor([float("nan")]), torch.ones(1) if margin.uses_norm else None)[0].isnan().all()
 
 
+def test_one_row_leaves_adafaces_deviation():
+    margin = MARGINS["adaface"]()
+    margin.update(torch.zeros(1), torch.tensor([50.0]))
+    assert float(margin.norm_mean) == pytest.approx(20.3) and float(margin.norm_std) == 100
+
+
 def test_autograd_form_has_the_slopes_as_gradient():
     cosine = GRID.clone().requires_grad_()
     margin = MARGINS["arcface"](easy_margin=False)
